@@ -1,0 +1,260 @@
+"""The manifest: the only contract between export and runtime.
+
+One frozen object, written by the builder and read by the runtime; the object that was tested is
+the object that was saved. Everything that changes bytes or behaviour of a set stands in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bifrost_rt import strict
+from bifrost_rt.errors import EngineSetError, IntegrityError
+
+FORMAT = 1
+FILENAME = "manifest.json"
+REBUILD = "rebuild the set with `python -m export.build`"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor at an engine's door. A dimension is a number or the name of a symbol."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(str(d) for d in self.shape)}]"
+
+
+@dataclass(frozen=True)
+class Range:
+    """Inclusive bounds of a symbolic dimension; `max` is None where the engine sets no limit."""
+
+    min: int
+    max: int | None
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What was asked for, and what the engine really holds and computes in."""
+
+    requested: str
+    weights: str
+    compute: str
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One compiled graph with named, typed inputs and outputs.
+
+    `carry` pairs an output with the input that it becomes in the next step of the engine's loop.
+    """
+
+    name: str
+    graph: str
+    files: tuple[str, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    carry: dict[str, str]
+    precision: Precision
+
+    def input(self, name: str) -> TensorSpec | None:
+        """The input called `name`, or None where this engine has none of that name."""
+        return next((t for t in self.inputs if t.name == name), None)
+
+    def output(self, name: str) -> TensorSpec:
+        """The output called `name`."""
+        return next(t for t in self.outputs if t.name == name)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of the model that the set was built from."""
+
+    hidden_size: int
+    text_layers: int
+    num_visual_tokens: int
+    num_image_tokens: int
+    latent_channels: int
+    image_height: int
+    image_width: int
+    guidance_embeds: bool
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """Flow-matching sigmas, with the names of diffusers' FlowMatchEulerDiscreteScheduler."""
+
+    num_train_timesteps: int
+    use_dynamic_shifting: bool
+    shift: float
+    base_shift: float
+    max_shift: float
+    base_image_seq_len: int
+    max_image_seq_len: int
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request gets that does not say otherwise."""
+
+    decoding_steps: int
+    cfg_weight: float
+    num_inference_steps: int
+    guidance_scale: float
+    controlnet_conditioning_scale: float
+
+
+@dataclass(frozen=True)
+class MllmText:
+    """The MLLM's prompt: `prefix_ids`, the user's turn (`lead` + prompt, as ordinary text),
+    `postfix_ids`; never longer than `max_length` tokens."""
+
+    tokenizer: str
+    prefix_ids: tuple[int, ...]
+    lead: str
+    postfix_ids: tuple[int, ...]
+    max_length: int
+
+
+@dataclass(frozen=True)
+class EncoderText:
+    """A text encoder's prompt: truncated and padded to `max_length` with `pad_id`."""
+
+    tokenizer: str
+    max_length: int
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """The three tokenizers."""
+
+    mllm: MllmText
+    clip: EncoderText
+    t5: EncoderText
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the set, beside the manifest."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An engine set. `files` lists every file beside the manifest."""
+
+    format: int
+    name: str
+    backend: str
+    builder: dict[str, str]
+    model: ModelFacts
+    scheduler: Scheduler
+    defaults: Defaults
+    text: Text
+    dimensions: dict[str, Range]
+    engines: tuple[EngineSpec, ...]
+    files: dict[str, File]
+
+    def engine(self, name: str) -> EngineSpec:
+        """The engine called `name`.
+
+        Raises:
+            EngineSetError: the set has no such engine.
+        """
+        for spec in self.engines:
+            if spec.name == name:
+                return spec
+        raise EngineSetError(f"the set {self.name!r} has no engine {name!r}", hint=REBUILD)
+
+    def dumps(self) -> bytes:
+        """The file's bytes: readable JSON whose last key is the sha256 of everything before it."""
+        data = dataclasses.asdict(self)
+        return _render(data, hashlib.sha256(_render(data, None)).hexdigest())
+
+
+def _render(data: Mapping[str, Any], digest: str | None) -> bytes:
+    sealed = dict(data) if digest is None else {**data, "sha256": digest}
+    return (json.dumps(sealed, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def read(folder: Path) -> Manifest:
+    """Read and check `folder/manifest.json`.
+
+    Raises:
+        EngineSetError: there is none, it is of another format, or it does not fit this version.
+        IntegrityError: its bytes were changed after the build.
+    """
+    path = folder / FILENAME
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        found = "no such folder" if not folder.is_dir() else (error.strerror or str(error))
+        raise EngineSetError(
+            f"{path}: cannot read an engine set here: {found}",
+            hint="build one with `python -m export.build --output DIR` and pass that folder",
+        ) from None
+    try:
+        data = json.loads(raw)
+        found_format = data["format"]
+        digest = data.pop("sha256")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{path}: not a manifest ({error})", hint=REBUILD) from None
+    if found_format != FORMAT:
+        raise EngineSetError(
+            f"{path}: manifest format {found_format}, this version reads format {FORMAT}",
+            hint="upgrade bifrost-rt" if _newer(found_format) else REBUILD,
+        )
+    if raw != _render(data, hashlib.sha256(_render(data, None)).hexdigest()):
+        raise IntegrityError(
+            f"{path}: changed after the build (its sha256 {str(digest)[:12]}… does not fit)",
+            hint=REBUILD,
+        )
+    try:
+        return strict.load(Manifest, data)
+    except strict.StrictError as error:
+        raise EngineSetError(f"{path}: {error}", hint=REBUILD) from None
+
+
+def _newer(found: Any) -> bool:
+    return isinstance(found, int) and found > FORMAT
+
+
+def sha256(path: Path) -> str:
+    """Digest of one file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def verify_file(folder: Path, name: str, expected: File) -> None:
+    """Check one file of a set: there, of the right size, and the very bytes that were built.
+
+    Raises:
+        IntegrityError: naming the file, what was expected and what was found.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise IntegrityError(f"{path}: missing from the engine set", hint=REBUILD)
+    size = path.stat().st_size
+    if size != expected.size:
+        raise IntegrityError(
+            f"{path}: expected {expected.size} bytes, found {size}: truncated or foreign",
+            hint=REBUILD,
+        )
+    found = sha256(path)
+    if found != expected.sha256:
+        raise IntegrityError(
+            f"{path}: damaged: expected sha256 {expected.sha256[:12]}…, found {found[:12]}…",
+            hint=REBUILD,
+        )

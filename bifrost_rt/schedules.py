@@ -1,0 +1,90 @@
+"""Which tokens are revealed when, which noise level follows which, and where randomness comes from.
+
+Pure functions of numpy, pinned by recorded values of the reference.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bifrost_rt.manifest import Scheduler
+
+# Streams of one seed: the reveal order and the noise never share random numbers.
+_ORDER, _NOISE = 0, 1
+
+
+def kept_counts(num_tokens: int, decoding_steps: int) -> list[int]:
+    """How many places are still masked after each decoding step (cosine schedule of MaskGIT).
+
+    In float64: float32 rounds cos(pi/3) to the wrong side. The last step reveals all that is left;
+    with more steps than tokens some steps reveal none.
+    """
+    kept, masked = [], num_tokens
+    for step in range(decoding_steps - 1):
+        ratio = math.cos(math.pi / 2 * (step + 1) / decoding_steps)
+        masked = max(1, min(masked - 1, math.floor(num_tokens * ratio)))
+        kept.append(masked)
+    return [*kept, 0]
+
+
+def reveal_masks(order: NDArray[np.integer], decoding_steps: int) -> NDArray[np.bool_]:
+    """The places that leave the mask in each step.
+
+    Args:
+        order: [n, N], per image a permutation of its places; the last of it are revealed first.
+
+    Returns:
+        bool [decoding_steps, n, N]; every place is true in exactly one step.
+    """
+    num_tokens = order.shape[1]
+    rank = np.argsort(order, axis=1)  # rank[i, place]: where the place stands in the order
+    before = [num_tokens, *kept_counts(num_tokens, decoding_steps)]
+    return np.stack([(rank < a) & (rank >= b) for a, b in zip(before, before[1:], strict=False)])
+
+
+def sigmas(steps: int, image_seq_len: int, scheduler: Scheduler) -> NDArray[np.float32]:
+    """Noise levels of a FLUX denoising run, [steps + 1], from 1 to 0.
+
+    Source: diffusers' FluxPipeline (linspace, `calculate_shift`) and
+    FlowMatchEulerDiscreteScheduler (`time_shift`), in float32 as there.
+    """
+    levels = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
+    if scheduler.use_dynamic_shifting:
+        slope = (scheduler.max_shift - scheduler.base_shift) / (
+            scheduler.max_image_seq_len - scheduler.base_image_seq_len
+        )
+        mu = image_seq_len * slope + (scheduler.base_shift - slope * scheduler.base_image_seq_len)
+        shifted = math.exp(mu) / (math.exp(mu) + (1 / levels - 1))
+    else:
+        shifted = scheduler.shift * levels / (1 + (scheduler.shift - 1) * levels)
+    return np.append(shifted.astype(np.float32), np.float32(0))
+
+
+def timesteps(levels: NDArray[np.float32], scheduler: Scheduler) -> NDArray[np.float32]:
+    """What the networks' timestep embedding sees, [steps], for `levels` [steps + 1].
+
+    The scheduler multiplies, the pipeline divides and the network multiplies again; each rounds in
+    float32, so each is done here.
+    """
+    scheduled = levels[:-1] * np.float32(scheduler.num_train_timesteps)
+    return (scheduled / np.float32(1000)) * np.float32(1000)
+
+
+def random_orders(seed: int, images: int, num_tokens: int) -> NDArray[np.int64]:
+    """Reveal orders [images, N]. Image i depends on (seed, i) alone, not on the batch."""
+    rows = [_generator(seed, i, _ORDER).permutation(num_tokens) for i in range(images)]
+    return np.stack(rows).astype(np.int64)
+
+
+def random_latents(seed: int, images: int, shape: tuple[int, int]) -> NDArray[np.float32]:
+    """Starting noise [images, *shape], standard normal. Image i depends on (seed, i) alone."""
+    rows = [_generator(seed, i, _NOISE).standard_normal(shape) for i in range(images)]
+    return np.stack(rows).astype(np.float32)
+
+
+def _generator(seed: int, image: int, stream: int) -> np.random.Generator:
+    # Philox is counter-based: the same numbers on every platform, independent by key.
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, image, stream))))

@@ -1,0 +1,22 @@
+"""What can go wrong while building, in one place."""
+
+from __future__ import annotations
+
+from bifrost_rt.errors import BifrostError
+
+
+class RecipeError(BifrostError):
+    """A recipe or a flag: an unknown key, a value out of range, two that contradict."""
+
+
+class CheckpointError(BifrostError):
+    """A checkpoint folder: missing or damaged files, missing, unexpected or misshapen tensors,
+    a variant that the engines do not compute."""
+
+
+class ExportError(BifrostError):
+    """A stage could not be turned into a graph, or the graph is not what the stage promised."""
+
+
+class ParityError(BifrostError):
+    """A built engine does not compute what torch computes, within the stage's tolerance."""

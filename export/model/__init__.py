@@ -1,0 +1,1 @@
+"""Bifrost's own networks in torch: what transformers and diffusers do not have."""

@@ -1,0 +1,49 @@
+"""The latent ControlNet: diffusers' FluxControlNet fed with patch-level CLIP latents.
+
+Source: arXiv 2508.05954, section 3.3. Bifrost-1 changes one thing: the control condition is not an
+image but the token grid, up-sampled twofold and projected from the MLLM's width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
+from torch import Tensor, nn
+
+
+class UpSamplingBlock(nn.Module):
+    """Token grid ×2: a learned path plus the nearest-neighbour one. Batch norms in eval mode."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.upconv = nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] on a square grid, row by row -> [B, 4N, D]"""
+        side = int(tokens.shape[1] ** 0.5)
+        x = tokens.transpose(1, 2).unflatten(2, (side, side))  # [B, D, h, w]
+        # stated as a broadcast: `interpolate` exports a Resize that some parsers refuse
+        near = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).flatten(4, 5).flatten(2, 3)
+        x = F.relu(self.bn1(self.upconv(x)))
+        x = F.relu(self.bn2(self.conv(x)) + near)
+        return x.flatten(2).transpose(1, 2)
+
+
+class LatentControlNet(FluxControlNetModel):
+    """FluxControlNet whose condition is `tokens` [B, N, D]; `controlnet_cond` of the stock forward
+    is `up_sampling_block(tokens)` [B, 4N, D]."""
+
+    def __init__(self, cond_dim: int, **config: Any) -> None:
+        super().__init__(**config)
+        self.up_sampling_block = UpSamplingBlock(cond_dim)
+        self.controlnet_x_embedder = nn.Linear(cond_dim, self.inner_dim)
+
+    def condition(self, tokens: Tensor) -> Tensor:
+        """What is added to `x_embedder(latents)`: [B, N, D] -> [B, 4N, inner].
+        It does not depend on the denoising step."""
+        return self.controlnet_x_embedder(self.up_sampling_block(tokens))

@@ -1,0 +1,142 @@
+"""The Qwen2.5 decoder, thin: the two branches share this layer and differ only in their weights.
+
+The stock classes carry caches, masks and position logic that the split into prefill and decode
+does not need; written out, one layer exports to a graph that a person can read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The facts of a Qwen2.5 decoder that decide its shapes and arithmetic."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> DecoderConfig:
+        """Read a Qwen2.5-VL config.json, flat (as published) or with `text_config` (as newer
+        transformers write it).
+
+        Raises:
+            ValueError: a rotary or attention variant that this decoder does not compute.
+        """
+        text = {**config, **config.get("text_config", {})}
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind not in ("default", "mrope"):
+            raise ValueError(f"rope type {kind!r} is not supported, only 'default' and 'mrope'")
+        if text.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act {text['hidden_act']!r} is not supported, only 'silu'")
+        if text.get("use_sliding_window"):
+            raise ValueError("use_sliding_window = true is not supported")
+        heads = int(text["num_attention_heads"])
+        return cls(
+            hidden_size=int(text["hidden_size"]),
+            intermediate_size=int(text["intermediate_size"]),
+            num_hidden_layers=int(text["num_hidden_layers"]),
+            num_attention_heads=heads,
+            num_key_value_heads=int(text.get("num_key_value_heads") or heads),
+            head_dim=int(text.get("head_dim") or text["hidden_size"] // heads),
+            vocab_size=int(text["vocab_size"]),
+            rms_norm_eps=float(text.get("rms_norm_eps", 1e-6)),
+            rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
+        )
+
+
+class Attention(nn.Module):
+    """Projections of one grouped-query attention; q, k and v have a bias, the output has none."""
+
+    def __init__(self, c: DecoderConfig, kv_only: bool) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
+        )
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        if not kv_only:
+            self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
+            self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+
+    def query(self, x: Tensor) -> Tensor:
+        """[R, S, D] -> [R, heads, S, head_dim]"""
+        return self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[R, S, D] -> two of [R, kv_heads, S, head_dim]"""
+        k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
+        return k, v
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
+        """Scaled dot product over [R, heads, S, head_dim], then the output projection."""
+        # enable_gqa on equal head counts exports a repeat that does nothing.
+        grouped = self.heads != self.kv_heads
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, c: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Weights of one layer. With `kv_only` it ends at keys and values: all that the text branch's
+    last layer is needed for."""
+
+    def __init__(self, c: DecoderConfig, kv_only: bool = False) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.self_attn = Attention(c, kv_only)
+        if not kv_only:
+            self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+            self.mlp = MLP(c)
+
+
+def rotary_table(c: DecoderConfig, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions 0..length-1, each [length, head_dim], in float32 as the reference.
+
+    Text positions are equal on all three axes of M-RoPE, so `mrope_section` has no effect.
+    """
+    inv_freq = 1.0 / (
+        c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim)
+    )
+    angles = torch.arange(length).float()[:, None] * inv_freq[None, :]
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of [R, heads, S, head_dim], half-split form (not interleaved)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
