@@ -5,6 +5,7 @@ Text never sees visual tokens, so this runs once per prompt (spec: bit-equal to 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from export.model.decoder import DecoderConfig, DecoderLayer, rotary_table, rotate
@@ -23,7 +24,9 @@ class TextBranch(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, kv_only=i == last) for i in range(config.num_hidden_layers)
         )
-        cos, sin = rotary_table(config, max_length)
+        # on the CPU even where the weights are on the meta device: nothing ever loads these
+        with torch.device("cpu"):
+            cos, sin = rotary_table(config, max_length)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
