@@ -20,3 +20,7 @@ class ExportError(BifrostError):
 
 class ParityError(BifrostError):
     """A built engine does not compute what torch computes, within the stage's tolerance."""
+
+
+class BuildError(BifrostError):
+    """The set could not be written where it was asked for."""

@@ -1,0 +1,136 @@
+"""The seam between schedule and arithmetic: what a driver must do, and no more.
+
+A driver opens a file, hands out buffers in its own memory, binds named buffers into a call that can
+be repeated, and closes. The contract tests run against every driver and against the double that
+export uses to compare an engine with torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from bifrost_rt.errors import StageInputError
+from bifrost_rt.manifest import EngineSpec, Range, TensorSpec
+
+
+class Buffer(Protocol):
+    """A tensor in a driver's memory; a numpy array where that is host memory."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Engine(Protocol):
+    """One opened graph."""
+
+    spec: EngineSpec
+
+    def bind(
+        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+    ) -> Callable[[], None]:
+        """A call on fixed buffers. Running it again reads and writes the same memory and
+        allocates nothing that the driver does not force.
+
+        Raises:
+            StageInputError: a name, dtype or shape that does not fit the engine.
+        """
+
+    def close(self) -> None:
+        """Free the engine's memory. The engine cannot be used afterwards."""
+
+
+class Backend(Protocol):
+    """One driver."""
+
+    name: str
+
+    def open(self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]) -> Engine:
+        """Load one engine of the set in `folder`."""
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
+        """Uninitialised memory of the device."""
+
+    def upload(self, array: NDArray[Any]) -> Buffer:
+        """Host to device. May share the array's memory: do not change it afterwards."""
+
+    def write(self, buffer: Buffer, array: NDArray[Any]) -> None:
+        """Overwrite a buffer with a host array of its shape and dtype."""
+
+    def download(self, buffer: Buffer) -> NDArray[Any]:
+        """Device to host. May share the buffer's memory: copy what must outlive it."""
+
+
+def check_bindings(
+    spec: EngineSpec,
+    dimensions: Mapping[str, Range],
+    inputs: Mapping[str, Buffer],
+    outputs: Mapping[str, Buffer],
+) -> None:
+    """Names, then dtype, then shape, each with its own message.
+
+    Raises:
+        StageInputError: for the first tensor that does not fit.
+    """
+    sizes: dict[str, int] = {}
+    for kind, tensors, given in (("input", spec.inputs, inputs), ("output", spec.outputs, outputs)):
+        expected = {t.name for t in tensors}
+        if missing := sorted(expected - given.keys()):
+            raise StageInputError(f"stage `{spec.name}`: missing {kind} {', '.join(missing)}")
+        if unknown := sorted(given.keys() - expected):
+            raise StageInputError(f"stage `{spec.name}`: unknown {kind} {', '.join(unknown)}")
+        for tensor in tensors:
+            _check_tensor(spec.name, kind, tensor, dimensions, given[tensor.name], sizes)
+
+
+def _check_tensor(
+    stage: str,
+    kind: str,
+    tensor: TensorSpec,
+    dimensions: Mapping[str, Range],
+    found: Buffer,
+    sizes: dict[str, int],
+) -> None:
+    where = f"stage `{stage}`, {kind} `{tensor.name}`"
+    got = f"{found.dtype}{list(found.shape)}"
+    if found.dtype != np.dtype(tensor.dtype):
+        raise StageInputError(f"{where}: expected {tensor}, got {got}")
+    if len(found.shape) != len(tensor.shape):
+        raise StageInputError(f"{where}: expected {tensor}, got {got}")
+    for axis, (symbol, size) in enumerate(zip(tensor.shape, found.shape, strict=True)):
+        want = symbol if isinstance(symbol, int) else sizes.setdefault(symbol, size)
+        if size != want:
+            raise StageInputError(
+                f"{where}: expected {tensor}, got {got}: dimension {axis} must be {want}"
+            )
+        if isinstance(symbol, str):
+            bounds = dimensions[symbol]
+            if size < bounds.min or (bounds.max is not None and size > bounds.max):
+                raise StageInputError(
+                    f"{where}: expected {tensor} with {bounds.min} <= {symbol} <= {bounds.max}, "
+                    f"got {got}",
+                    hint="rebuild the set for this size with `python -m export.build`",
+                )
+
+
+def output_shape(tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A spec's shape with every symbol replaced by its size."""
+    return tuple(sizes[d] if isinstance(d, str) else d for d in tensor.shape)
+
+
+def symbol_sizes(spec: EngineSpec, inputs: Mapping[str, Buffer]) -> dict[str, int]:
+    """Which size each symbol has, read from the inputs that are there."""
+    sizes: dict[str, int] = {}
+    for tensor in spec.inputs:
+        if tensor.name in inputs:
+            for symbol, size in zip(tensor.shape, inputs[tensor.name].shape, strict=False):
+                if isinstance(symbol, str):
+                    sizes.setdefault(symbol, size)
+    return sizes

@@ -1,0 +1,105 @@
+"""onnxruntime on the CPU. Buffers are numpy arrays, bound by address: nothing is copied."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import DTypeLike, NDArray
+
+from bifrost_rt.backends.base import Buffer, check_bindings
+from bifrost_rt.errors import BackendError
+from bifrost_rt.manifest import EngineSpec, Range
+
+
+class OnnxRuntime:
+    """The CPU execution provider."""
+
+    name = "onnxruntime"
+
+    def open(
+        self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]
+    ) -> OnnxRuntimeEngine:
+        """Load one graph with its weights.
+
+        Raises:
+            BackendError: onnxruntime does not accept the file.
+        """
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # errors; warnings about the graph belong to the build
+        # A set has several sessions, run one after another: a pool that spins after its work is
+        # done takes the cores from the next engine.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        path = folder / spec.graph
+        try:
+            session = ort.InferenceSession(
+                str(path), sess_options=options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime raises many unrelated types here
+            raise BackendError(
+                f"{path}: onnxruntime {ort.__version__} cannot load this engine: {error}",
+                hint="rebuild the set with `python -m export.build --backend onnxruntime`",
+            ) from error
+        return OnnxRuntimeEngine(session, spec, dimensions)
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Host memory."""
+        return np.empty(shape, dtype)
+
+    def upload(self, array: NDArray[Any]) -> NDArray[Any]:
+        """The array itself, contiguous."""
+        return np.ascontiguousarray(array)
+
+    def write(self, buffer: Buffer, array: NDArray[Any]) -> None:
+        """A copy in host memory."""
+        np.copyto(np.asarray(buffer), array)
+
+    def download(self, buffer: Buffer) -> NDArray[Any]:
+        """The buffer itself."""
+        return np.asarray(buffer)
+
+
+class OnnxRuntimeEngine:
+    """One session."""
+
+    def __init__(
+        self, session: ort.InferenceSession, spec: EngineSpec, dimensions: Mapping[str, Range]
+    ) -> None:
+        self.spec = spec
+        self._session: ort.InferenceSession | None = session
+        self._dimensions = dimensions
+
+    def bind(
+        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+    ) -> Callable[[], None]:
+        """A call on these arrays' memory."""
+        check_bindings(self.spec, self._dimensions, inputs, outputs)
+        session = self._session
+        if session is None:
+            raise BackendError(f"stage `{self.spec.name}` is closed")
+        binding = session.io_binding()
+        held = []  # the binding knows addresses only; the call keeps the arrays alive
+        for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, buffer in tensors.items():
+                array = np.asarray(buffer)
+                if not array.flags.c_contiguous:
+                    raise BackendError(
+                        f"stage `{self.spec.name}`, `{name}`: the array is not contiguous"
+                    )
+                bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+                held.append(array)
+        return functools.partial(_run, session, binding, held)
+
+    def close(self) -> None:
+        """Drop the session."""
+        self._session = None
+
+
+def _run(
+    session: ort.InferenceSession, binding: ort.IOBinding, held: list[NDArray[Any]]
+) -> None:
+    session.run_with_iobinding(binding)

@@ -1,0 +1,166 @@
+"""The public face: open an engine set, run prompts, get pictures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from PIL import Image
+
+from bifrost_rt import backends, engines, manifest, pipeline, request
+from bifrost_rt.backends.base import Backend
+from bifrost_rt.engines import Loop
+from bifrost_rt.errors import RequestError, RequestTypeError
+from bifrost_rt.result import Result
+from bifrost_rt.text import Tokenizers
+
+log = logging.getLogger("bifrost_rt")
+
+StepCallback = Callable[["Generator", int, float | None, dict[str, Any]], Mapping[str, Any] | None]
+
+
+class Generator:
+    """An opened engine set.
+
+    Args:
+        path: the set's folder, as written by `python -m export.build`.
+        backend: a driver's name, or one that is already started. Default: the one that the set was
+            built for.
+
+    Raises:
+        EngineSetError, IntegrityError: the set is missing, foreign or damaged; every file is
+            checked against its hash.
+        BackendError: the driver is not available here, with the reason.
+    """
+
+    def __init__(self, path: str | Path, *, backend: str | Backend | None = None) -> None:
+        self.path = Path(path)
+        self.manifest = manifest.read(self.path)
+        engines.verify(self.path, self.manifest)
+        driver = self.manifest.backend if backend is None else backend
+        self._tokenizers = Tokenizers(self.path, self.manifest.text)
+        self._engines = engines.Engines(
+            self.path, self.manifest, backends.load(driver) if isinstance(driver, str) else driver
+        )
+
+    def run(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        controlnet_conditioning_scale: float | None = None,
+        decoding_steps: int | None = None,
+        cfg_weight: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        order: ArrayLike | None = None,
+        latents: ArrayLike | None = None,
+        output_type: request.OutputType = "pil",
+        callback_on_step_end: StepCallback | None = None,
+    ) -> Result:
+        """Draw one prompt or several. Names and meanings follow diffusers' FluxPipeline; a value of
+        None takes the set's default.
+
+        Args:
+            prompt: a text, or a list of texts of any lengths. Images come prompt by prompt.
+            seed: of the reveal order and the starting noise. The same seed gives the same bits, and
+                image i does not depend on how many are drawn. None draws one; see `Result.seed`.
+            num_images_per_prompt: images for each prompt.
+            num_inference_steps: denoising steps.
+            guidance_scale: embedded guidance; without effect (and logged so) where neither network
+                of the model has a guidance embedding.
+            controlnet_conditioning_scale: how strongly the CLIP latents steer the image.
+            decoding_steps: steps in which the MLLM reveals its N visual tokens, from 1 to beyond N.
+            cfg_weight: classifier-free guidance of the MLLM. 1 is off and costs nothing.
+            height, width: must be the set's own, where given.
+            order: [n, N], per image a permutation of its places, instead of the seed's.
+            latents: [n, S, C] packed starting noise, instead of the seed's.
+            output_type: "pil" for `PIL.Image`s, "np" for uint8 [n, H, W, 3], "latent" to stop
+                before the VAE.
+            callback_on_step_end: called as (generator, step, timestep, tensors) after every step of
+                both loops: decoding with `{"tokens": [n, N, D]}` and timestep None, then denoising
+                with `{"latents": [n, S, C]}`. The arrays are copies and may be kept; a returned
+                dict replaces them. An exception ends the run and leaves the generator usable.
+
+        Raises:
+            RequestError, RequestTypeError: an argument that cannot be served.
+        """
+        checked = request.check(
+            self.manifest,
+            prompt=prompt,
+            seed=seed,
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            controlnet_conditioning_scale=controlnet_conditioning_scale,
+            decoding_steps=decoding_steps,
+            cfg_weight=cfg_weight,
+            height=height,
+            width=width,
+            order=order,
+            latents=latents,
+            output_type=output_type,
+        )
+        if guidance_scale is not None and not self.manifest.model.guidance_embeds:
+            log.warning(
+                "guidance_scale=%s has no effect: this model has no guidance embedding",
+                guidance_scale,
+            )
+        on_step_end = self._adapter(callback_on_step_end) if callback_on_step_end else None
+        out = pipeline.generate(
+            self._engines, self._tokenizers, self.manifest, checked, on_step_end
+        )
+        images: Any = out.latents if out.images is None else out.images
+        if checked.output_type == "pil":
+            images = [Image.fromarray(image) for image in images]
+        return Result(images, out.tokens, out.latents, out.timings, checked.seed)
+
+    def _adapter(self, callback: StepCallback) -> pipeline.StepEnd:
+        def on_step_end(name: str, step: int, timestep: float | None, loop: Loop) -> None:
+            current = loop.copy(name)
+            returned = callback(self, step, timestep, {name: current})
+            if returned is None:
+                return
+            if not isinstance(returned, Mapping):
+                raise RequestTypeError(
+                    "callback_on_step_end must return a dict or None, "
+                    f"got {type(returned).__name__}"
+                )
+            if unknown := set(returned) - {name}:
+                raise RequestError(
+                    f"callback_on_step_end returned {sorted(map(str, unknown))}; "
+                    f"this loop can replace {name!r} only"
+                )
+            if name in returned:
+                new = np.asarray(returned[name])
+                if new.shape != current.shape:
+                    raise RequestError(
+                        f"callback_on_step_end returned {name} of shape {list(new.shape)}, "
+                        f"expected {list(current.shape)}"
+                    )
+                loop.replace(name, new.astype(current.dtype))
+
+        return on_step_end
+
+    def close(self) -> None:
+        """Free the engines' memory."""
+        self._engines.close()
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

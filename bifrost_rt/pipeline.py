@@ -1,0 +1,150 @@
+"""The product, read top to bottom: from token ids to pixels.
+
+The runtime does no arithmetic of its own here. It hands buffers from engine to engine; what does
+not change inside a loop is computed before it, and a step marked `.t` is one call on memory that
+was bound beforehand.
+
+Source: arXiv 2508.05954, and the inference script published with it, which this computes exactly
+once instead of nine times (`DESIGN.md`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bifrost_rt import schedules
+from bifrost_rt.backends.base import Buffer
+from bifrost_rt.engines import Engines, Loop
+from bifrost_rt.manifest import Manifest
+from bifrost_rt.request import Request
+from bifrost_rt.text import Tokenizers
+
+StepEnd = Callable[[str, int, float | None, Loop], None]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a run leaves behind. n images, N visual tokens, S image tokens."""
+
+    tokens: NDArray[np.float32]  # [n, N, D]
+    latents: NDArray[np.float32]  # [n, S, C]
+    images: NDArray[np.uint8] | None  # [n, H, W, 3]; None when only latents were asked for
+    timings: dict[str, float]  # seconds per engine, and `total`
+
+
+def generate(
+    engines: Engines,
+    tokenizers: Tokenizers,
+    manifest: Manifest,
+    request: Request,
+    on_step_end: StepEnd | None = None,
+) -> Output:
+    """Run a checked request.
+
+    Args:
+        on_step_end: called as (carried tensor's name, step, timestep or None, loop) after every
+            step of both loops.
+    """
+    start = time.perf_counter()
+    timings: dict[str, float] = {}
+    up, down = engines.backend.upload, engines.backend.download
+
+    # 1  Prompt -> ids. At cfg 1 the unconditional half cancels and is not computed.
+    guided = request.cfg_weight != 1.0
+    texts = list(dict.fromkeys(["", *request.prompts] if guided else request.prompts))
+    ids = [tokenizers.mllm_prompt(text) for text in texts]
+    lengths = np.array([len(row) for row in ids], np.int64)
+    rows = np.array([texts.index(request.prompts[i]) for i in request.prompt_index], np.int64)
+    text_index = np.stack([np.full_like(rows, texts.index("")), rows] if guided else [rows])
+
+    # 2  Text -> keys and values of every layer, and the all-masked start of the visual tokens.
+    prefill = engines.run(
+        "text_prefill",
+        {"input_ids": up(_right_padded(ids)), "text_index": up(text_index)},
+        timings,
+    )
+    tokens = prefill.pop("tokens")
+
+    # 3  Masked decoding. Steps that reveal nothing change nothing and are not run.
+    masks = schedules.reveal_masks(request.order, request.decoding_steps)
+    active = masks.any(axis=(1, 2))
+    decode = engines.loop(
+        "visual_decode",
+        {
+            **prefill,
+            "tokens": tokens,
+            "step": up(np.zeros(1, np.int64)),
+            "text_length": up(lengths[text_index]),
+            "reveal_masks": up(masks[active]),
+            "cfg_weight": up(np.array([request.cfg_weight], np.float32)),
+        },
+        timings,
+    )
+    for t in range(request.decoding_steps):
+        if active[t]:
+            decode.step()  # 3.t
+        if on_step_end:
+            on_step_end("tokens", t, None, decode)
+    tokens = decode["tokens"]
+
+    # 4  The raw prompt -> text embeddings of the diffusion networks.
+    prompts = request.prompts
+    pooled = engines.run("clip_text", {"input_ids": up(tokenizers.clip(prompts))}, timings)
+    embeds = engines.run("t5_text", {"input_ids": up(tokenizers.t5(prompts))}, timings)
+
+    # 5  Everything about the image that no denoising step changes.
+    sigmas = schedules.sigmas(
+        request.num_inference_steps, manifest.model.num_image_tokens, manifest.scheduler
+    )
+    timesteps = schedules.timesteps(sigmas, manifest.scheduler)
+    inputs: dict[str, Buffer] = {
+        **pooled,
+        **embeds,
+        "tokens": tokens,
+        "prompt_index": up(request.prompt_index),
+        "timesteps": up(timesteps),
+    }
+    if manifest.model.guidance_embeds:
+        inputs["guidance_scale"] = up(np.array([request.guidance_scale], np.float32))
+    conditions = engines.run("conditioning", inputs, timings)
+
+    # 6  Denoising.
+    scale = np.array([request.controlnet_conditioning_scale], np.float32)
+    denoise = engines.loop(
+        "denoise",
+        {
+            **conditions,
+            "latents": up(request.latents.copy()),
+            "step": up(np.zeros(1, np.int64)),
+            "sigma_pairs": up(np.stack([sigmas[:-1], sigmas[1:]], axis=1)),
+            "controlnet_conditioning_scale": up(scale),
+        },
+        timings,
+    )
+    for t in range(request.num_inference_steps):
+        denoise.step()  # 6.t
+        if on_step_end:
+            on_step_end("latents", t, float(timesteps[t]), denoise)
+    latents = denoise["latents"]
+
+    # 7  Latents -> pixels.
+    images = None
+    if request.output_type != "latent":
+        decoded = engines.run("vae_decode", {"latents": latents}, timings)
+        images = down(decoded["images"])
+    timings["total"] = time.perf_counter() - start
+    return Output(down(tokens).copy(), down(latents).copy(), images, timings)
+
+
+def _right_padded(ids: list[list[int]]) -> NDArray[np.int64]:
+    """[U, S]. Padding stands behind the text, where causal attention never sees it; its value does
+    not matter."""
+    padded = np.zeros((len(ids), max(map(len, ids))), np.int64)
+    for row, values in zip(padded, ids, strict=True):
+        row[: len(values)] = values
+    return padded

@@ -1,0 +1,179 @@
+"""A generation request, checked before anything runs."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from bifrost_rt import schedules
+from bifrost_rt.errors import RequestError, RequestTypeError
+from bifrost_rt.manifest import Manifest
+
+OutputType = Literal["pil", "np", "latent"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one run computes. n images; image i is of prompt `prompt_index[i]`."""
+
+    prompts: tuple[str, ...]
+    prompt_index: NDArray[np.int64]  # [n]
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    controlnet_conditioning_scale: float
+    decoding_steps: int
+    cfg_weight: float
+    order: NDArray[np.int64]  # [n, N]
+    latents: NDArray[np.float32]  # [n, S, C]
+    output_type: OutputType
+
+    @property
+    def images(self) -> int:
+        """How many images."""
+        return len(self.prompt_index)
+
+
+def check(
+    manifest: Manifest,
+    *,
+    prompt: str | Sequence[str],
+    seed: int | None,
+    num_images_per_prompt: int,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    controlnet_conditioning_scale: float | None,
+    decoding_steps: int | None,
+    cfg_weight: float | None,
+    height: int | None,
+    width: int | None,
+    order: ArrayLike | None,
+    latents: ArrayLike | None,
+    output_type: str,
+) -> Request:
+    """Fill in the set's defaults and refuse what cannot be served.
+
+    Raises:
+        RequestError, RequestTypeError: naming the argument, what it must be and what was given.
+    """
+    model, defaults = manifest.model, manifest.defaults
+    asked = _prompts(prompt)
+    prompts = tuple(dict.fromkeys(asked))
+    index = {text: i for i, text in enumerate(prompts)}
+    per_prompt = _count("num_images_per_prompt", num_images_per_prompt)
+    prompt_index = np.repeat([index[text] for text in asked], per_prompt).astype(np.int64)
+    n = len(prompt_index)
+    for name, given, built in (
+        ("height", height, model.image_height),
+        ("width", width, model.image_width),
+    ):
+        if given is not None and given != built:
+            raise RequestError(
+                f"{name}={given}: the set {manifest.name!r} was built for "
+                f"{model.image_width}x{model.image_height} (width x height)",
+                hint="the size follows from the model's visual tokens; leave height and width out",
+            )
+    if output_type not in ("pil", "np", "latent"):
+        raise RequestError(f"output_type must be 'pil', 'np' or 'latent', got {output_type!r}")
+    seed = secrets.randbits(32) if seed is None else _count("seed", seed, least=0)
+    shape = (model.num_image_tokens, model.latent_channels)
+    return Request(
+        prompts=prompts,
+        prompt_index=prompt_index,
+        seed=seed,
+        num_inference_steps=_count(
+            "num_inference_steps", num_inference_steps, defaults.num_inference_steps
+        ),
+        guidance_scale=_number("guidance_scale", guidance_scale, defaults.guidance_scale),
+        controlnet_conditioning_scale=_number(
+            "controlnet_conditioning_scale",
+            controlnet_conditioning_scale,
+            defaults.controlnet_conditioning_scale,
+        ),
+        decoding_steps=_count("decoding_steps", decoding_steps, defaults.decoding_steps),
+        cfg_weight=_number("cfg_weight", cfg_weight, defaults.cfg_weight),
+        order=schedules.random_orders(seed, n, model.num_visual_tokens)
+        if order is None
+        else _order(order, (n, model.num_visual_tokens)),
+        latents=schedules.random_latents(seed, n, shape)
+        if latents is None
+        else _latents(latents, (n, *shape), manifest),
+        output_type=output_type,  # type: ignore[arg-type]
+    )
+
+
+def _prompts(prompt: Any) -> list[str]:
+    asked = [prompt] if isinstance(prompt, str) else prompt
+    if isinstance(asked, (bytes, dict)) or not isinstance(asked, Sequence):
+        raise RequestTypeError(
+            f"prompt must be a text or a list of texts, got {type(prompt).__name__}"
+        )
+    if not asked:
+        raise RequestError("prompt is an empty list", hint="pass at least one text")
+    for i, text in enumerate(asked):
+        if not isinstance(text, str):
+            raise RequestTypeError(
+                f"prompt[{i}] must be a text, got {type(text).__name__} {text!r}"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"prompt[{i}] is not valid Unicode: {error.reason} at character {error.start}"
+            ) from None
+    return list(asked)
+
+
+def _count(name: str, value: Any, default: int | None = None, least: int = 1) -> int:
+    if value is None and default is not None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise RequestTypeError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise RequestError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def _number(name: str, value: Any, default: float) -> float:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise RequestTypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise RequestError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def _order(order: ArrayLike, shape: tuple[int, int]) -> NDArray[np.int64]:
+    array = np.asarray(order)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise RequestTypeError(f"order must hold whole numbers, got {array.dtype}")
+    if array.shape != shape:
+        raise RequestError(f"order must have the shape {list(shape)}, got {list(array.shape)}")
+    if not np.array_equal(np.sort(array, axis=1), np.broadcast_to(np.arange(shape[1]), shape)):
+        raise RequestError(f"every row of order must be a permutation of 0..{shape[1] - 1}")
+    return array.astype(np.int64)
+
+
+def _latents(
+    latents: ArrayLike, shape: tuple[int, int, int], manifest: Manifest
+) -> NDArray[np.float32]:
+    array = np.asarray(latents)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise RequestTypeError(f"latents must be floating point, got {array.dtype}")
+    if array.shape != shape:
+        raise RequestError(
+            f"latents must be packed noise of the shape {list(shape)} (images, image tokens, "
+            f"channels), got {list(array.shape)}",
+            hint=f"the set {manifest.name!r} was built for {manifest.model.image_width}x"
+            f"{manifest.model.image_height}; latents of another size need another set",
+        )
+    if not np.isfinite(array).all():
+        raise RequestError("latents hold a value that is not finite")
+    return array.astype(np.float32)

@@ -1,0 +1,84 @@
+"""What `Generator.run` returns."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from bifrost_rt.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Result:
+    """n images of one run, prompt by prompt.
+
+    Attributes:
+        images: as `output_type` asked: n `PIL.Image`s, uint8 [n, H, W, 3], or the latents.
+        tokens: float32 [n, N, D], the patch-level CLIP latents that the MLLM predicted.
+        latents: float32 [n, S, C], final and packed, as the VAE engine takes them.
+        timings: seconds per engine, and `total` for the whole run.
+        seed: passed to `run` again, it gives the same images.
+    """
+
+    images: Any
+    tokens: NDArray[np.float32]
+    latents: NDArray[np.float32]
+    timings: dict[str, float]
+    seed: int
+
+    @property
+    def image(self) -> Any:
+        """The first image."""
+        return self.images[0]
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the images; the suffix decides the format, PNG where there is none.
+
+        Several images get `-0`, `-1`, … before the suffix. Each file is written aside and renamed,
+        so that an older picture is never half overwritten.
+
+        Returns:
+            The paths written.
+
+        Raises:
+            RequestError: the run ended at the latents, or the suffix names no picture format.
+        """
+        pictures = [
+            image if isinstance(image, Image.Image) else Image.fromarray(image)
+            for image in (self.images if self._has_pixels() else ())
+        ]
+        if not pictures:
+            raise RequestError(
+                "this result has no pixels to save",
+                hint="run with output_type='pil', or keep `result.latents`",
+            )
+        path = Path(path)
+        if path.suffix == "":
+            path = path.with_suffix(".png")
+        file_format = Image.registered_extensions().get(path.suffix.lower())
+        if file_format is None:
+            raise RequestError(
+                f"{path}: {path.suffix!r} is not a picture format that Pillow writes",
+                hint="use .png, .jpg or .webp",
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for i, picture in enumerate(pictures):
+            target = path if len(pictures) == 1 else path.with_stem(f"{path.stem}-{i}")
+            aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+            try:
+                picture.save(aside, format=file_format)
+                aside.replace(target)
+            finally:
+                aside.unlink(missing_ok=True)
+            paths.append(target)
+        return paths
+
+    def _has_pixels(self) -> bool:
+        return isinstance(self.images, list) or self.images.dtype == np.uint8

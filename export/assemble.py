@@ -1,0 +1,112 @@
+"""A checkpoint -> the stages of its engines, one at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from bifrost_rt.manifest import ModelFacts
+from export.checkpoint import Checkpoint
+from export.errors import CheckpointError
+from export.model.hoist import hoist
+from export.stages import (
+    Stage,
+    clip_text,
+    conditioning,
+    denoise,
+    t5_text,
+    text_prefill,
+    vae_decode,
+    visual_decode,
+)
+
+ENGINES = (
+    "text_prefill",
+    "visual_decode",
+    "clip_text",
+    "t5_text",
+    "conditioning",
+    "denoise",
+    "vae_decode",
+)
+
+
+def facts(checkpoint: Checkpoint) -> ModelFacts:
+    """Sizes of the model, after checking that its networks fit together.
+
+    Raises:
+        CheckpointError: naming the two sizes that do not fit.
+    """
+    transformer, controlnet = checkpoint.transformer.config, checkpoint.controlnet.config
+    vae = checkpoint.vae.config
+    pairs = (
+        ("transformer.in_channels", transformer.in_channels,
+         "4 * vae.latent_channels", 4 * vae.latent_channels),
+        ("transformer.out_channels", checkpoint.transformer.out_channels,
+         "transformer.in_channels", transformer.in_channels),
+        ("controlnet.in_channels", controlnet.in_channels,
+         "transformer.in_channels", transformer.in_channels),
+        ("controlnet's inner width", checkpoint.controlnet.inner_dim,
+         "the transformer's", checkpoint.transformer.inner_dim),
+        ("transformer.joint_attention_dim", transformer.joint_attention_dim,
+         "text_encoder_2.d_model", checkpoint.t5.config.d_model),
+        ("controlnet.joint_attention_dim", controlnet.joint_attention_dim,
+         "transformer.joint_attention_dim", transformer.joint_attention_dim),
+        ("transformer.pooled_projection_dim", transformer.pooled_projection_dim,
+         "text_encoder.hidden_size", checkpoint.clip.config.hidden_size),
+        ("controlnet.pooled_projection_dim", controlnet.pooled_projection_dim,
+         "transformer.pooled_projection_dim", transformer.pooled_projection_dim),
+        ("transformer.patch_size", transformer.patch_size, "1", 1),
+    )
+    for name, value, other, wanted in pairs:
+        if value != wanted:
+            raise CheckpointError(
+                f"the networks do not fit together: {name} is {value}, {other} is {wanted}"
+            )
+    grid = math.isqrt(checkpoint.num_visual_tokens)
+    pixels = 4 * grid * 2 ** (len(vae.block_out_channels) - 1)
+    return ModelFacts(
+        hidden_size=checkpoint.decoder.hidden_size,
+        text_layers=checkpoint.decoder.num_hidden_layers,
+        num_visual_tokens=grid * grid,
+        num_image_tokens=4 * grid * grid,
+        latent_channels=transformer.in_channels,
+        image_height=pixels,
+        image_width=pixels,
+        guidance_embeds=bool(transformer.guidance_embeds or controlnet.guidance_embeds),
+    )
+
+
+def stages(
+    checkpoint: Checkpoint, model: ModelFacts, mllm_max_length: int, clip_length: int,
+    t5_length: int,
+) -> Iterator[Stage]:
+    """Every engine's stage, in the order of `ENGINES`; weights are read as stages are asked for."""
+    visual = checkpoint.visual_branch()
+    text = checkpoint.text_branch(mllm_max_length)
+    checkpoint.refuse_left_overs()
+    mask_token = visual.mask_token.data
+    places = model.num_visual_tokens
+    yield text_prefill.stage(text, mask_token, places, checkpoint.decoder)
+    yield visual_decode.stage(visual, checkpoint.decoder)
+    yield clip_text.stage(checkpoint.clip, clip_length)
+    yield t5_text.stage(checkpoint.t5, t5_length)
+    controlnet, transformer = checkpoint.controlnet, checkpoint.transformer
+    of_controlnet, of_transformer = hoist(controlnet), hoist(transformer)
+    yield conditioning.stage(
+        conditioning.Conditioning(controlnet, of_controlnet, transformer, of_transformer),
+        places,
+        model.hidden_size,
+        t5_length,
+    )
+    side = math.isqrt(model.num_image_tokens)
+    yield denoise.stage(
+        denoise.Denoise(controlnet, of_controlnet.width, transformer, t5_length, side),
+        transformer.inner_dim,
+        t5_length,
+        of_controlnet.width + of_transformer.width,
+    )
+    yield vae_decode.stage(checkpoint.vae, side)
+
+
+Progress = Callable[[str], None]

@@ -1,0 +1,208 @@
+"""`python -m export.build`: trained checkpoints -> an engine set.
+
+From a recipe, from flags, or from a recipe with flags on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bifrost_rt import backends
+from bifrost_rt import manifest as manifests
+from bifrost_rt.errors import BifrostError
+from bifrost_rt.manifest import Defaults, EngineSpec, File, Manifest, Precision
+from export import recipe as recipes
+from export.engine_set import written_aside
+from export.recipe import Recipe
+
+DEFAULT_RECIPE = Path(__file__).parent.parent / "engines" / "default.toml"
+RELEASE_MAX_LENGTH = 300
+VERSIONED = ("torch", "transformers", "diffusers", "onnx", "onnxscript", "onnxruntime")
+
+
+def build(recipe: Recipe, progress: Progress | None = None) -> Path:
+    """Build one set and return its folder.
+
+    Raises:
+        BifrostError: the checkpoint, the graph, the parity or the disk; nothing is left behind.
+    """
+    # torch and its company take seconds to import: not before the command line is understood
+    from export import assemble, graph, parity, precision, stages, text
+    from export.checkpoint import Checkpoint
+
+    say = progress or (lambda message: None)
+    driver = backends.load(recipe.backend)
+    output = Path(recipe.output)
+    say("reading the checkpoint")
+    checkpoint = Checkpoint(Path(recipe.mllm), Path(recipe.bifrost), Path(recipe.flux))
+    model = assemble.facts(checkpoint)
+    mllm_max_length = recipe.mllm_max_length or int(
+        checkpoint.bifrost_config.get("max_seq_length", RELEASE_MAX_LENGTH)
+    )
+    with written_aside(output) as folder:
+        written = text.write(checkpoint, folder, mllm_max_length, recipe.t5_max_length)
+        built: dict[str, stages.Stage] = {}
+        engines: list[EngineSpec] = []
+        report: dict[str, dict[str, Any]] = {}
+        for stage in assemble.stages(
+            checkpoint, model, mllm_max_length, written.clip.max_length, recipe.t5_max_length
+        ):
+            say(f"building {stage.name}")
+            start = time.perf_counter()
+            precision.round_weights(stage.module, recipe.precision)
+            traced = graph.to_graph(stage)
+            precision.store(traced, recipe.precision)
+            weights = precision.weight_bytes(traced)
+            files = graph.save(traced, folder / f"{stage.name}.onnx")
+            built[stage.name] = stage
+            engines.append(
+                EngineSpec(
+                    name=stage.name,
+                    graph=files[0].name,
+                    files=tuple(file.name for file in files),
+                    inputs=stage.inputs,
+                    outputs=stage.outputs,
+                    carry=stage.carry,
+                    precision=Precision(
+                        requested=recipe.precision, weights=next(iter(weights)), compute="float32"
+                    ),
+                )
+            )
+            report[stage.name] = {
+                "seconds": round(time.perf_counter() - start, 3),
+                "weight_bytes": weights,
+            }
+        manifest = Manifest(
+            format=manifests.FORMAT,
+            name=output.name,
+            backend=recipe.backend,
+            builder={
+                "bifrost-rt": importlib.metadata.version("bifrost-rt"),
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in VERSIONED},
+            },
+            model=model,
+            scheduler=checkpoint.scheduler,
+            defaults=Defaults(
+                decoding_steps=model.num_visual_tokens,
+                cfg_weight=1.0,
+                num_inference_steps=28,
+                guidance_scale=3.5,
+                controlnet_conditioning_scale=0.7,
+            ),
+            text=written,
+            dimensions=dict(stages.dimensions(mllm_max_length, recipe.max_images)),
+            engines=tuple(engines),
+            files=_files(folder),
+        )
+        say("comparing every engine with torch")
+        for name, record in parity.compare(folder, manifest, built, driver).items():
+            report[name]["parity"] = record
+        document = {
+            "recipe": dataclasses.asdict(recipe),
+            "prompts": list(parity.PROMPTS),
+            "ignored_files": checkpoint.ignored_files,
+            "engines": report,
+        }
+        (folder / "report.json").write_text(json.dumps(document, indent=1) + "\n")
+        manifest = dataclasses.replace(manifest, files=_files(folder))
+        (folder / manifests.FILENAME).write_bytes(manifest.dumps())
+        assert manifests.read(folder) == manifest
+    return output
+
+
+def _files(folder: Path) -> dict[str, File]:
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): File(path.stat().st_size, manifests.sha256(path))
+        for path in found
+    }
+
+
+class Progress:
+    """One line per step on a terminal, nothing in a pipe."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._shown = sys.stderr.isatty()
+
+    def __call__(self, message: str) -> None:
+        if self._shown:
+            print(f"{time.perf_counter() - self._start:7.1f} s  {message}", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    options = _parser().parse_args(arguments)
+    if not options.debug:
+        _quiet_libraries()
+    try:
+        folder = build(_recipe(options), Progress())
+    except BifrostError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    print(folder)
+    return 0
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    flags = {k: v for k, v in vars(options).items() if k in names and v is not None}
+    folders = {"mllm", "bifrost", "flux"}
+    if options.recipe is None and folders & flags.keys():
+        return recipes.load(flags, "command line")
+    return recipes.read(options.recipe or DEFAULT_RECIPE, flags)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export.build",
+        description="Build an engine set from trained Bifrost-1 checkpoints.",
+    )
+    parser.add_argument(
+        "recipe", nargs="?", type=Path,
+        help="a recipe (engines/*.toml); default: engines/default.toml, or none with --mllm …",
+    )
+    parser.add_argument("--mllm", metavar="DIR", help="the Qwen2.5-VL folder")
+    parser.add_argument("--bifrost", metavar="DIR", help="the trained Bifrost-1 folder")
+    parser.add_argument("--flux", metavar="DIR", help="the diffusers FLUX pipeline folder")
+    parser.add_argument("--output", metavar="DIR", help="the engine set to write")
+    parser.add_argument("--precision", metavar="NAME", help="fp32, fp16 or bf16")
+    parser.add_argument("--backend", metavar="NAME", help="onnxruntime")
+    parser.add_argument("--mllm-max-length", type=int, metavar="N", help="tokens of a chat prompt")
+    parser.add_argument("--t5-max-length", type=int, metavar="N", help="tokens of T5")
+    parser.add_argument("--max-images", type=int, metavar="N", help="images per run; no limit")
+    parser.add_argument("--debug", action="store_true", help="show the trace of an error")
+    return parser
+
+
+def _quiet_libraries() -> None:
+    """Our own messages only: the libraries warn of their own deprecations and of packages that are
+    not needed here."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,158 @@
+"""Every engine against torch, on the tensors of a real run.
+
+The runtime itself is driven, through a backend that runs each engine and, on the same inputs, the
+torch module that it was made from. So what is compared is what ships: the files of the set, on the
+values that flow between its engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+
+from bifrost_rt import pipeline, request
+from bifrost_rt.backends.base import Backend, Buffer, Engine
+from bifrost_rt.engines import Engines
+from bifrost_rt.manifest import EngineSpec, Manifest, Range
+from bifrost_rt.text import Tokenizers
+from export.errors import ParityError
+from export.stages import Stage
+
+# Long, short, beyond ASCII and with a lead-in: different lengths in one batch, and guidance on, so
+# that every input of every engine takes part.
+PROMPTS = (
+    "a photo of a red apple and a green bench",
+    "The image shows three cats sleeping on a wooden bridge over a quiet river at dusk",
+    "café 猫",
+)
+
+
+@dataclass
+class Comparison:
+    """One engine's record. Errors are absolute, over all outputs of all calls."""
+
+    max_error: float = 0.0
+    largest_value: float = 0.0
+    calls: int = 0
+
+    def passes(self, tolerance: float) -> bool:
+        """Rounding grows with the values: tolerances are absolute up to 1, relative above."""
+        return self.max_error <= tolerance * max(1.0, self.largest_value)
+
+
+def compare(
+    folder: Path, manifest: Manifest, stages: Mapping[str, Stage], driver: Backend
+) -> dict[str, dict[str, Any]]:
+    """Run the set in `folder` and compare every engine with its stage.
+
+    Returns:
+        Per engine: max_error, largest_value, tolerance, calls.
+
+    Raises:
+        ParityError: naming the engine that differs, by how much and by how much it may.
+    """
+    paired = PairedBackend(driver, stages)
+    steps = min(4, manifest.model.num_visual_tokens)
+    checked = request.check(
+        manifest, prompt=PROMPTS, seed=0, num_images_per_prompt=1, num_inference_steps=3,
+        guidance_scale=None, controlnet_conditioning_scale=None, decoding_steps=steps,
+        cfg_weight=2.0, height=None, width=None, order=None, latents=None, output_type="np",
+    )
+    engines = Engines(folder, manifest, paired)
+    try:
+        pipeline.generate(engines, Tokenizers(folder, manifest.text), manifest, checked)
+    finally:
+        engines.close()
+    report = {}
+    for name, record in paired.records.items():
+        tolerance = stages[name].tolerance
+        if not record.passes(tolerance):
+            raise ParityError(
+                f"engine `{name}`: differs from torch by {record.max_error:.3g} on values up to "
+                f"{record.largest_value:.3g}, allowed {tolerance:.3g}",
+                hint="nothing was written; please report this with the recipe and the versions",
+            )
+        report[name] = {
+            "max_error": record.max_error,
+            "largest_value": record.largest_value,
+            "tolerance": tolerance,
+            "calls": record.calls,
+        }
+    return report
+
+
+class PairedBackend:
+    """A driver beside torch. Buffers are the driver's own, which must be host memory."""
+
+    name = "paired"
+
+    def __init__(self, driver: Backend, stages: Mapping[str, Stage]) -> None:
+        self._driver = driver
+        self._stages = stages
+        self.records: dict[str, Comparison] = {}
+
+    def open(self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]) -> Engine:
+        """The driver's engine, with the stage beside it."""
+        record = self.records[spec.name] = Comparison()
+        engine = self._driver.open(folder, spec, dimensions)
+        return PairedEngine(engine, self._stages[spec.name], record)
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
+        """The driver's."""
+        return self._driver.empty(shape, dtype)
+
+    def upload(self, array: NDArray[Any]) -> Buffer:
+        """The driver's."""
+        return self._driver.upload(array)
+
+    def write(self, buffer: Buffer, array: NDArray[Any]) -> None:
+        """The driver's."""
+        self._driver.write(buffer, array)
+
+    def download(self, buffer: Buffer) -> NDArray[Any]:
+        """The driver's."""
+        return self._driver.download(buffer)
+
+
+class PairedEngine:
+    """One engine and its torch module."""
+
+    def __init__(self, engine: Engine, stage: Stage, record: Comparison) -> None:
+        self.spec = engine.spec
+        self._engine, self._stage, self._record = engine, stage, record
+
+    def bind(
+        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+    ) -> Callable[[], None]:
+        """A call that runs both and records the difference."""
+        run = self._engine.bind(inputs, outputs)
+
+        def call() -> None:
+            given = [torch.from_numpy(np.array(inputs[t.name])) for t in self._stage.inputs]
+            with torch.inference_mode():
+                wanted = self._stage.module(*given)
+            run()
+            wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+            for spec, expected in zip(self._stage.outputs, wanted, strict=True):
+                self._compare(expected, torch.from_numpy(np.asarray(outputs[spec.name])))
+
+        return call
+
+    def _compare(self, expected: torch.Tensor, found: torch.Tensor) -> None:
+        record = self._record
+        record.calls += 1
+        wide = expected.to(torch.float64)
+        error = (wide - found.to(torch.float64)).abs().max().item()
+        # NaN must not pass as small
+        record.max_error = max(record.max_error, error if error == error else float("inf"))
+        record.largest_value = max(record.largest_value, wide.abs().max().item())
+
+    def close(self) -> None:
+        """Close the driver's engine."""
+        self._engine.close()

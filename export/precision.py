@@ -1,0 +1,89 @@
+"""16-bit weights.
+
+onnxruntime's CPU provider has no 16-bit kernels for these graphs, so a 16-bit set for it stores its
+weights in 16 bit and computes in float32; the manifest says both. Rounding happens in the torch
+module, before it is traced, so parity compares the engine with exactly what it holds; the graph then
+stores without loss what fits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from export.errors import ExportError
+
+PRECISIONS: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+# Norms, biases, tokens and positional embeddings stay in float32: they are less than a thousandth
+# of the bytes and add to everything.
+ROUNDED = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)
+_IR = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
+_SMALL = 4096  # bytes; not worth a node
+
+
+def round_weights(module: nn.Module, precision: str) -> None:
+    """Round the weights of the linear, convolution and embedding layers, in place.
+
+    Raises:
+        ExportError: a weight does not fit the range of fp16.
+    """
+    dtype = PRECISIONS[precision]
+    if dtype == torch.float32:
+        return
+    for name, layer in module.named_modules():
+        if isinstance(layer, ROUNDED):
+            rounded = layer.weight.to(dtype).to(torch.float32)
+            if not torch.isfinite(rounded).all():
+                largest = layer.weight.abs().max().item()
+                raise ExportError(
+                    f"{name}.weight reaches {largest:.3g}, beyond the range of {precision}",
+                    hint="build with --precision bf16",
+                )
+            layer.weight.data = rounded
+
+
+def store(model: ir.Model, precision: str) -> None:
+    """Store in 16 bit every float32 initializer that 16 bit holds without loss, with a Cast behind
+    it."""
+    dtype = PRECISIONS[precision]
+    if dtype == torch.float32:
+        return
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.nbytes < _SMALL:
+            continue
+        exact = torch.from_numpy(np.array(tensor.numpy()))
+        half = exact.to(dtype)
+        if not torch.equal(half.to(torch.float32), exact):
+            continue
+        name = str(value.name)
+        stored = ir.Value(
+            name=f"{name}.{precision}",
+            shape=value.shape,
+            type=ir.TensorType(_IR[dtype]),
+            const_value=ir.tensor(half, name=f"{name}.{precision}"),
+        )
+        cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value}, num_outputs=1)
+        del graph.initializers[name]
+        graph.register_initializer(stored)
+        cast.outputs[0].name = name
+        cast.outputs[0].shape, cast.outputs[0].type = value.shape, value.type
+        value.replace_all_uses_with(cast.outputs[0])
+        graph.insert_before(graph[0], cast)
+
+
+def weight_bytes(model: ir.Model) -> dict[str, int]:
+    """Bytes of the initializers by dtype, read from the graph that is saved."""
+    found: dict[str, int] = {}
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            dtype = value.const_value.dtype.name.lower()
+            found[dtype] = found.get(dtype, 0) + value.const_value.nbytes
+    return {dtype: found[dtype] for dtype in sorted(found, key=lambda d: -found[d])}

@@ -1,0 +1,71 @@
+"""`visual_decode`: one step of masked decoding, with guidance and the writing of the tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bifrost_rt.manifest import TensorSpec
+from export.model.decoder import DecoderConfig
+from export.model.visual_branch import VisualBranch
+from export.stages import BRANCHES, IMAGES, STEPS, Stage
+from export.stages.text_prefill import cache_specs
+
+
+class VisualDecode(nn.Module):
+    """Predict every place, write those that this step reveals, count the step.
+
+    The schedule is data: the step reads its row of `reveal_masks`, so a loop needs nothing from the
+    host.
+    """
+
+    def __init__(self, branch: VisualBranch) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(
+        self,
+        tokens: Tensor,
+        step: Tensor,
+        text_length: Tensor,
+        reveal_masks: Tensor,
+        cfg_weight: Tensor,
+        *cache: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        branches = text_length.shape[0]
+        text_tokens = cache[0].shape[3]
+        places = torch.arange(text_tokens, device=tokens.device)
+        text_mask = places < text_length.flatten()[:, None]  # [G*B, S]
+        rows = tokens[None].expand(branches, -1, -1, -1).flatten(0, 1)  # [G*B, N, D]
+        flat = [cached.flatten(0, 1) for cached in cache]
+        pred = self.branch(rows, flat[0::2], flat[1::2], text_mask)
+        pred = pred.unflatten(0, text_length.shape)  # [G, B, N, D]
+        # With one branch the first is the last, and guidance adds an exact zero.
+        uncond, cond = pred[0], pred[-1]
+        pred = uncond + cfg_weight * (cond - uncond)
+        reveal = reveal_masks.index_select(0, step).squeeze(0)  # [B, N]
+        return torch.where(reveal[..., None], pred, tokens), step + 1
+
+
+def stage(branch: VisualBranch, c: DecoderConfig) -> Stage:
+    """tokens [B, N, D] -> tokens [B, N, D]"""
+    num_tokens = branch.learnable_pos_emb.shape[1]
+    tokens = (IMAGES, num_tokens, c.hidden_size)
+    return Stage(
+        name="visual_decode",
+        module=VisualDecode(branch),
+        inputs=(
+            TensorSpec("tokens", "float32", tokens),
+            TensorSpec("step", "int64", (1,)),
+            TensorSpec("text_length", "int64", (BRANCHES, IMAGES)),
+            TensorSpec("reveal_masks", "bool", (STEPS, IMAGES, num_tokens)),
+            TensorSpec("cfg_weight", "float32", (1,)),
+            *cache_specs(c),
+        ),
+        outputs=(
+            TensorSpec("next_tokens", "float32", tokens),
+            TensorSpec("next_step", "int64", (1,)),
+        ),
+        tolerance=1e-4,
+        carry={"next_tokens": "tokens", "next_step": "step"},
+    )
