@@ -8,6 +8,8 @@ else of diffusers' blocks is touched, so they stay exactly the stock mathematics
 
 from __future__ import annotations
 
+import math
+
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
@@ -74,17 +76,26 @@ class StepEmbedding(nn.Module):
         super().__init__()
         self.embed = network.time_text_embed
         self.guided = hasattr(self.embed, "guidance_embedder")
+        # A constant made by torch: timesteps reach 1000 and guidance 3500, so one unit in the last
+        # place of a frequency, as another library's exp rounds it, is a phase of 1e-4.
+        half = self.embed.time_proj.num_channels // 2
+        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32) / half
+        self.register_buffer("frequencies", exponent.exp())
 
     def forward(
         self, timesteps: Tensor, guidance_scale: Tensor | None, pooled_prompt_embeds: Tensor
     ) -> Tensor:
         """timesteps [T] (0…1000), guidance [1], pooled [P, E] -> [T, P, inner]"""
         embed = self.embed
-        temb = embed.timestep_embedder(embed.time_proj(timesteps))
+        temb = embed.timestep_embedder(self._sinusoids(timesteps))
         if self.guided:
             assert guidance_scale is not None
-            temb = temb + embed.guidance_embedder(embed.time_proj(guidance_scale * 1000))
+            temb = temb + embed.guidance_embedder(self._sinusoids(guidance_scale * 1000))
         return temb[:, None] + embed.text_embedder(pooled_prompt_embeds)[None]
+
+    def _sinusoids(self, x: Tensor) -> Tensor:
+        angles = x[:, None] * self.frequencies
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def rotary_table(network: Network, text_tokens: int, side: int) -> tuple[Tensor, Tensor]:
