@@ -6,6 +6,7 @@ can be compared with a score of another.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,6 +18,7 @@ from scenes.world import FAMILIES, Spec, kept_out
 
 PER_FAMILY = 50
 KEPT_OUT_PER_FAMILY = 20
+WORDINGS = 2  # at most, of one meaning: training must be left with others
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ def heldout() -> tuple[HeldOut, ...]:
     """The 300 prompts in the order of the families."""
     rng = np.random.default_rng(20250805)
     chosen: list[HeldOut] = []
+    worded: Counter[Spec] = Counter()
     for family in FAMILIES:
         seen: set[str] = set()
         quota = {True: KEPT_OUT_PER_FAMILY, False: PER_FAMILY - KEPT_OUT_PER_FAMILY}
@@ -42,8 +45,9 @@ def heldout() -> tuple[HeldOut, ...]:
             spec = any_spec(rng, family)
             prompt = caption(spec, rng)
             out = kept_out(spec)
-            if prompt not in seen and quota[out]:
+            if prompt not in seen and quota[out] and worded[spec] < WORDINGS:
                 seen.add(prompt)
+                worded[spec] += 1
                 quota[out] -= 1
                 chosen.append(HeldOut(prompt, spec, 1000 + len(chosen), out))
     return tuple(chosen)
