@@ -1,8 +1,8 @@
 """bifrost-rt: edge inference for Bifrost-1 (arXiv 2508.05954).
 
-    import bifrost_rt
-    result = bifrost_rt.Generator("engines/sets/demo").run("a red circle", seed=1)
-    result.save("out.png")
+import bifrost_rt
+result = bifrost_rt.Generator("engines/sets/demo").run("a red circle", seed=1)
+result.save("out.png")
 """
 
 from __future__ import annotations

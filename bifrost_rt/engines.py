@@ -73,7 +73,10 @@ class Loop:
     """
 
     def __init__(
-        self, backend: Backend, engine: Engine, inputs: Mapping[str, Buffer],
+        self,
+        backend: Backend,
+        engine: Engine,
+        inputs: Mapping[str, Buffer],
         timings: dict[str, float],
     ) -> None:
         carry = engine.spec.carry  # output name -> input name
@@ -93,9 +96,7 @@ class Loop:
         """One step."""
         start = time.perf_counter()
         self._call()
-        self._timings[self._name] = (
-            self._timings.get(self._name, 0.0) + time.perf_counter() - start
-        )
+        self._timings[self._name] = self._timings.get(self._name, 0.0) + time.perf_counter() - start
         self._call, self._other = self._other, self._call
         self._now, self._next = self._next, self._now
 

@@ -80,7 +80,6 @@ class ModelFacts:
     """Sizes of the model that the set was built from."""
 
     hidden_size: int
-    text_layers: int
     num_visual_tokens: int
     num_image_tokens: int
     latent_channels: int

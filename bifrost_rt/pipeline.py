@@ -72,7 +72,7 @@ def generate(
 
     # 3  Masked decoding. Steps that reveal nothing change nothing and are not run.
     masks = schedules.reveal_masks(request.order, request.decoding_steps)
-    active = masks.any(axis=(1, 2))
+    active = [bool(mask.any()) for mask in masks]
     decode = engines.loop(
         "visual_decode",
         {

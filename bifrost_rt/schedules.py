@@ -5,6 +5,7 @@ Pure functions of numpy, pinned by recorded values of the reference.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -42,7 +43,7 @@ def reveal_masks(order: NDArray[np.integer], decoding_steps: int) -> NDArray[np.
     num_tokens = order.shape[1]
     rank = np.argsort(order, axis=1)  # rank[i, place]: where the place stands in the order
     before = [num_tokens, *kept_counts(num_tokens, decoding_steps)]
-    return np.stack([(rank < a) & (rank >= b) for a, b in zip(before, before[1:], strict=False)])
+    return np.stack([(rank < a) & (rank >= b) for a, b in itertools.pairwise(before)])
 
 
 def sigmas(steps: int, image_seq_len: int, scheduler: Scheduler) -> NDArray[np.float32]:

@@ -46,9 +46,7 @@ def load(cls: type[T], data: Any, where: str = "") -> T:
         at = f"{where}.{name}" if where else name
         if name in data:
             values[name] = _value(hints[name], data[name], at)
-        elif (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        ):
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise StrictError(where, f"missing key {name!r}")
     return cls(**values)
 

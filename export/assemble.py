@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from bifrost_rt.manifest import ModelFacts
 from export.checkpoint import Checkpoint
@@ -20,16 +20,6 @@ from export.stages import (
     visual_decode,
 )
 
-ENGINES = (
-    "text_prefill",
-    "visual_decode",
-    "clip_text",
-    "t5_text",
-    "conditioning",
-    "denoise",
-    "vae_decode",
-)
-
 
 def facts(checkpoint: Checkpoint) -> ModelFacts:
     """Sizes of the model, after checking that its networks fit together.
@@ -40,22 +30,54 @@ def facts(checkpoint: Checkpoint) -> ModelFacts:
     transformer, controlnet = checkpoint.transformer.config, checkpoint.controlnet.config
     vae = checkpoint.vae.config
     pairs = (
-        ("transformer.in_channels", transformer.in_channels,
-         "4 * vae.latent_channels", 4 * vae.latent_channels),
-        ("transformer.out_channels", checkpoint.transformer.out_channels,
-         "transformer.in_channels", transformer.in_channels),
-        ("controlnet.in_channels", controlnet.in_channels,
-         "transformer.in_channels", transformer.in_channels),
-        ("controlnet's inner width", checkpoint.controlnet.inner_dim,
-         "the transformer's", checkpoint.transformer.inner_dim),
-        ("transformer.joint_attention_dim", transformer.joint_attention_dim,
-         "text_encoder_2.d_model", checkpoint.t5.config.d_model),
-        ("controlnet.joint_attention_dim", controlnet.joint_attention_dim,
-         "transformer.joint_attention_dim", transformer.joint_attention_dim),
-        ("transformer.pooled_projection_dim", transformer.pooled_projection_dim,
-         "text_encoder.hidden_size", checkpoint.clip.config.hidden_size),
-        ("controlnet.pooled_projection_dim", controlnet.pooled_projection_dim,
-         "transformer.pooled_projection_dim", transformer.pooled_projection_dim),
+        (
+            "transformer.in_channels",
+            transformer.in_channels,
+            "4 * vae.latent_channels",
+            4 * vae.latent_channels,
+        ),
+        (
+            "transformer.out_channels",
+            checkpoint.transformer.out_channels,
+            "transformer.in_channels",
+            transformer.in_channels,
+        ),
+        (
+            "controlnet.in_channels",
+            controlnet.in_channels,
+            "transformer.in_channels",
+            transformer.in_channels,
+        ),
+        (
+            "controlnet's inner width",
+            checkpoint.controlnet.inner_dim,
+            "the transformer's",
+            checkpoint.transformer.inner_dim,
+        ),
+        (
+            "transformer.joint_attention_dim",
+            transformer.joint_attention_dim,
+            "text_encoder_2.d_model",
+            checkpoint.t5.config.d_model,
+        ),
+        (
+            "controlnet.joint_attention_dim",
+            controlnet.joint_attention_dim,
+            "transformer.joint_attention_dim",
+            transformer.joint_attention_dim,
+        ),
+        (
+            "transformer.pooled_projection_dim",
+            transformer.pooled_projection_dim,
+            "text_encoder.hidden_size",
+            checkpoint.clip.config.hidden_size,
+        ),
+        (
+            "controlnet.pooled_projection_dim",
+            controlnet.pooled_projection_dim,
+            "transformer.pooled_projection_dim",
+            transformer.pooled_projection_dim,
+        ),
         ("transformer.patch_size", transformer.patch_size, "1", 1),
     )
     for name, value, other, wanted in pairs:
@@ -67,7 +89,6 @@ def facts(checkpoint: Checkpoint) -> ModelFacts:
     pixels = 4 * grid * 2 ** (len(vae.block_out_channels) - 1)
     return ModelFacts(
         hidden_size=checkpoint.decoder.hidden_size,
-        text_layers=checkpoint.decoder.num_hidden_layers,
         num_visual_tokens=grid * grid,
         num_image_tokens=4 * grid * grid,
         latent_channels=transformer.in_channels,
@@ -78,10 +99,14 @@ def facts(checkpoint: Checkpoint) -> ModelFacts:
 
 
 def stages(
-    checkpoint: Checkpoint, model: ModelFacts, mllm_max_length: int, clip_length: int,
+    checkpoint: Checkpoint,
+    model: ModelFacts,
+    mllm_max_length: int,
+    clip_length: int,
     t5_length: int,
 ) -> Iterator[Stage]:
-    """Every engine's stage, in the order of `ENGINES`; weights are read as stages are asked for."""
+    """Every engine's stage, in the order in which a run uses them; weights are read as stages are
+    asked for."""
     visual = checkpoint.visual_branch()
     text = checkpoint.text_branch(mllm_max_length)
     checkpoint.refuse_left_overs()
@@ -107,6 +132,3 @@ def stages(
         of_controlnet.width + of_transformer.width,
     )
     yield vae_decode.stage(checkpoint.vae, side)
-
-
-Progress = Callable[[str], None]

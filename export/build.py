@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ RELEASE_MAX_LENGTH = 300
 VERSIONED = ("torch", "transformers", "diffusers", "onnx", "onnxscript", "onnxruntime")
 
 
-def build(recipe: Recipe, progress: Progress | None = None) -> Path:
+def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path:
     """Build one set and return its folder.
 
     Raises:
@@ -136,6 +137,7 @@ class Progress:
         self._shown = sys.stderr.isatty()
 
     def __call__(self, message: str) -> None:
+        """Say what begins."""
         if self._shown:
             print(f"{time.perf_counter() - self._start:7.1f} s  {message}", file=sys.stderr)
 
@@ -174,7 +176,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Build an engine set from trained Bifrost-1 checkpoints.",
     )
     parser.add_argument(
-        "recipe", nargs="?", type=Path,
+        "recipe",
+        nargs="?",
+        type=Path,
         help="a recipe (engines/*.toml); default: engines/default.toml, or none with --mllm …",
     )
     parser.add_argument("--mllm", metavar="DIR", help="the Qwen2.5-VL folder")

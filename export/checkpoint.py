@@ -91,9 +91,7 @@ class Checkpoint:
     @property
     def ignored_files(self) -> list[str]:
         """Files beside the weights that were not read, for the report."""
-        return [
-            str(w.folder / name) for w in (self.trained, self.base) for name in w.ignored_files
-        ]
+        return [str(w.folder / name) for w in (self.trained, self.base) for name in w.ignored_files]
 
     @cached_property
     def num_visual_tokens(self) -> int:
@@ -136,10 +134,7 @@ class Checkpoint:
         refuse_unused(
             self.trained,
             "bifrost",
-            [
-                *BIFROST_UNUSED,
-                *(f"vision_language_model.model.{n}" for n in _unused_text_parameters(self.decoder)),
-            ],
+            [*BIFROST_UNUSED, *_unused_text_parameters(self.decoder)],
         )
 
     @cached_property
@@ -292,16 +287,11 @@ def _base_prefix(weights: Weights) -> str:
 
 
 def _unused_text_parameters(config: DecoderConfig) -> list[str]:
-    last = f"layers.{config.num_hidden_layers - 1}."
-    return ["norm."] + [
-        last + name
-        for name in (
-            "self_attn.q_proj.",
-            "self_attn.o_proj.",
-            "mlp.",
-            "post_attention_layernorm.",
-        )
-    ]
+    """Of the last layer only K and V are needed, and neither final norm nor head."""
+    model = "vision_language_model.model."
+    last = f"{model}layers.{config.num_hidden_layers - 1}."
+    parts = ("self_attn.q_proj.", "self_attn.o_proj.", "mlp.", "post_attention_layernorm.")
+    return [f"{model}norm.", *(last + part for part in parts)]
 
 
 def _on_meta(build: Callable[[], M]) -> M:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 import warnings
 from pathlib import Path
 
@@ -21,13 +23,21 @@ OPSET = 23  # the first with Attention and RMSNormalization, the last that all c
 EXAMPLE_SIZES = {IMAGES: 3, PROMPTS: 4, TEXTS: 5, BRANCHES: 2, TEXT_TOKENS: 7, STEPS: 6}
 
 
-def to_graph(stage: Stage) -> ir.Model:
+# One line per torchvision operator that is not there; no stage has one.
+logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+
+
+def to_graph(stage: Stage, *, weights: bool = True) -> ir.Model:
     """Trace and optimise one stage.
+
+    Args:
+        weights: False for a module on the meta device, whose graph is wanted for its shape alone.
 
     Raises:
         ExportError: torch cannot trace it, or the graph's door is not the stage's.
     """
-    inputs = [_example(spec) for spec in stage.inputs]
+    device = "cpu" if weights else "meta"
+    inputs = [_example(spec).to(device) for spec in stage.inputs]
     dynamic = [
         {i: torch.export.Dim.DYNAMIC for i, d in enumerate(spec.shape) if isinstance(d, str)}
         for spec in stage.inputs
@@ -36,7 +46,7 @@ def to_graph(stage: Stage) -> ir.Model:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                stage.module,
+                stage.module if weights else stage.module.to(device),
                 tuple(inputs),
                 input_names=[spec.name for spec in stage.inputs],
                 output_names=[spec.name for spec in stage.outputs],
@@ -44,6 +54,7 @@ def to_graph(stage: Stage) -> ir.Model:
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
+                optimize=weights,  # folds constants, for which it must have them
             )
     except Exception as error:  # torch.onnx wraps failures in many types
         raise ExportError(f"stage `{stage.name}`: torch could not trace it: {error}") from error
@@ -83,8 +94,6 @@ def _example(spec: TensorSpec) -> torch.Tensor:
 
 def _like_signature(stage: Stage, dynamic: list[dict[int, object]]) -> object:
     """`dynamic_shapes` has the structure of the call: a variadic tail is one tuple."""
-    import inspect
-
     parameters = inspect.signature(stage.module.forward).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         fixed = len(parameters) - 1
@@ -103,10 +112,14 @@ def _name_symbols(model: ir.Model, stage: Stage) -> None:
         if value.shape is not None:
             value.shape = ir.Shape(
                 [
-                    names.get(str(d.value), d.value) if isinstance(d, ir.SymbolicDim) else d
+                    _renamed(str(d.value), names) if isinstance(d, ir.SymbolicDim) else d
                     for d in value.shape
                 ]
             )
+
+
+def _renamed(expression: str, names: dict[str, str]) -> str:
+    return re.sub(r"[A-Za-z_]\w*", lambda match: names.get(match[0], match[0]), expression)
 
 
 def _inner_values(model: ir.Model) -> list[ir.Value]:
@@ -123,7 +136,6 @@ def _strip_metadata(model: ir.Model) -> None:
         node.doc_string = None
     for value in [*model.graph.inputs, *model.graph.initializers.values(), *_inner_values(model)]:
         value.metadata_props.clear()
-    logging.getLogger(__name__).debug("stripped metadata")
 
 
 def _check_door(model: ir.Model, stage: Stage) -> None:

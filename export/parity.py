@@ -60,9 +60,20 @@ def compare(
     paired = PairedBackend(driver, stages)
     steps = min(4, manifest.model.num_visual_tokens)
     checked = request.check(
-        manifest, prompt=PROMPTS, seed=0, num_images_per_prompt=1, num_inference_steps=3,
-        guidance_scale=None, controlnet_conditioning_scale=None, decoding_steps=steps,
-        cfg_weight=2.0, height=None, width=None, order=None, latents=None, output_type="np",
+        manifest,
+        prompt=PROMPTS,
+        seed=0,
+        num_images_per_prompt=1,
+        num_inference_steps=3,
+        guidance_scale=None,
+        controlnet_conditioning_scale=None,
+        decoding_steps=steps,
+        cfg_weight=2.0,
+        height=None,
+        width=None,
+        order=None,
+        latents=None,
+        output_type="np",
     )
     engines = Engines(folder, manifest, paired)
     try:

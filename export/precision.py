@@ -1,9 +1,9 @@
 """16-bit weights.
 
-onnxruntime's CPU provider has no 16-bit kernels for these graphs, so a 16-bit set for it stores its
-weights in 16 bit and computes in float32; the manifest says both. Rounding happens in the torch
-module, before it is traced, so parity compares the engine with exactly what it holds; the graph then
-stores without loss what fits.
+onnxruntime's CPU provider has no 16-bit kernels for these graphs, so a 16-bit set for it stores
+its weights in 16 bit and computes in float32; the manifest says both. Rounding happens in the torch
+module, before it is traced, so parity compares the engine with exactly what it holds; the graph
+then stores without loss what fits.
 """
 
 from __future__ import annotations
@@ -84,6 +84,6 @@ def weight_bytes(model: ir.Model) -> dict[str, int]:
     found: dict[str, int] = {}
     for value in model.graph.initializers.values():
         if value.const_value is not None:
-            dtype = value.const_value.dtype.name.lower()
+            dtype = value.const_value.dtype.numpy().name
             found[dtype] = found.get(dtype, 0) + value.const_value.nbytes
     return {dtype: found[dtype] for dtype in sorted(found, key=lambda d: -found[d])}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from bifrost_rt import strict
@@ -76,8 +76,3 @@ def load(data: dict[str, object], where: str) -> Recipe:
         raise RecipeError(f"{where}: {error}") from None
     except RecipeError as error:
         raise RecipeError(f"{where}: {error.message}", hint=error.hint) from None
-
-
-def with_precision(recipe: Recipe, precision: str) -> Recipe:
-    """The same recipe at another precision."""
-    return replace(recipe, precision=precision)

@@ -85,8 +85,7 @@ class Weights:
         entry = self.entries[name]
         if entry.dtype not in FLOATS:
             raise CheckpointError(
-                f"{entry.file}: tensor {name} is {entry.dtype}, expected "
-                + ", ".join(FLOATS)
+                f"{entry.file}: tensor {name} is {entry.dtype}, expected " + ", ".join(FLOATS)
             )
         with safe_open(entry.file, framework="pt") as stream:
             tensor: Tensor = stream.get_tensor(name).to(torch.float32)
@@ -131,18 +130,18 @@ def _sharded(folder: Path, index: Path) -> dict[str, Entry]:
                 hint="copy or download the missing shard",
             )
         entries |= _entries(folder / shard)
-    if lost := sorted(n for n, f in weight_map.items() if getattr(entries.get(n), "file", None)
-                      != folder / f):
+    if lost := sorted(
+        n for n, f in weight_map.items() if getattr(entries.get(n), "file", None) != folder / f
+    ):
         raise CheckpointError(f"{index}: not in the shard that it names: {_listed(lost)}")
     if extra := sorted(entries.keys() - weight_map.keys()):
-        raise CheckpointError(f"{index}: shards hold tensors that it does not list: "
-                              f"{_listed(extra)}")
+        raise CheckpointError(
+            f"{index}: shards hold tensors that it does not list: {_listed(extra)}"
+        )
     return entries
 
 
-def fill(
-    module: nn.Module, what: str, find: Callable[[str], tuple[Weights, str]]
-) -> None:
+def fill(module: nn.Module, what: str, find: Callable[[str], tuple[Weights, str]]) -> None:
     """Give a module on the meta device its weights, tensor by tensor, in float32.
 
     Args:

@@ -22,10 +22,12 @@ class Buffer(Protocol):
     """A tensor in a driver's memory; a numpy array where that is host memory."""
 
     @property
-    def dtype(self) -> np.dtype[Any]: ...
+    def dtype(self) -> np.dtype[Any]:
+        """Element type."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Sizes."""
 
 
 class Engine(Protocol):

@@ -99,7 +99,5 @@ class OnnxRuntimeEngine:
         self._session = None
 
 
-def _run(
-    session: ort.InferenceSession, binding: ort.IOBinding, held: list[NDArray[Any]]
-) -> None:
+def _run(session: ort.InferenceSession, binding: ort.IOBinding, held: list[NDArray[Any]]) -> None:
     session.run_with_iobinding(binding)

@@ -23,9 +23,7 @@ class VisualBranch(nn.Module):
         super().__init__()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.learnable_pos_emb = nn.Parameter(torch.zeros(1, num_tokens, config.hidden_size))
-        self.layers = nn.ModuleList(
-            DecoderLayer(config) for _ in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.vision_head = nn.Linear(config.hidden_size, config.hidden_size)
 

@@ -1,4 +1,4 @@
-"""One file per engine: the module that becomes the graph, the tensors at its door, its tolerance."""
+"""One file per engine: the module that becomes the graph, its tensors, its tolerance."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ class Stage:
         module: called with the inputs in order, returns the outputs in order.
         carry: output -> the input that it becomes in the loop's next step.
         tolerance: largest absolute difference to torch in float32, on real inputs.
-        watch: a tensor inside the graph that parity compares in place of a rounded output.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""`conditioning`: everything about an image that no denoising step changes, for all steps at once."""
+"""`conditioning`: all that no denoising step changes, for all steps at once."""
 
 from __future__ import annotations
 

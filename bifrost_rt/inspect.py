@@ -1,0 +1,77 @@
+"""A manifest as a person wants to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bifrost_rt.manifest import EngineSpec, Manifest, Range, TensorSpec
+
+
+def describe(manifest: Manifest) -> str:
+    """Several lines of text: the model, the defaults, the engines and their tensors."""
+    m, d = manifest.model, manifest.defaults
+    total = sum(file.size for file in manifest.files.values())
+    lines = [
+        f"{manifest.name}: Bifrost-1 engine set for {manifest.backend}, {_bytes(total)}",
+        "",
+        f"  picture    {m.image_width}x{m.image_height} px, {m.num_image_tokens} image tokens",
+        f"  latents    {m.num_visual_tokens} visual tokens of width {m.hidden_size}",
+        f"  prompt     up to {manifest.text.mllm.max_length} tokens (MLLM), "
+        f"{manifest.text.t5.max_length} (T5), {manifest.text.clip.max_length} (CLIP)",
+        f"  defaults   {d.decoding_steps} decoding steps, {d.num_inference_steps} denoising steps, "
+        f"cfg {d.cfg_weight:g}, ControlNet {d.controlnet_conditioning_scale:g}, "
+        + (f"guidance {d.guidance_scale:g}" if m.guidance_embeds else "no guidance embedding"),
+        "  built by   " + ", ".join(f"{k} {v}" for k, v in manifest.builder.items()),
+        "  sizes      " + ", ".join(f"{n} {_range(r)}" for n, r in manifest.dimensions.items()),
+        "",
+    ]
+    rows = [("engine", "size", "asked", "weights", "computes in")]
+    rows += [
+        (
+            e.name,
+            _bytes(_size(manifest, e)),
+            e.precision.requested,
+            e.precision.weights,
+            e.precision.compute,
+        )
+        for e in manifest.engines
+    ]
+    lines += _table(rows)
+    for engine in manifest.engines:
+        lines += ["", engine.name]
+        for arrow, tensors in (("<-", engine.inputs), ("->", engine.outputs)):
+            lines += [f"  {arrow} {text}" for text in _tensors(tensors)]
+    return "\n".join(lines)
+
+
+def _tensors(tensors: Sequence[TensorSpec]) -> list[str]:
+    """One line per tensor; a numbered family (the K/V cache) is one line."""
+    families: dict[tuple[str, str], list[str]] = {}
+    for tensor in tensors:
+        stem, _, number = tensor.name.rpartition(".")
+        key = (stem, str(tensor)) if number.isdigit() else (tensor.name, str(tensor))
+        families.setdefault(key, []).append(tensor.name)
+    return [
+        f"{names[0] if len(names) == 1 else f'{stem}.0 … {names[-1]}'}: {spec}"
+        for (stem, spec), names in families.items()
+    ]
+
+
+def _size(manifest: Manifest, engine: EngineSpec) -> int:
+    return sum(manifest.files[name].size for name in engine.files)
+
+
+def _range(bounds: Range) -> str:
+    return f"{bounds.min}…{'any' if bounds.max is None else bounds.max}"
+
+
+def _bytes(size: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} B"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [("  " + "  ".join(map(str.ljust, row, widths))).rstrip() for row in rows]

@@ -1,0 +1,85 @@
+"""What tests share: the golden data, and a set built from its checkpoint once per run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+ALPHA = Path(__file__).parent / "golden" / "alpha"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recorded run of the official implementation."""
+
+    name: str
+    facts: dict[str, Any]
+    tensors: dict[str, NDArray[Any]]
+
+    def request(self) -> dict[str, Any]:
+        """The arguments of `Generator.run` that repeat it."""
+        f = self.facts
+        return {
+            "prompt": f["prompts"],
+            "order": self.tensors["mllm.orders"],
+            "latents": self.tensors["flux.latents_init"],
+            "decoding_steps": f["num_iter"],
+            "cfg_weight": f["cfg"],
+            "num_inference_steps": f["num_inference_steps"],
+            "guidance_scale": f["guidance_scale"],
+            "controlnet_conditioning_scale": f["controlnet_conditioning_scale"],
+        }
+
+
+CASES = [f"case_{i:02d}" for i in range(8)]
+
+
+def load_case(name: str) -> Case:
+    from safetensors.numpy import load_file
+
+    cases = json.loads((ALPHA / "cases.json").read_text())["cases"]
+    facts = next(c for c in cases if c["file"] == f"{name}.safetensors")
+    return Case(name, facts, load_file(ALPHA / f"{name}.safetensors"))
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return load_case(request.param)
+
+
+@pytest.fixture(scope="session")
+def alpha_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden checkpoint at fp32, built as a user builds it."""
+    from export.build import build
+
+    output = tmp_path_factory.mktemp("sets") / "alpha"
+    return build(alpha_recipe(output), None)
+
+
+def alpha_recipe(output: Path, **changes: Any) -> Any:
+    from export.recipe import Recipe
+
+    folders = {name: str(ALPHA / name) for name in ("mllm", "bifrost", "flux")}
+    lengths = {"mllm_max_length": 48, "t5_max_length": 32}
+    return Recipe(**{**folders, **lengths, "output": str(output), **changes})
+
+
+@pytest.fixture(scope="session")
+def generator(alpha_set: Path) -> Iterator[Any]:
+    from bifrost_rt import Generator
+
+    with Generator(alpha_set) as opened:
+        yield opened
+
+
+def difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Largest absolute difference, in float64. Shapes must agree: nothing is broadcast."""
+    assert found.shape == expected.shape
+    return float(np.abs(found.astype(np.float64) - expected.astype(np.float64)).max())

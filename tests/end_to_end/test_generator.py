@@ -1,0 +1,190 @@
+"""What users rely on beyond parity: seeds, batches, callbacks, output types, timings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bifrost_rt import Generator, RequestError, RequestTypeError
+
+FEW = {"num_inference_steps": 2, "decoding_steps": 4}
+
+
+def run(generator: Generator, prompt: Any = "a red circle", **changes: Any) -> Any:
+    return generator.run(prompt, **{"seed": 5, **FEW, **changes})
+
+
+def test_the_same_seed_gives_the_same_bits(generator: Generator) -> None:
+    first, second = run(generator, output_type="np"), run(generator, output_type="np")
+    assert first.seed == second.seed == 5
+    assert np.array_equal(first.images, second.images)
+    assert np.array_equal(first.tokens, second.tokens)
+    assert np.array_equal(first.latents, second.latents)
+
+
+def test_another_seed_gives_another_picture(generator: Generator) -> None:
+    assert not np.array_equal(run(generator).latents, run(generator, seed=6).latents)
+
+
+def test_a_drawn_seed_repeats_the_picture(generator: Generator) -> None:
+    drawn = run(generator, seed=None)
+    assert np.array_equal(run(generator, seed=drawn.seed).latents, drawn.latents)
+
+
+def test_an_image_does_not_depend_on_its_batch(generator: Generator) -> None:
+    """Same noise and order; arithmetic may round differently in another batch size."""
+    alone = run(generator)
+    together = run(generator, num_images_per_prompt=3)
+    assert together.latents.shape[0] == 3
+    np.testing.assert_allclose(together.latents[0], alone.latents[0], atol=1e-4)
+
+
+def test_prompts_of_different_lengths_in_one_batch(generator: Generator) -> None:
+    prompts = ["a cow", "a photo of four purple suitcases below a tiny white refrigerator", ""]
+    for cfg_weight in (1.0, 3.0):
+        seeds = run(generator, prompts, cfg_weight=cfg_weight)
+        for i, prompt in enumerate(prompts):
+            alone = run(
+                generator,
+                prompt,
+                cfg_weight=cfg_weight,
+                order=_orders(generator, 5, 3)[i : i + 1],
+                latents=_noise(generator, 5, 3)[i : i + 1],
+            )
+            np.testing.assert_allclose(seeds.tokens[i], alone.tokens[0], atol=1e-4)
+            np.testing.assert_allclose(seeds.latents[i], alone.latents[0], atol=1e-4)
+
+
+def _orders(generator: Generator, seed: int, n: int) -> np.ndarray:
+    from bifrost_rt.schedules import random_orders
+
+    return random_orders(seed, n, generator.manifest.model.num_visual_tokens)
+
+
+def _noise(generator: Generator, seed: int, n: int) -> np.ndarray:
+    from bifrost_rt.schedules import random_latents
+
+    model = generator.manifest.model
+    return random_latents(seed, n, (model.num_image_tokens, model.latent_channels))
+
+
+def test_repeated_prompts_are_images_of_their_own(generator: Generator) -> None:
+    result = run(generator, ["a cow", "a cow"], num_images_per_prompt=2)
+    assert len(result.images) == 4
+    assert len({image.tobytes() for image in result.images}) == 4
+
+
+@pytest.mark.parametrize("decoding_steps", [1, 2, 15, 16, 17, 40])
+def test_any_number_of_decoding_steps(generator: Generator, decoding_steps: int) -> None:
+    calls = []
+    run(
+        generator,
+        decoding_steps=decoding_steps,
+        callback_on_step_end=lambda g, step, t, tensors: calls.append(next(iter(tensors))),
+    )
+    assert calls == ["tokens"] * decoding_steps + ["latents"] * 2
+
+
+def test_output_types(generator: Generator) -> None:
+    assert isinstance(run(generator).image, Image.Image)
+    pixels = run(generator, output_type="np").images
+    assert (pixels.dtype, pixels.shape) == (np.uint8, (1, 128, 128, 3))
+    latent = run(generator, output_type="latent")
+    assert np.array_equal(latent.images, latent.latents)
+    assert "vae_decode" not in latent.timings
+
+
+def test_timings_name_every_engine(generator: Generator) -> None:
+    timings = run(generator).timings
+    engines = {spec.name for spec in generator.manifest.engines}
+    assert timings.keys() == engines | {"total"}
+    assert all(seconds > 0 for seconds in timings.values())
+    assert sum(timings[name] for name in engines) <= timings["total"]
+
+
+def test_cfg_1_does_not_compute_the_unconditional_half(generator: Generator) -> None:
+    """Guidance whose two halves are the same text changes nothing, and cfg 1 never asks for it."""
+    plain, guided = run(generator, ""), run(generator, "", cfg_weight=3.0)
+    np.testing.assert_allclose(plain.tokens, guided.tokens, atol=1e-5)
+    rows = []
+    original = generator._engines.run
+
+    def watch(name: str, inputs: dict[str, Any], timings: dict[str, float]) -> Any:
+        if name == "text_prefill":
+            rows.append(inputs["text_index"].shape)
+        return original(name, inputs, timings)
+
+    generator._engines.run = watch
+    try:
+        run(generator, "a cow")
+        run(generator, "a cow", cfg_weight=3.0)
+    finally:
+        del generator._engines.run
+    assert rows == [(1, 1), (2, 1)]
+
+
+def test_a_callback_can_replace_what_the_loop_carries(generator: Generator) -> None:
+    def zero(g: Any, step: int, timestep: float | None, tensors: dict[str, Any]) -> Any:
+        return {"tokens": np.zeros_like(tensors["tokens"])} if "tokens" in tensors else None
+
+    assert not run(generator, callback_on_step_end=zero).tokens.any()
+
+
+def test_a_callback_that_raises_leaves_the_generator_usable(generator: Generator) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    expected = run(generator).latents
+    with pytest.raises(KeyboardInterrupt):
+        run(generator, callback_on_step_end=stop)
+    assert np.array_equal(run(generator).latents, expected)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error"),
+    [
+        (3, RequestTypeError),
+        ({"latents": 0}, RequestError),
+        ({"tokens": np.zeros((1, 2, 3))}, RequestError),
+    ],
+)
+def test_a_callback_that_returns_nonsense(
+    generator: Generator, returned: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match="callback_on_step_end"):
+        run(generator, callback_on_step_end=lambda *_: returned)
+
+
+def test_special_tokens_in_a_prompt_are_ordinary_text(generator: Generator) -> None:
+    """Otherwise the reader of the K/V cache would meet an image or a turn that nobody opened."""
+    special = {600, 601, 602, 609, 610, 611, 612, 613, 614, 615}
+    prefix = generator.manifest.text.mllm.prefix_ids
+    postfix = generator.manifest.text.mllm.postfix_ids
+    for text in (
+        "<|image_pad|>",
+        "a <|vision_start|> b",
+        "<|im_end|>\n<|im_start|>",
+        "<tool_call>",
+    ):
+        ids = generator._tokenizers.mllm_prompt(text)
+        assert not special & set(ids[len(prefix) : -len(postfix)])
+    run(generator, "<|im_end|><|image_pad|>")
+
+
+def test_save_numbers_several_pictures(generator: Generator, tmp_path: Path) -> None:
+    result = run(generator, num_images_per_prompt=2)
+    assert [p.name for p in result.save(tmp_path / "a.png")] == ["a-0.png", "a-1.png"]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a-1.png")), result.images[1])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-0.png", "a-1.png"]
+
+
+def test_save_refuses_what_it_cannot_write(generator: Generator, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="not a picture format"):
+        run(generator).save(tmp_path / "a.xyz")
+    with pytest.raises(RequestError, match="no pixels"):
+        run(generator, output_type="latent").save(tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,41 @@
+"""From the prompt to the picture, against the official implementation's recordings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bifrost_rt import Generator
+from tests.conftest import Case, difference
+
+TOLERANCE = 1e-4
+
+
+def test_tokens_latents_and_picture_are_those_of_the_reference(
+    case: Case, generator: Generator
+) -> None:
+    tokens, latents = [], []
+
+    def keep(
+        generator: Generator, step: int, timestep: float | None, tensors: dict[str, Any]
+    ) -> None:
+        assert step == len(tokens if "tokens" in tensors else latents)
+        if "tokens" in tensors:
+            assert timestep is None
+            tokens.append(tensors["tokens"])
+        else:
+            assert timestep == pytest.approx(case.tensors["flux.timesteps"][step])
+            latents.append(tensors["latents"])
+
+    result = generator.run(**case.request(), callback_on_step_end=keep)
+
+    expected = case.tensors
+    assert difference(np.stack(tokens), expected["mllm.tokens_steps"]) < TOLERANCE
+    assert difference(np.stack(latents), expected["flux.latents_steps"]) < TOLERANCE
+    assert difference(result.tokens, expected["mllm.tokens_final"]) < TOLERANCE
+    assert difference(result.latents, expected["flux.latents_steps"][-1]) < TOLERANCE
+    pixels = np.stack([np.asarray(image) for image in result.images])
+    assert pixels.dtype == np.uint8
+    assert difference(pixels, expected["flux.image_u8"]) <= 1

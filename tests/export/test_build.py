@@ -1,0 +1,267 @@
+"""Building: recipes, flags, precision, and what an interrupted or refused build leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from bifrost_rt import Generator, manifest
+from export import build, recipe
+from export.engine_set import written_aside
+from export.errors import BuildError, CheckpointError, ExportError, RecipeError
+from tests.conftest import ALPHA, alpha_recipe, difference, load_case
+
+FLAGS = [
+    *("--mllm", str(ALPHA / "mllm"), "--bifrost", str(ALPHA / "bifrost")),
+    *("--flux", str(ALPHA / "flux"), "--mllm-max-length", "48", "--t5-max-length", "32"),
+]
+
+
+def test_the_report_holds_every_engines_parity(alpha_set: Path) -> None:
+    report = json.loads((alpha_set / "report.json").read_text())
+    facts = manifest.read(alpha_set)
+    assert report["engines"].keys() == {spec.name for spec in facts.engines}
+    for engine in report["engines"].values():
+        parity = engine["parity"]
+        assert parity["calls"] > 0
+        assert parity["max_error"] <= parity["tolerance"] * max(1, parity["largest_value"])
+
+
+def test_graphs_are_opset_23_and_tell_nothing_of_the_machine(alpha_set: Path) -> None:
+    for path in sorted(alpha_set.glob("*.onnx")):
+        model = onnx.load(path, load_external_data=False)
+        assert {i.domain: i.version for i in model.opset_import}[""] == 23
+        assert str(Path.home()).encode() not in path.read_bytes()
+        assert b".py" not in path.read_bytes()
+        onnx.checker.check_model(str(path), full_check=True)
+
+
+def test_every_file_of_the_set_is_in_the_manifest(alpha_set: Path) -> None:
+    files = {p.relative_to(alpha_set).as_posix() for p in alpha_set.rglob("*") if p.is_file()}
+    assert files == {*manifest.read(alpha_set).files, "manifest.json"}
+
+
+@pytest.fixture(scope="module", params=["bf16", "fp16"])
+def half_set(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("half") / request.param
+    return build.build(alpha_recipe(output, precision=request.param))
+
+
+def test_16_bit_weights_are_half_the_bytes_and_close(half_set: Path, alpha_set: Path) -> None:
+    names = {"bf16": "bfloat16", "fp16": "float16"}
+    for spec in manifest.read(half_set).engines:
+        assert spec.precision.requested == half_set.name
+        assert spec.precision.weights == names[half_set.name]
+        assert spec.precision.compute == "float32"
+    data = [sum(p.stat().st_size for p in s.glob("*.data")) for s in (half_set, alpha_set)]
+    assert data[0] < 0.6 * data[1]  # biases, norms and rotary tables stay
+    case = load_case("case_01")
+    with Generator(half_set) as generator:
+        result = generator.run(**case.request(), output_type="np")
+    # bfloat16 has 8 bits of mantissa; through all networks a few percent remain
+    scale = float(np.abs(case.tensors["mllm.tokens_final"]).max())
+    error = difference(result.tokens, case.tensors["mllm.tokens_final"])
+    assert 0 < error < 0.05 * scale
+    mean = np.abs(result.images.astype(int) - case.tensors["flux.image_u8"]).mean()
+    assert mean < 4
+
+
+def test_fp16_refuses_what_it_cannot_hold() -> None:
+    import torch
+
+    from export.precision import round_weights
+
+    layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    layer[0].weight.data[0, 0] = 1e6
+    with pytest.raises(ExportError, match=r"0.weight reaches 1e\+06, beyond the range of fp16"):
+        round_weights(layer, "fp16")
+
+
+def test_a_recipe_with_flags_on_top(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('mllm = "m"\nbifrost = "b"\nflux = "f"\noutput = "o"\nprecision = "bf16"\n')
+    read = recipe.read(path, {"precision": "fp16"})
+    assert read.mllm == str(tmp_path / "m")
+    assert read.precision == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('presicion = "fp32"', r"unknown key 'presicion' \(did you mean 'precision'\?\)"),
+        ('precision = "fp31"', r"precision 'fp31' is unknown \(did you mean 'fp32'\?\)"),
+        ('backend = "onnx"', r"backend 'onnx' is unknown"),
+        ("t5_max_length = 0", "t5_max_length must be at least 1"),
+        ('t5_max_length = "9"', "t5_max_length: expected int, found str"),
+        ("t5_max_length = ", "not TOML"),
+    ],
+)
+def test_a_recipe_that_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(f'mllm = "m"\nbifrost = "b"\nflux = "f"\noutput = "o"\n{text}\n')
+    with pytest.raises(RecipeError, match=message):
+        recipe.read(path, {})
+
+
+def test_a_recipe_that_lacks_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('mllm = "m"\n')
+    with pytest.raises(RecipeError, match="missing key 'bifrost'"):
+        recipe.read(path, {})
+
+
+def test_a_length_that_does_not_hold_the_template(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not hold the chat template"):
+        build.build(alpha_recipe(tmp_path / "set", mllm_max_length=20))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_prints_one_line_and_a_hint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = build.main(["--mllm", "nowhere", "--bifrost", "b", "--flux", "f", "--output", "o"])
+    assert status == 1
+    assert capsys.readouterr().err == (
+        "error: b/config.json: cannot be read: No such file or directory\n"
+    )
+    assert build.main(["--mllm", "m"]) == 1
+    assert "missing key 'bifrost'" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_set_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with (
+        pytest.raises(BuildError, match="is not an engine set; it will not be overwritten"),
+        written_aside(tmp_path),
+    ):
+        pass
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Path:
+    """A set that was there before."""
+    output = tmp_path / "set"
+    output.mkdir()
+    (output / "manifest.json").write_text("older")
+    return output
+
+
+def untouched(older: Path) -> bool:
+    alone = [p.name for p in older.parent.iterdir()] == ["set"]
+    return alone and (older / "manifest.json").read_text() == "older"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(), RuntimeError("bug")])
+def test_an_interrupted_build_leaves_the_older_set(older: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), written_aside(older) as folder:
+        (folder / "manifest.json").write_text("newer")
+        raise error
+    assert untouched(older)
+
+
+def test_a_full_disk_is_said_and_leaves_the_older_set(older: Path) -> None:
+    with pytest.raises(BuildError, match="the disk is full"), written_aside(older) as folder:
+        (folder / "a").write_text("x")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert untouched(older)
+
+
+def test_a_finished_build_takes_the_place_of_the_older_set(older: Path) -> None:
+    with written_aside(older) as folder:
+        (folder / "manifest.json").write_text("newer")
+    assert (older / "manifest.json").read_text() == "newer"
+    assert [p.name for p in older.parent.iterdir()] == ["set"]
+
+
+def test_what_killed_builds_left_is_cleaned_up_by_the_next(older: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (older.parent / f".set.{ended.pid}.partial").mkdir()
+    older.rename(older.parent / ".set.previous")  # killed between two renames
+    with pytest.raises(KeyboardInterrupt), written_aside(older):
+        assert older.exists()
+        raise KeyboardInterrupt
+    assert untouched(older)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_real_build_that_is_signalled_leaves_nothing(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    output = tmp_path / "set"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "export.build", *FLAGS, "--output", str(output)],
+        cwd=Path(__file__).parents[2],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".set.*.partial/*.onnx")):  # one engine is written
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "interrupted; nothing was written\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_tokenizers_of_other_dialects_give_the_same_ids(tmp_path: Path) -> None:
+    """Vocabulary and merges alone, merges as strings, a tokenizer.json with padding of its own, the
+    template in a file of its own."""
+    from bifrost_rt.text import Tokenizers
+    from export import text
+    from export.checkpoint import Checkpoint
+
+    for name in ("mllm", "bifrost", "flux"):
+        shutil.copytree(ALPHA / name, tmp_path / name)
+    path = tmp_path / "mllm" / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["model"]["merges"] = [" ".join(pair) for pair in document["model"]["merges"]]
+    document["padding"] = {
+        "strategy": {"Fixed": 99},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 600,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
+    document["truncation"] = {
+        "direction": "Right",
+        "max_length": 5,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    path.write_text(json.dumps(document))
+    template = tmp_path / "mllm" / "chat_template.json"
+    (tmp_path / "mllm" / "chat_template.jinja").write_text(
+        json.loads(template.read_text())["chat_template"]
+    )
+    template.unlink()
+    (tmp_path / "flux" / "tokenizer_2" / "tokenizer.json").unlink()  # leaves spiece.model
+    checkpoint = Checkpoint(*(tmp_path / name for name in ("mllm", "bifrost", "flux")))
+    (tmp_path / "set").mkdir()
+    facts = text.write(checkpoint, tmp_path / "set", 48, 32)
+    tokenizers = Tokenizers(tmp_path / "set", facts)
+    for case in json.loads((ALPHA / "tokenizer_cases.json").read_text()):
+        assert tokenizers.mllm_raw(case["text"]) == case["qwen"]
+        assert tokenizers.clip([case["text"]]).tolist() == [case["clip77"]]
+        assert tokenizers.t5([case["text"]]).tolist() == [case["t5"]]
+    golden = load_case("case_06")
+    assert (
+        tokenizers.mllm_prompt(golden.facts["prompts"][0])
+        == golden.tensors["mllm.text_ids.1"].tolist()
+    )

@@ -1,0 +1,95 @@
+"""Requests that cannot be served get one clear error, before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bifrost_rt import RequestError, RequestTypeError, manifest, request
+from bifrost_rt.manifest import Manifest
+
+NOTHING = dict.fromkeys(
+    (
+        "seed",
+        "num_inference_steps",
+        "guidance_scale",
+        "controlnet_conditioning_scale",
+        "decoding_steps",
+        "cfg_weight",
+        "height",
+        "width",
+        "order",
+        "latents",
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def facts(alpha_set: Path) -> Manifest:
+    return manifest.read(alpha_set)
+
+
+def check(facts: Manifest, **changes: Any) -> request.Request:
+    given = {**NOTHING, "prompt": "a", "num_images_per_prompt": 1, "output_type": "pil", **changes}
+    return request.check(facts, **given)
+
+
+def test_defaults_are_the_sets(facts: Manifest) -> None:
+    checked = check(facts)
+    assert checked.num_inference_steps == 28
+    assert checked.decoding_steps == 16
+    assert (checked.guidance_scale, checked.controlnet_conditioning_scale) == (3.5, 0.7)
+    assert checked.cfg_weight == 1.0
+
+
+def test_images_come_prompt_by_prompt(facts: Manifest) -> None:
+    checked = check(facts, prompt=["a", "b", "a"], num_images_per_prompt=2)
+    assert checked.prompts == ("a", "b")
+    assert checked.prompt_index.tolist() == [0, 0, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("prompt", [None, 3, b"a", {"a": 1}, ["a", None], [["a"]], [b"a"]])
+def test_a_prompt_that_is_not_text(facts: Manifest, prompt: Any) -> None:
+    with pytest.raises(RequestTypeError, match="prompt"):
+        check(facts, prompt=prompt)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": []}, "empty list"),
+        ({"prompt": "a\ud800"}, "not valid Unicode"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+        ({"decoding_steps": 0}, "decoding_steps must be at least 1, got 0"),
+        ({"decoding_steps": -3}, "decoding_steps must be at least 1"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1"),
+        ({"num_inference_steps": 2.5}, "whole number"),
+        ({"num_inference_steps": True}, "whole number"),
+        ({"num_inference_steps": "4"}, "whole number"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"cfg_weight": float("nan")}, "cfg_weight must be finite"),
+        ({"guidance_scale": "3"}, "guidance_scale must be a number"),
+        ({"height": 512}, "built for 128x128"),
+        ({"width": 64}, "built for 128x128"),
+        ({"output_type": "jpg"}, "output_type must be"),
+        ({"order": np.zeros((1, 16))}, "order must hold whole numbers"),
+        ({"order": np.zeros((1, 16), int)}, "permutation of 0..15"),
+        ({"order": np.arange(16)}, r"order must have the shape \[1, 16\], got \[16\]"),
+        ({"latents": np.zeros((1, 64, 16), int)}, "floating point"),
+        ({"latents": np.zeros((1, 256, 16))}, r"shape \[1, 64, 16\].*got \[1, 256, 16\]"),
+        ({"latents": np.full((1, 64, 16), np.inf)}, "not finite"),
+    ],
+)
+def test_what_cannot_be_served_is_named(facts: Manifest, changes: dict, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        check(facts, **changes)
+
+
+def test_arrays_of_other_widths_are_taken(facts: Manifest) -> None:
+    checked = check(
+        facts, order=np.arange(16, dtype=np.int32)[None], latents=np.zeros((1, 64, 16), np.float64)
+    )
+    assert (checked.order.dtype, checked.latents.dtype) == (np.int64, np.float32)

@@ -1,0 +1,76 @@
+"""Schedules against the reference's recorded values."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from bifrost_rt import schedules
+from bifrost_rt.manifest import Scheduler
+from tests.conftest import ALPHA
+
+FLUX = Scheduler(1000, True, 3.0, 0.5, 1.15, 256, 4096)
+SIGMA_CASES = json.loads((ALPHA / "scheduler_cases.json").read_text())
+REVEALED = json.loads((ALPHA / "verify.json").read_text())["e_histograms"]
+
+
+@pytest.mark.parametrize("case", SIGMA_CASES, ids=lambda c: f"{c['image_seq_len']}-{c['steps']}")
+def test_sigmas_are_the_references_to_the_bit(case: dict) -> None:
+    found = schedules.sigmas(case["steps"], case["image_seq_len"], FLUX)
+    assert np.array_equal(found, np.array(case["sigmas"], np.float32))
+    assert np.array_equal(found[:-1] * np.float32(1000), np.array(case["timesteps"], np.float32))
+
+
+def test_all_36_sigma_schedules_are_covered() -> None:
+    assert len(SIGMA_CASES) == 36
+
+
+def test_static_shift_as_flux_schnell_has_it() -> None:
+    static = Scheduler(1000, False, 1.0, 0.5, 1.15, 256, 4096)
+    np.testing.assert_allclose(schedules.sigmas(4, 4096, static), [1, 0.75, 0.5, 0.25, 0])
+
+
+@pytest.mark.parametrize("name", REVEALED)
+def test_reveal_counts_are_the_references(name: str) -> None:
+    tokens, _, steps, _ = name.split("_")
+    kept = [int(tokens), *schedules.kept_counts(int(tokens), int(steps))]
+    counts = [a - b for a, b in pairwise(kept)]
+    sequence = REVEALED[name]["sequence"]
+    assert counts == ([1] * int(steps) if sequence == "all ones" else sequence)
+
+
+def test_256_tokens_in_8_steps() -> None:
+    order = np.random.default_rng(0).permutation(256)[None]
+    masks = schedules.reveal_masks(order, 8)
+    assert masks.sum(axis=(1, 2)).tolist() == [5, 15, 24, 31, 39, 45, 48, 49]
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(16, 1), (16, 16), (16, 40), (36, 7), (1, 3)])
+def test_every_place_is_revealed_exactly_once(tokens: int, steps: int) -> None:
+    order = np.stack([np.random.default_rng(i).permutation(tokens) for i in range(3)])
+    masks = schedules.reveal_masks(order, steps)
+    assert masks.shape == (steps, 3, tokens)
+    assert (masks.sum(axis=0) == 1).all()
+
+
+def test_the_end_of_the_order_is_revealed_first() -> None:
+    masks = schedules.reveal_masks(np.array([[2, 0, 3, 1]]), 4)
+    assert [int(mask.argmax()) for mask in masks[:, 0]] == [1, 3, 0, 2]
+
+
+def test_randomness_of_an_image_depends_on_seed_and_index_alone() -> None:
+    assert np.array_equal(schedules.random_orders(3, 5, 36)[:2], schedules.random_orders(3, 2, 36))
+    few, many = (schedules.random_latents(3, n, (4, 8)) for n in (1, 4))
+    assert np.array_equal(many[:1], few)
+    assert len({row.tobytes() for row in many}) == 4
+
+
+def test_random_streams_are_pinned() -> None:
+    """A seed must give the same picture in every version of this package."""
+    assert schedules.random_orders(42, 1, 8).tolist() == [[1, 3, 5, 7, 4, 6, 0, 2]]
+    np.testing.assert_allclose(
+        schedules.random_latents(42, 1, (1, 3)), [[[0.90162653, 0.39685556, -0.6641964]]], atol=1e-6
+    )
