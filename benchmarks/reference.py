@@ -1,0 +1,217 @@
+"""The official inference loop as it is: the oracle of the tests, the yardstick of the benchmarks.
+
+Padded to the full length, doubled for guidance at every weight, both branches for all rows, no
+cache, every decoding step run, and everything about the image computed again in every denoising
+step by the stock forwards of diffusers. Of this project it takes the weights
+(`export.checkpoint`) and the prompts' ids (`bifrost_rt.text`), and nothing of the mathematics.
+
+Source: arXiv 2508.05954 and the inference script published with it.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from benchmarks import reference_mllm
+from bifrost_rt.text import Tokenizers
+from export import text
+from export.checkpoint import Checkpoint
+
+UNCONDITIONAL = ""
+
+
+@dataclass(frozen=True)
+class ReferenceResult:
+    """n images, N visual tokens, S image tokens; all float32 but `image_u8`."""
+
+    tokens: Tensor  # [n, N, D]
+    tokens_steps: Tensor  # [decoding_steps, n, N, D]
+    latents: Tensor  # [n, S, C]
+    latents_steps: Tensor  # [num_inference_steps, n, S, C]
+    image: Tensor  # [n, 3, H, W], not clamped
+    image_u8: Tensor  # [n, H, W, 3]
+
+
+class Reference:
+    """The three folders, opened, in torch on the CPU at float32.
+
+    Raises:
+        CheckpointError: a folder is missing, damaged or of an unsupported variant.
+    """
+
+    def __init__(
+        self,
+        mllm: Path | str,
+        bifrost: Path | str,
+        flux: Path | str,
+        mllm_max_length: int,
+        t5_max_length: int,
+    ) -> None:
+        # networks of its own: those of a build have lost their modulation layers
+        self._checkpoint = Checkpoint(Path(mllm), Path(bifrost), Path(flux))
+        self._folder = tempfile.TemporaryDirectory()
+        folder = Path(self._folder.name)
+        facts = text.write(self._checkpoint, folder, mllm_max_length, t5_max_length)
+        self._tokenizers = Tokenizers(folder, facts)
+        self._max_length = mllm_max_length
+        self._mllm = reference_mllm.load(self._checkpoint)
+        self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
+            flux, subfolder="scheduler"
+        )
+
+    @torch.inference_mode()
+    def run(
+        self,
+        prompts: Sequence[str],
+        *,
+        order: np.ndarray | Tensor,
+        latents: np.ndarray | Tensor,
+        decoding_steps: int,
+        cfg_weight: float,
+        num_inference_steps: int,
+        guidance_scale: float,
+        controlnet_conditioning_scale: float,
+    ) -> ReferenceResult:
+        """Draw one image per prompt.
+
+        Args:
+            prompts: n texts.
+            order: [n, N], per image a permutation of its places; its last are revealed first.
+            latents: [n, S, C], packed starting noise.
+        """
+        tokens_steps = self._decode(prompts, torch.as_tensor(order), decoding_steps, cfg_weight)
+        latents_steps = self._denoise(
+            prompts,
+            tokens_steps[-1],
+            torch.as_tensor(latents),
+            num_inference_steps,
+            guidance_scale,
+            controlnet_conditioning_scale,
+        )
+        image = self._pixels(latents_steps[-1])
+        rounded = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return ReferenceResult(
+            tokens_steps[-1],
+            tokens_steps,
+            latents_steps[-1],
+            latents_steps,
+            image,
+            rounded.permute(0, 2, 3, 1),
+        )
+
+    def _decode(
+        self, prompts: Sequence[str], order: Tensor, steps: int, cfg_weight: float
+    ) -> Tensor:
+        """Masked decoding; every step predicts all places for both halves of the batch."""
+        n, places = order.shape
+        ids, pad = self._left_padded([UNCONDITIONAL] * n + list(prompts))
+        tokens = self._mllm.mask_token.expand(n, places, -1).clone()
+        masked = torch.ones(n, places, dtype=torch.bool)
+        kept_steps = []
+        for step in range(steps):
+            pred = self._mllm(ids, pad, torch.cat([tokens, tokens]))
+            uncond, cond = pred.chunk(2)
+            pred = uncond + cfg_weight * (cond - uncond)
+            keep = math.floor(places * math.cos(math.pi / 2 * (step + 1) / steps))
+            keep = max(1, min(int(masked[0].sum()) - 1, keep))
+            still = torch.zeros_like(masked)
+            if step < steps - 1:
+                still.scatter_(1, order[:, :keep].long(), True)
+            reveal = masked & ~still
+            tokens[reveal] = pred[reveal]
+            masked = masked & still
+            kept_steps.append(tokens.clone())
+        return torch.stack(kept_steps)
+
+    def _left_padded(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        rows = [self._tokenizers.mllm_prompt(prompt) for prompt in prompts]
+        pad = [self._max_length - len(row) for row in rows]
+        # what stands in the padding does not matter: no real row sees it
+        padded = [[0] * p + row for p, row in zip(pad, rows, strict=True)]
+        return torch.tensor(padded), torch.tensor(pad)
+
+    def _denoise(
+        self,
+        prompts: Sequence[str],
+        tokens: Tensor,
+        latents: Tensor,
+        steps: int,
+        guidance_scale: float,
+        control_scale: float,
+    ) -> Tensor:
+        """The pipeline's loop: ControlNet, transformer, scheduler, from the text on."""
+        n, image_tokens = latents.shape[:2]
+        checkpoint = self._checkpoint
+        clip_ids = torch.from_numpy(self._tokenizers.clip(prompts))
+        t5_ids = torch.from_numpy(self._tokenizers.t5(prompts))
+        pooled = checkpoint.clip(input_ids=clip_ids).pooler_output
+        embeds = checkpoint.t5(input_ids=t5_ids).last_hidden_state
+        conditions = {
+            "encoder_hidden_states": embeds,
+            "pooled_projections": pooled,
+            "img_ids": _image_ids(math.isqrt(image_tokens)),
+            "txt_ids": torch.zeros(embeds.shape[1], 3),
+            "return_dict": False,
+        }
+        guidance = torch.full([n], guidance_scale)
+        self._scheduler.set_timesteps(
+            sigmas=np.linspace(1.0, 1.0 / steps, steps), mu=self._shift(image_tokens)
+        )
+        kept_steps = []
+        for t in self._scheduler.timesteps:
+            timestep = t.expand(n) / 1000
+            controlnet, transformer = checkpoint.controlnet, checkpoint.transformer
+            samples, single_samples = controlnet(
+                hidden_states=latents,
+                controlnet_cond=controlnet.up_sampling_block(tokens),
+                conditioning_scale=control_scale,
+                timestep=timestep,
+                guidance=guidance if controlnet.config.guidance_embeds else None,
+                **conditions,
+            )
+            (velocity,) = transformer(
+                hidden_states=latents,
+                controlnet_block_samples=samples,
+                controlnet_single_block_samples=single_samples,
+                timestep=timestep,
+                guidance=guidance if transformer.config.guidance_embeds else None,
+                **conditions,
+            )
+            (latents,) = self._scheduler.step(velocity, t, latents, return_dict=False)
+            kept_steps.append(latents)
+        return torch.stack(kept_steps)
+
+    def _shift(self, image_tokens: int) -> float | None:
+        """diffusers' `calculate_shift`: linear in the image's tokens."""
+        c = self._scheduler.config
+        if not c.use_dynamic_shifting:
+            return None
+        slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
+        return float(c.base_shift + slope * (image_tokens - c.base_image_seq_len))
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        """[n, S, C] -> [n, 3, H, W]"""
+        vae = self._checkpoint.vae
+        n, image_tokens, channels = latents.shape
+        side = math.isqrt(image_tokens)
+        x = latents.view(n, side, side, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        x = x.reshape(n, channels // 4, 2 * side, 2 * side) / vae.config.scaling_factor
+        (image,) = vae.decode(x + (vae.config.shift_factor or 0.0), return_dict=False)
+        return image
+
+
+def _image_ids(side: int) -> Tensor:
+    """[side², 3]: nothing, row and column of every packed latent."""
+    ids = torch.zeros(side, side, 3)
+    ids[..., 1] += torch.arange(side)[:, None]
+    ids[..., 2] += torch.arange(side)[None, :]
+    return ids.reshape(-1, 3)
