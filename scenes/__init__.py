@@ -1,4 +1,4 @@
-"""Scenes: the small world that the bundled model draws, its captions, and the scorer that reads pictures back.
+"""Scenes: the small world of the bundled model, its captions, and the scorer of its pictures.
 
 Nothing here needs torch: the same rules make training data, tests and scores.
 """

@@ -17,7 +17,7 @@ from skimage.measure import regionprops
 from scenes.layout import LARGE, MEDIUM, SMALL
 from scenes.world import BACKGROUNDS, COLOURS, Spec
 
-FOREGROUND = 70.0  # RGB distance from the background; palette colours are at least 100 apart from it
+FOREGROUND = 70.0  # RGB distance from the background; no palette colour comes closer
 SMALLEST = 40  # px; less is texture, not an object
 PURITY = 0.85  # share of an object's inner pixels that must carry its colour
 
@@ -35,6 +35,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Reading:
+    """All that a picture holds; the background is None where it is no known colour."""
+
     background: str | None
     objects: tuple[Found, ...]
 
@@ -94,7 +96,7 @@ def read(picture: NDArray[np.uint8]) -> Reading:
         typical = np.median(pixels[inner if inner.any() else member], axis=0)
         pure = votes.max() >= PURITY * votes.sum()
         close = np.linalg.norm(typical - tuple(COLOURS.values())[votes.argmax()]) < 60
-        row, column = region.centroid
+        row, _column = region.centroid
         low_centre = (row - (top + bottom - 1) / 2) / height
         shape = _shape(region.extent, region.solidity, low_centre, width / height)
         objects.append(

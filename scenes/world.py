@@ -54,6 +54,7 @@ class Thing:
 
     @property
     def drawn_colour(self) -> str:
+        """The named colour, or the shape's own."""
         return self.colour or DEFAULT_COLOUR[self.shape]
 
 
@@ -82,6 +83,7 @@ class Spec:
 
     @property
     def drawn_background(self) -> str:
+        """The named background, or white."""
         return self.background or DEFAULT_BACKGROUND
 
 

@@ -20,7 +20,7 @@ from scenes.layout import SIDE, place, scatter
 from scenes.render import render
 from scenes.sampling import training_spec
 from training.config import Config
-from training.loop import load_weights, write_aside
+from training.loop import load_weights, steps_done, write_aside
 from training.pool import pixels, wording
 from training.template import SPECIAL_TOKENS, ask_for_plan, ask_for_words
 from training.tokenizers import qwen_tokenizer
@@ -32,6 +32,7 @@ PLACES = GRID * GRID
 
 
 def mllm_config(config: Config) -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL at the recipe's widths."""
     ids = {t: qwen_tokenizer().token_to_id(t) for t in SPECIAL_TOKENS}
     head = config.hidden // config.heads
     side = head // 2 * 3 // 8
@@ -136,28 +137,32 @@ class Captioner(nn.Module):
 
 
 def padded(rows: list[list[int]], fill: int) -> Tensor:
+    """[B, longest], filled up at the right."""
     longest = max(map(len, rows))
     return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
 
 
 class CaptionerStage:
+    """Describe a picture, or plan one: see the module's docstring."""
+
     name = "captioner"
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, out: Path) -> None:
         self.module = Captioner(config)
         self.tokenizer = qwen_tokenizer()
         self.end = self.tokenizer.token_to_id("<|im_end|>")
         self.frame = self.tokenizer.encode(ask_for_words(PLACES)).ids
 
-    def _words(self, questions: list[str | None], answers: list[str], latents: Tensor | None):  # type: ignore[no-untyped-def]
-        ask = [self.frame if q is None else self.tokenizer.encode(q).ids for q in questions]
-        said = [e.ids + [self.end] for e in self.tokenizer.encode_batch(answers)]
+    def _error(self, ask: list[list[int]], answers: list[str], latents: Tensor | None) -> Tensor:
+        """Cross-entropy of the answers after the question tokens `ask`."""
+        said = [[*e.ids, self.end] for e in self.tokenizer.encode_batch(answers)]
         ids = padded([q + a for q, a in zip(ask, said, strict=True)], self.end)
         targets = padded([[-100] * len(q) + a for q, a in zip(ask, said, strict=True)], -100)
         logits = self.module(ids[:, :-1], latents)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets[:, 1:].flatten())
 
     def loss(self, step: int, batch: int, rng: np.random.Generator) -> Tensor:
+        """Cross-entropy per answer token, over pictures and plans."""
         pictures, answers = [], []
         for _ in range(batch):
             if rng.random() < 0.6:
@@ -172,12 +177,13 @@ class CaptionerStage:
         for _ in range(batch // 2):
             spec = training_spec(rng)
             text = wording(spec, rng)
-            requests.append(ask_for_plan(text.capitalize() if rng.random() < 0.15 else text))
+            text = text.capitalize() if rng.random() < 0.15 else text
+            requests.append(self.tokenizer.encode(ask_for_plan(text)).ids)
             plans.append(describe(place(spec), spec.drawn_background))
         with torch.autocast("cpu", torch.bfloat16):
             latents = self.module.latents(to_pixels(pictures))
-            seen = self._words([None] * batch, answers, latents)
-            planned = self._words(requests, plans, None)
+            seen = self._error([self.frame] * batch, answers, latents)
+            planned = self._error(requests, plans, None)
         return seen + 0.3 * planned
 
 
@@ -190,13 +196,14 @@ def trained_captioner(config: Config, out: Path) -> Captioner:
 
 
 def latent_pool(config: Config, out: Path) -> Tensor:
-    """Patch latents [pool, 16, D] of the pool's scenes, encoded on first use."""
-    path = out / "pool.latents"
-    if not path.exists():
+    """Patch latents [pool, 16, D] of the pool's scenes, as `vae_pool` keeps its own."""
+    path, trained = out / "pool.latents", steps_done(out, "captioner")
+    if not path.exists() or torch.load(path, weights_only=True)["trained"] != trained:
         captioner, parts = trained_captioner(config, out), []
         with torch.no_grad():
             for start in range(0, config.pool, 128):
                 chunk = range(start, min(config.pool, start + 128))
                 parts.append(captioner.latents(pixels(config, chunk)))
-        write_aside(torch.cat(parts), path)
-    return torch.load(path, weights_only=True)
+        write_aside({"latents": torch.cat(parts), "trained": trained}, path)
+    latents: Tensor = torch.load(path, weights_only=True)["latents"]
+    return latents

@@ -21,6 +21,7 @@ class Schedule:
     muon: bool = False
 
     def rate(self, step: int) -> float:
+        """The learning rate of one step."""
         rise = min(1.0, (step + 1) / self.warmup)
         left = (self.steps - step) / max(1.0, self.decay * self.steps)
         return self.lr * rise * max(0.05, min(1.0, left))
@@ -62,8 +63,8 @@ class Config:
     schedules: dict[str, Schedule] = field(
         default_factory=lambda: {
             "vae": Schedule(steps=1300, batch=32, lr=2e-3, ema=0.99),
-            "captioner": Schedule(steps=2500, batch=64, lr=1.5e-3, weight_decay=0.01),
-            "flux": Schedule(steps=5000, batch=32, lr=1.5e-3, ema=0.998, muon=True),
+            "captioner": Schedule(steps=1250, batch=32, lr=2e-3, muon=True),
+            "flux": Schedule(steps=3400, batch=32, lr=1.5e-3, ema=0.998, muon=True),
             "visual": Schedule(steps=3000, batch=64, lr=1.5e-3),
             "controlnet": Schedule(steps=2000, batch=32, lr=1e-3, ema=0.995),
         }

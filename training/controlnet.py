@@ -65,6 +65,8 @@ def control_samples(
 
 
 class ControlStage:
+    """Flow matching through the frozen transformer; only the ControlNet learns."""
+
     name = "controlnet"
 
     def __init__(self, config: Config, out: Path) -> None:
@@ -76,10 +78,12 @@ class ControlStage:
         self.specs = [scene(config, i)[0] for i in range(config.pool)]
 
     def compile(self) -> None:
+        """Fuses the repeated blocks' elementwise work."""
         self.flux.transformer.compile_repeated_blocks(fullgraph=True)
         self.module.compile_repeated_blocks(fullgraph=True)
 
     def loss(self, step: int, batch: int, rng: np.random.Generator) -> Tensor:
+        """Mean squared error of the velocity."""
         chosen = rng.integers(self.config.pool, size=batch)
         texts = [wording(without_layout(self.specs[i], rng), rng) for i in chosen]
         places = torch.from_numpy(chosen)
@@ -99,6 +103,7 @@ class ControlStage:
 
 
 def trained_controlnet(config: Config, out: Path, flux: FluxModel) -> LatentControlNet:
+    """In eval mode."""
     control = build_controlnet(config, flux)
     load_weights(control, out, "controlnet")
     return control.eval().requires_grad_(False)

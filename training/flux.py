@@ -128,6 +128,8 @@ def noise_levels(rows: int) -> Tensor:
 
 
 class FluxStage:
+    """Flow matching of the transformer and both text encoders together."""
+
     name = "flux"
 
     def __init__(self, config: Config, out: Path) -> None:
@@ -137,9 +139,11 @@ class FluxStage:
         self.specs = [scene(config, i)[0] for i in range(config.pool)]
 
     def compile(self) -> None:
+        """Fuses the repeated blocks' elementwise work."""
         self.module.transformer.compile_repeated_blocks(fullgraph=True)
 
     def loss(self, step: int, batch: int, rng: np.random.Generator) -> Tensor:
+        """Mean squared error of the velocity."""
         chosen = rng.integers(self.config.pool, size=batch)
         texts = [wording(without_layout(self.specs[i], rng), rng) for i in chosen]
         x_0 = pack(self.latents[torch.from_numpy(chosen)])
@@ -151,6 +155,7 @@ class FluxStage:
 
 
 def trained_flux(config: Config, out: Path) -> FluxModel:
+    """In eval mode."""
     flux = FluxModel(config)
     load_weights(flux, out, "flux")
     return flux.eval().requires_grad_(False)

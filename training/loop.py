@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +29,9 @@ class Stage(Protocol):
     name: str
     module: nn.Module
 
-    def loss(self, step: int, batch: int, rng: np.random.Generator) -> Tensor: ...
+    def loss(self, step: int, batch: int, rng: np.random.Generator) -> Tensor:
+        """The loss of one step on a batch drawn by `rng`."""
+        ...
 
 
 def write_aside(value: object, path: Path) -> None:
@@ -43,6 +46,11 @@ def _seeds(seed: int, name: str, step: int) -> np.random.Generator:
     sequence = np.random.SeedSequence([seed, zlib.crc32(name.encode()), step])
     torch.manual_seed(int(sequence.generate_state(1)[0]))
     return np.random.default_rng(sequence.spawn(1)[0])
+
+
+def steps_done(out: Path, name: str) -> int:
+    """How far a stage has been trained."""
+    return len(torch.load(out / f"{name}.state", weights_only=True)["losses"])
 
 
 def load_weights(module: nn.Module, out: Path, name: str) -> None:
@@ -133,7 +141,10 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = schedule.rate(step)
             optimiser.zero_grad(set_to_none=True)
-        loss = stage.loss(step, schedule.batch, rng)
+        with warnings.catch_warnings():
+            # autocast keeps the norms' weights in float32, and torch says so at every call
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+            loss = stage.loss(step, schedule.batch, rng)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, schedule.clip)
         for optimiser in optimisers:

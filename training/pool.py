@@ -16,7 +16,7 @@ from scenes.render import render
 from scenes.sampling import training_spec
 from scenes.world import Placed, Spec
 from training.config import Config
-from training.loop import write_aside
+from training.loop import steps_done, write_aside
 from training.vae import to_pixels, trained_vae
 
 
@@ -43,9 +43,9 @@ def wording(spec: Spec, rng: np.random.Generator) -> str:
 
 def vae_pool(config: Config, out: Path) -> dict[str, Tensor]:
     """`latents` [pool, C, 16, 16], normalised by `shift` and `scale`, which diffusers calls
-    shift_factor and scaling_factor. Encoded on first use."""
-    path = out / "pool.vae"
-    if not path.exists():
+    shift_factor and scaling_factor. Encoded anew when the VAE has been trained further."""
+    path, trained = out / "pool.vae", steps_done(out, "vae")
+    if not path.exists() or torch.load(path, weights_only=True)["trained"] != trained:
         vae, parts = trained_vae(config, out), []
         with torch.no_grad():
             for start in range(0, config.pool, 64):
@@ -53,7 +53,8 @@ def vae_pool(config: Config, out: Path) -> dict[str, Tensor]:
                 parts.append(vae.encode(chunk).latent_dist.mode())
         raw = torch.cat(parts)
         shift, scale = raw.mean(), 1 / raw.std()
-        write_aside({"latents": (raw - shift) * scale, "shift": shift, "scale": scale}, path)
+        normal = (raw - shift) * scale
+        write_aside({"latents": normal, "shift": shift, "scale": scale, "trained": trained}, path)
     return torch.load(path, weights_only=True)
 
 

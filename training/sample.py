@@ -9,6 +9,7 @@ the diffusion model's own. `off` runs without the ControlNet.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -39,7 +40,7 @@ MU = 0.4675  # the dynamic shift at 64 image tokens
 def sigmas(steps: int) -> list[float]:
     """The noise levels of FLUX's scheduler, from 1 to 0."""
     levels = np.linspace(1, 1 / steps, steps)
-    return [*(math.exp(MU) / (math.exp(MU) + 1 / levels - 1)).tolist(), 0.0]
+    return [*(math.exp(MU) / (math.exp(MU) + (1 / levels - 1))).tolist(), 0.0]
 
 
 @torch.no_grad()
@@ -60,7 +61,7 @@ def draw(
     generator = torch.Generator().manual_seed(seed)
     x_t = torch.randn(len(prompts), places, channels, generator=generator)
     levels = sigmas(steps)
-    for sigma, following in zip(levels, levels[1:], strict=False):
+    for sigma, following in itertools.pairwise(levels):
         at = torch.full((len(prompts),), sigma)
         samples = None
         if control is not None and tokens is not None:
@@ -86,6 +87,7 @@ def sheet(pictures: list[NDArray[np.uint8]], columns: int, marks: list[bool]) ->
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", choices=("predicted", "true", "off"), default="predicted")

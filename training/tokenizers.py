@@ -155,7 +155,7 @@ def clip_ids(texts: list[str]) -> list[list[int]]:
 
 def t5_ids(texts: list[str], length: int) -> list[list[int]]:
     """[B, length], padded with 0 and ended with 1."""
-    rows = [e.ids[:-1][: length - 1] + [1] for e in t5_tokenizer().encode_batch(texts)]
+    rows = [[*e.ids[:-1][:length - 1], 1] for e in t5_tokenizer().encode_batch(texts)]
     return [row + [0] * (length - len(row)) for row in rows]
 
 

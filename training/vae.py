@@ -27,6 +27,7 @@ OBJECT_WEIGHT = 4.0  # added to 1, so that small shapes count beside large backg
 
 
 def build_vae(config: Config) -> AutoencoderKL:
+    """With random weights."""
     depth = len(config.vae_channels)
     return AutoencoderKL(
         block_out_channels=config.vae_channels,
@@ -49,6 +50,7 @@ def to_pixels(pictures: list[NDArray[np.uint8]]) -> Tensor:
 
 
 def random_background(rng: np.random.Generator) -> str:
+    """Any of the world's backgrounds."""
     return tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
 
 
@@ -66,13 +68,16 @@ def _whole(rng: np.random.Generator) -> NDArray[np.uint8]:
 
 
 class VaeStage:
+    """Dense crops, then whole scenes."""
+
     name = "vae"
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, out: Path) -> None:
         self.module = build_vae(config)
         self.crops_until = int(CROP_SHARE * config.schedules["vae"].steps)
 
     def loss(self, step: int, batch: int, rng: np.random.Generator) -> Tensor:
+        """Weighted fit of the pixels, and a little KL."""
         if step < self.crops_until:
             pixels = to_pixels([_crop(rng) for _ in range(batch)])
         else:
@@ -88,6 +93,7 @@ class VaeStage:
 
 
 def trained_vae(config: Config, out: Path) -> AutoencoderKL:
+    """In eval mode."""
     vae = build_vae(config)
     load_weights(vae, out, "vae")
     return vae.eval().requires_grad_(False)

@@ -31,6 +31,7 @@ from training.tokenizers import qwen_tokenizer
 
 
 def decoder_config(config: Config) -> DecoderConfig:
+    """The facts that both branches share."""
     return DecoderConfig.from_dict(mllm_config(config).to_dict())
 
 
@@ -61,6 +62,8 @@ def build_branches(config: Config, out: Path) -> tuple[TextBranch, VisualBranch]
 
 
 class VisualStage:
+    """Masked prediction; only the visual branch learns."""
+
     name = "visual"
 
     def __init__(self, config: Config, out: Path) -> None:
@@ -69,6 +72,7 @@ class VisualStage:
         self.specs = [scene(config, i)[0] for i in range(config.pool)]
 
     def loss(self, step: int, batch: int, rng: np.random.Generator) -> Tensor:
+        """Mean squared error on the masked places."""
         chosen = rng.integers(len(self.specs), size=batch)
         texts = [wording(self.specs[i], rng) for i in chosen]
         texts = [t.capitalize() if rng.random() < 0.15 else t for t in texts]
@@ -87,6 +91,7 @@ class VisualStage:
 
 
 def trained_branches(config: Config, out: Path) -> tuple[TextBranch, VisualBranch]:
+    """Text and visual branch in eval mode."""
     text, visual = build_branches(config, out)
     load_weights(visual, out, "visual")
     return text, visual.eval().requires_grad_(False)

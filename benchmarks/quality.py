@@ -1,0 +1,219 @@
+"""How many pictures show what was asked: the scorer on 300 held-out prompts, through the runtime.
+
+    python -m benchmarks.quality --engines DIR [--limit N] [--json FILE] [--sheet FILE]
+
+The scorer (scenes/scorer.py) knows the bundled model's world only, so the engine set must be built
+from engines/checkpoints/scenes. Every prompt has its own fixed seed; the same command gives the
+same pictures. `--bridge off` runs without the ControlNet and `--bridge shuffled` gives it each
+picture's own latents in wrong places: the difference to the default is what the bridge
+contributes. `--against DIR` compares with another set's pictures for the same seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from bifrost_rt import Generator
+from scenes.heldout import PER_FAMILY, HeldOut, heldout
+from scenes.scorer import judge
+from scenes.world import FAMILIES
+
+BRIDGES = ("on", "off", "shuffled")
+SAME = 100.0  # dB, what identical pictures count as in the mean
+FRAME = 3  # px of the contact sheet's frames
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One prompt's outcome; `psnr` and `ssim` are against the other set, where there is one."""
+
+    prompt: str
+    family: str
+    seed: int
+    kept_out: bool
+    correct: bool
+    reason: str
+    psnr: float | None = None
+    ssim: float | None = None
+
+
+def chosen(limit: int | None) -> list[HeldOut]:
+    """The first prompts of every family, `limit` in all; None takes the whole list."""
+    each = PER_FAMILY if limit is None else max(1, math.ceil(limit / len(FAMILIES)))
+    items = heldout()
+    picked = [
+        items[family * PER_FAMILY + i] for i in range(each) for family in range(len(FAMILIES))
+    ]
+    return picked[:limit]
+
+
+def draw(
+    generator: Generator, item: HeldOut, bridge: str, options: Mapping[str, Any]
+) -> NDArray[np.uint8]:
+    """The picture of one prompt, uint8 [H, W, 3]."""
+    arguments = dict(options)
+    steps = arguments.get("decoding_steps") or generator.manifest.defaults.decoding_steps
+    shuffled = np.random.default_rng(item.seed)
+
+    def misplace(
+        _: Generator, step: int, timestep: float | None, tensors: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        if timestep is not None or step != steps - 1:
+            return None
+        return {"tokens": shuffled.permutation(tensors["tokens"], axis=1)}
+
+    if bridge == "off":
+        arguments["controlnet_conditioning_scale"] = 0.0
+    if bridge == "shuffled":
+        arguments["callback_on_step_end"] = misplace
+    images = generator.run(item.prompt, seed=item.seed, output_type="np", **arguments).images
+    picture: NDArray[np.uint8] = images[0]
+    return picture
+
+
+def compare(picture: NDArray[np.uint8], other: NDArray[np.uint8]) -> tuple[float, float]:
+    """PSNR in dB and SSIM of two pictures."""
+    same = np.array_equal(picture, other)
+    psnr = SAME if same else float(peak_signal_noise_ratio(other, picture, data_range=255))
+    return psnr, float(structural_similarity(other, picture, channel_axis=2, data_range=255))
+
+
+def measure(
+    generator: Generator,
+    items: list[HeldOut],
+    bridge: str,
+    options: Mapping[str, Any],
+    other: Generator | None = None,
+) -> tuple[list[Drawn], list[NDArray[np.uint8]]]:
+    """Draw and judge every item; with `other`, compare with its pictures."""
+    drawn, pictures = [], []
+    started = time.monotonic()
+    for i, item in enumerate(items):
+        picture = draw(generator, item, bridge, options)
+        verdict = judge(item.spec, picture)
+        psnr, ssim = (
+            compare(picture, draw(other, item, bridge, options)) if other else (None, None)
+        )
+        drawn.append(
+            Drawn(item.prompt, item.spec.family, item.seed, item.kept_out,
+                  verdict.correct, verdict.reason, psnr, ssim)
+        )  # fmt: skip
+        pictures.append(picture)
+        if (i + 1) % 25 == 0 or i + 1 == len(items):
+            pace = (time.monotonic() - started) / (i + 1)
+            print(f"{i + 1}/{len(items)} pictures, {pace:.2f} s each", file=sys.stderr)
+    return drawn, pictures
+
+
+def percent(drawn: list[Drawn]) -> float:
+    """Share that is right, in percent."""
+    return round(100 * sum(d.correct for d in drawn) / max(1, len(drawn)), 1)
+
+
+def report(drawn: list[Drawn], setting: dict[str, Any]) -> dict[str, Any]:
+    """The JSON document: overall, families, kept-out combinations, every prompt."""
+    families = {f: [d for d in drawn if d.family == f] for f in FAMILIES}
+    pairs = [(d.psnr, d.ssim) for d in drawn if d.psnr is not None and d.ssim is not None]
+    return {
+        "setting": setting,
+        "overall": percent(drawn),
+        "families": {f: percent(of) for f, of in families.items() if of},
+        "combinations": {
+            "kept_out": percent([d for d in drawn if d.kept_out]),
+            "trained": percent([d for d in drawn if not d.kept_out]),
+        },
+        "against": {
+            "psnr_mean": round(float(np.mean([p for p, _ in pairs])), 2),
+            "psnr_min": round(min(p for p, _ in pairs), 2),
+            "ssim_mean": round(float(np.mean([s for _, s in pairs])), 4),
+        }
+        if pairs
+        else None,
+        "prompts": [asdict(d) for d in drawn],
+    }
+
+
+def table(result: dict[str, Any], drawn: list[Drawn]) -> str:
+    """The report as lines for a person."""
+    shares = result["families"].items()
+    rows = [(family, share, sum(d.family == family for d in drawn)) for family, share in shares]
+    rows += [
+        ("overall", result["overall"], len(drawn)),
+        ("  kept-out combinations", result["combinations"]["kept_out"],
+         sum(d.kept_out for d in drawn)),
+    ]  # fmt: skip
+    lines = [f"{name:24} {value:5.1f} %  of {count}" for name, value, count in rows]
+    if found := result["against"]:
+        lines.append(
+            f"against the other set: PSNR {found['psnr_mean']} dB (lowest {found['psnr_min']}), "
+            f"SSIM {found['ssim_mean']}"
+        )
+    return "\n".join(lines)
+
+
+def sheet(drawn: list[Drawn], pictures: list[NDArray[np.uint8]], columns: int = 25) -> Image.Image:
+    """All pictures, family by family: a green frame where right, a red one where not."""
+    order = sorted(range(len(drawn)), key=lambda i: FAMILIES.index(drawn[i].family))
+    framed = []
+    for i in order:
+        height, width, _ = pictures[i].shape
+        frame = np.empty((height + 2 * FRAME, width + 2 * FRAME, 3), np.uint8)
+        frame[:] = (0, 170, 0) if drawn[i].correct else (220, 0, 0)
+        frame[FRAME:-FRAME, FRAME:-FRAME] = pictures[i]
+        framed.append(frame)
+    framed += [np.zeros_like(framed[0])] * (-len(framed) % columns)
+    rows = [np.concatenate(framed[i : i + columns], 1) for i in range(0, len(framed), columns)]
+    return Image.fromarray(np.concatenate(rows))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--engines", type=Path, required=True, help="the set to measure")
+    parser.add_argument("--limit", type=int, help="this many prompts, evenly over the families")
+    parser.add_argument("--bridge", choices=BRIDGES, default="on")
+    parser.add_argument("--against", type=Path, help="another set: PSNR and SSIM to its pictures")
+    parser.add_argument("--steps", type=int, help="denoising steps")
+    parser.add_argument("--decoding-steps", type=int)
+    parser.add_argument("--scale", type=float, help="ControlNet scale")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--sheet", type=Path)
+    given = parser.parse_args()
+    options = {
+        name: value
+        for name, value in (
+            ("num_inference_steps", given.steps),
+            ("decoding_steps", given.decoding_steps),
+            ("controlnet_conditioning_scale", given.scale),
+        )
+        if value is not None
+    }
+    with Generator(given.engines) as generator:
+        other = Generator(given.against) if given.against else None
+        drawn, pictures = measure(generator, chosen(given.limit), given.bridge, options, other)
+        if other:
+            other.close()
+        setting = {"set": generator.manifest.name, "bridge": given.bridge, **options}
+    result = report(drawn, setting)
+    print(table(result, drawn))
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if given.sheet:
+        sheet(drawn, pictures).save(given.sheet)
+
+
+if __name__ == "__main__":
+    main()
