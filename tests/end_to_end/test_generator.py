@@ -178,7 +178,8 @@ def test_special_tokens_in_a_prompt_are_ordinary_text(generator: Generator) -> N
 def test_save_numbers_several_pictures(generator: Generator, tmp_path: Path) -> None:
     result = run(generator, num_images_per_prompt=2)
     assert [p.name for p in result.save(tmp_path / "a.png")] == ["a-0.png", "a-1.png"]
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "a-1.png")), result.images[1])
+    with Image.open(tmp_path / "a-1.png") as picture:
+        assert np.array_equal(np.asarray(picture), result.images[1])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a-0.png", "a-1.png"]
 
 

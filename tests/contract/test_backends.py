@@ -1,0 +1,87 @@
+"""What every driver must do: one suite, run against each that is installed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bifrost_rt import StageInputError, backends, manifest
+from bifrost_rt.backends.base import Backend, Engine
+from bifrost_rt.errors import BackendError
+from tests.conftest import difference, load_case
+
+
+@pytest.fixture(params=sorted(backends.DRIVERS))
+def backend(request: pytest.FixtureRequest) -> Backend:
+    if reason := backends.DRIVERS[request.param].unavailable():
+        pytest.skip(f"{request.param}: {reason}")
+    return backends.load(request.param)
+
+
+@pytest.fixture
+def engine(backend: Backend, alpha_set: Path) -> Iterator[Engine]:
+    facts = manifest.read(alpha_set)
+    opened = backend.open(alpha_set, facts.engine("t5_text"), facts.dimensions)
+    yield opened
+    opened.close()
+
+
+def inputs(backend: Backend) -> tuple[dict[str, Any], np.ndarray]:
+    case = load_case("case_04")
+    ids = case.tensors["flux.t5_input_ids"].astype(np.int64)
+    return {"input_ids": backend.upload(ids)}, case.tensors["flux.prompt_embeds"]
+
+
+def test_a_bound_call_reads_and_writes_its_buffers(backend: Backend, engine: Engine) -> None:
+    given, expected = inputs(backend)
+    out = backend.empty(expected.shape, np.float32)
+    call = engine.bind(given, {"prompt_embeds": out})
+    call()
+    assert difference(backend.download(out), expected) < 1e-4
+    swapped = backend.download(given["input_ids"])[::-1].copy()
+    backend.write(given["input_ids"], swapped)
+    call()
+    assert difference(backend.download(out), expected[::-1]) < 1e-4
+
+
+def test_buffers_outlive_the_callers_names(backend: Backend, engine: Engine) -> None:
+    """A call keeps what it is bound to alive; only the output is still held here."""
+    given, expected = inputs(backend)
+    out = backend.empty(expected.shape, np.float32)
+    call = engine.bind(given, {"prompt_embeds": out})
+    del given
+    junk = [np.full((4, 32), 7, np.int64) for _ in range(100)]
+    call()
+    assert difference(backend.download(out), expected) < 1e-4
+    assert len(junk) == 100
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((2, 31), np.int64), ((2, 32), np.int32), ((32,), np.int64)]
+)
+def test_what_does_not_fit_is_refused(
+    backend: Backend, engine: Engine, shape: tuple[int, ...], dtype: type
+) -> None:
+    out = backend.empty((2, 32, 48), np.float32)
+    with pytest.raises(StageInputError, match="stage `t5_text`, input `input_ids`"):
+        engine.bind({"input_ids": backend.upload(np.zeros(shape, dtype))}, {"prompt_embeds": out})
+
+
+def test_a_closed_engine_says_so(backend: Backend, engine: Engine) -> None:
+    given, expected = inputs(backend)
+    engine.close()
+    with pytest.raises(BackendError, match="`t5_text` is closed"):
+        engine.bind(given, {"prompt_embeds": backend.empty(expected.shape, np.float32)})
+
+
+def test_a_foreign_file_is_one_clear_error(
+    backend: Backend, alpha_set: Path, tmp_path: Path
+) -> None:
+    facts = manifest.read(alpha_set)
+    (tmp_path / "t5_text.onnx").write_bytes(b"not a graph")
+    with pytest.raises(BackendError, match=r"t5_text\.onnx"):
+        backend.open(tmp_path, facts.engine("t5_text"), facts.dimensions)

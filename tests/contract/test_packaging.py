@@ -1,0 +1,165 @@
+"""What the wheel is, and what importing it costs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "diffusers", "onnx")
+# The wheel's dependencies, what they need themselves, and one backend.
+BARE = (
+    *("numpy", "numpy.libs", "PIL", "pillow.libs", "tokenizers", "ftfy", "wcwidth"),
+    *("onnxruntime", "flatbuffers", "google", "packaging"),
+)
+
+MEASURE = """
+import json, sys, time
+start = time.process_time()
+import bifrost_rt
+seconds = time.process_time() - start
+# not getrusage, whose peak is inherited from the parent process across exec
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+peak = int(status["VmHWM"].split()[0]) / 1024
+print(json.dumps({"seconds": seconds, "mebibytes": peak, "modules": sorted(sys.modules)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of packages as a fresh `pip install bifrost-rt[cpu]` makes it: the real ones, and
+    nothing else."""
+    folder = tmp_path_factory.mktemp("bare")
+    installed = Path(str(metadata.distribution("numpy").locate_file("")))
+    for name in BARE:
+        if (installed / name).exists():
+            (folder / name).symlink_to(installed / name)
+    (folder / "bifrost_rt").symlink_to(ROOT / "bifrost_rt")
+    return folder
+
+
+def run_bare(bare: Path, *code: str) -> subprocess.CompletedProcess[str]:
+    """Isolated from the environment and from the site-packages of this one."""
+    path = f"import sys; sys.path.insert(0, {str(bare)!r})\n"
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", path + code[0], *code[1:]],
+        capture_output=True,
+        text=True,
+        cwd=bare,
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_import_is_light(bare: Path) -> None:
+    done = run_bare(bare, MEASURE)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    # processor time, not wall time: it does not depend on what else the machine does
+    assert found["seconds"] < 0.5
+    assert found["mebibytes"] < 80
+    top_level = {name.partition(".")[0] for name in found["modules"]}
+    assert not top_level & set(HEAVY)
+
+
+def test_a_picture_needs_nothing_but_the_wheels_dependencies(
+    bare: Path, alpha_set: Path, tmp_path: Path
+) -> None:
+    code = """
+import sys
+import bifrost_rt
+with bifrost_rt.Generator(sys.argv[1]) as generator:
+    generator.run("a red circle", seed=1, num_inference_steps=1).save(sys.argv[2])
+print(sorted(set(sys.modules) & {"torch", "transformers", "diffusers", "onnx"}))
+"""
+    done = run_bare(bare, code, str(alpha_set), str(tmp_path / "a.png"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_a_missing_backend_says_how_to_get_it(bare: Path, alpha_set: Path) -> None:
+    folder = bare.parent / "no_backend"
+    folder.mkdir(exist_ok=True)
+    for link in bare.iterdir():
+        target = folder / link.name
+        if link.name != "onnxruntime" and not target.exists():
+            target.symlink_to(link.resolve())
+    done = run_bare(
+        folder,
+        "import sys\nfrom bifrost_rt.cli import main\n"
+        "raise SystemExit(main(['generate', 'a', '--engines', sys.argv[1]]))",
+        str(alpha_set),
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: backend 'onnxruntime' is not available: the Python package `onnxruntime` is not "
+        "installed\nhint: pip install 'bifrost-rt[cpu]'\n"
+    )
+
+
+def test_the_runtime_never_imports_what_export_needs() -> None:
+    for path in (ROOT / "bifrost_rt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            else:
+                continue
+            for name in names:
+                assert name.partition(".")[0] not in (*HEAVY, "export", "benchmarks"), path
+
+
+def test_the_wheel_is_bifrost_rt_alone(tmp_path: Path) -> None:
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            str(ROOT),
+            "--no-deps",
+            "--no-build-isolation",
+            "--quiet",
+            "--wheel-dir",
+            str(tmp_path),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (about,) = [n for n in names if n.endswith("METADATA")]
+        text = archive.read(about).decode()
+    folders = {name.partition("/")[0] for name in names}
+    assert {f for f in folders if not f.endswith(".dist-info")} == {"bifrost_rt"}
+    assert "bifrost_rt/py.typed" in names
+    requires = [line.split(": ")[1] for line in text.splitlines() if line.startswith("Requires-D")]
+    always = {r.partition(">")[0] for r in requires if "extra ==" not in r}
+    assert always == {"numpy", "pillow", "tokenizers", "ftfy"}
+
+
+def test_public_names_are_frozen() -> None:
+    import bifrost_rt
+
+    assert bifrost_rt.__all__ == [
+        "BackendError",
+        "BifrostError",
+        "EngineSetError",
+        "Generator",
+        "IntegrityError",
+        "RequestError",
+        "RequestTypeError",
+        "Result",
+        "StageInputError",
+        "__version__",
+    ]
+    assert bifrost_rt.__version__ == metadata.version("bifrost-rt")
