@@ -1,0 +1,35 @@
+# `make demo` and `make test` do all of their own set-up, in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SET := engines/sets/demo
+PICTURE := out/demo.png
+CODE := bifrost_rt export benchmarks scenes training tests
+
+.PHONY: demo test check clean
+
+demo: $(SET)/manifest.json
+	@$(BIN)/bifrost-rt generate "a photo of a red apple and a green bench" \
+		--engines $(SET) --seed 1 --output $(PICTURE)
+
+test: check
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(VENV)/installed
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(SET) out
+
+$(SET)/manifest.json: engines/demo.toml $(VENV)/installed $(shell find export -name '*.py')
+	$(BIN)/python -m export.build engines/demo.toml
+
+# torch first and alone: whatever depends on it then finds the pinned version installed.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "torch==2.13.0"
+	$(BIN)/pip install --quiet --editable ".[cpu,export,test]"
+	touch $@
