@@ -50,7 +50,8 @@ def test_captions_without_layout_keep_the_things() -> None:
     for _ in range(200):
         spec = training_spec(rng)
         other = without_layout(spec, rng)
-        assert set(other.things) == set(spec.things) and other.background == spec.background
+        assert set(other.things) == set(spec.things)
+        assert other.background == spec.background
     counts = {
         without_layout(Spec("counting", (Thing("circle"),), count=2), rng).count for _ in range(99)
     }
@@ -62,7 +63,8 @@ def test_objects_stay_inside_the_picture_and_apart() -> None:
     for i in range(300):
         objects = place(any_spec(rng, FAMILIES[i % 6]), rng)
         for a in objects:
-            assert a.size / 2 < a.x < SIDE - a.size / 2 and a.size / 2 < a.y < SIDE - a.size / 2
+            assert a.size / 2 < a.x < SIDE - a.size / 2
+            assert a.size / 2 < a.y < SIDE - a.size / 2
             for b in objects:
                 assert a is b or max(abs(a.x - b.x), abs(a.y - b.y)) > (a.size + b.size) / 2
 
