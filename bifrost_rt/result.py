@@ -62,7 +62,7 @@ class Result:
         if path.suffix == "":
             path = path.with_suffix(".png")
         file_format = Image.registered_extensions().get(path.suffix.lower())
-        if file_format is None:
+        if file_format not in Image.SAVE:
             raise RequestError(
                 f"{path}: {path.suffix!r} is not a picture format that Pillow writes",
                 hint="use .png, .jpg or .webp",

@@ -6,6 +6,7 @@ From a recipe, from flags, or from a recipe with flags on top.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bifrost_rt
 from bifrost_rt import backends
 from bifrost_rt import manifest as manifests
 from bifrost_rt.errors import BifrostError
@@ -27,7 +29,10 @@ from export.recipe import Recipe
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "engines" / "default.toml"
 RELEASE_MAX_LENGTH = 300
-VERSIONED = ("torch", "transformers", "diffusers", "onnx", "onnxscript", "onnxruntime")
+VERSIONED = (
+    *("torch", "transformers", "diffusers", "onnx", "onnxscript"),
+    *("onnxruntime", "onnxruntime-gpu"),
+)
 
 
 def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path:
@@ -86,11 +91,7 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
             format=manifests.FORMAT,
             name=output.name,
             backend=recipe.backend,
-            builder={
-                "bifrost-rt": importlib.metadata.version("bifrost-rt"),
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in VERSIONED},
-            },
+            builder=_versions(),
             model=model,
             scheduler=checkpoint.scheduler,
             defaults=Defaults(
@@ -119,6 +120,15 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
         (folder / manifests.FILENAME).write_bytes(manifest.dumps())
         assert manifests.read(folder) == manifest
     return output
+
+
+def _versions() -> dict[str, str]:
+    found = {"bifrost-rt": bifrost_rt.__version__, "python": platform.python_version()}
+    for name in VERSIONED:
+        # onnxruntime goes by several names, of which one is installed
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _files(folder: Path) -> dict[str, File]:

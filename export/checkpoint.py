@@ -55,6 +55,8 @@ BIFROST_UNUSED = (
     "vision_language_model.lm_head.",
     "vision_gen_vae_model.",
 )
+# Of the base model only what the training did not save is read.
+MLLM_UNUSED = ("model.", "visual.", "lm_head.")
 # Scheduler settings that change the sigmas in ways that `schedules.sigmas` does not compute.
 PLAIN_SCHEDULER: dict[str, Any] = {
     "invert_sigmas": False,
@@ -129,13 +131,12 @@ class Checkpoint:
         return branch
 
     def refuse_left_overs(self) -> None:
-        """After both branches were read: raise for tensors of the bifrost folder that belong to
-        neither, such as those of an unsupported variant."""
+        """After both branches were read: raise for tensors that belong to neither, such as those of
+        an unsupported variant."""
         refuse_unused(
-            self.trained,
-            "bifrost",
-            [*BIFROST_UNUSED, *_unused_text_parameters(self.decoder)],
+            self.trained, "bifrost", [*BIFROST_UNUSED, *_unused_text_parameters(self.decoder)]
         )
+        refuse_unused(self.base, "mllm", MLLM_UNUSED)
 
     @cached_property
     def controlnet(self) -> LatentControlNet:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bifrost_rt import RequestError, RequestTypeError, manifest, request
-from bifrost_rt.manifest import Manifest
+from bifrost_rt import RequestError, RequestTypeError, request
+from bifrost_rt.manifest import (
+    Defaults,
+    EncoderText,
+    Manifest,
+    MllmText,
+    ModelFacts,
+    Scheduler,
+    Text,
+)
 
 NOTHING = dict.fromkeys(
     (
@@ -27,34 +34,44 @@ NOTHING = dict.fromkeys(
 )
 
 
-@pytest.fixture(scope="module")
-def facts(alpha_set: Path) -> Manifest:
-    return manifest.read(alpha_set)
+FACTS = Manifest(
+    format=1,
+    name="alpha",
+    backend="onnxruntime",
+    builder={},
+    model=ModelFacts(64, 16, 64, 16, 128, 128, True),
+    scheduler=Scheduler(1000, True, 3.0, 0.5, 1.15, 256, 4096),
+    defaults=Defaults(16, 1.0, 28, 3.5, 0.7),
+    text=Text(MllmText("", (), "", (), 48), EncoderText("", 77, 0), EncoderText("", 32, 0)),
+    dimensions={},
+    engines=(),
+    files={},
+)
 
 
-def check(facts: Manifest, **changes: Any) -> request.Request:
+def check(**changes: Any) -> request.Request:
     given = {**NOTHING, "prompt": "a", "num_images_per_prompt": 1, "output_type": "pil", **changes}
-    return request.check(facts, **given)
+    return request.check(FACTS, **given)
 
 
-def test_defaults_are_the_sets(facts: Manifest) -> None:
-    checked = check(facts)
+def test_defaults_are_the_sets() -> None:
+    checked = check()
     assert checked.num_inference_steps == 28
     assert checked.decoding_steps == 16
     assert (checked.guidance_scale, checked.controlnet_conditioning_scale) == (3.5, 0.7)
     assert checked.cfg_weight == 1.0
 
 
-def test_images_come_prompt_by_prompt(facts: Manifest) -> None:
-    checked = check(facts, prompt=["a", "b", "a"], num_images_per_prompt=2)
+def test_images_come_prompt_by_prompt() -> None:
+    checked = check(prompt=["a", "b", "a"], num_images_per_prompt=2)
     assert checked.prompts == ("a", "b")
     assert checked.prompt_index.tolist() == [0, 0, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("prompt", [None, 3, b"a", {"a": 1}, ["a", None], [["a"]], [b"a"]])
-def test_a_prompt_that_is_not_text(facts: Manifest, prompt: Any) -> None:
+def test_a_prompt_that_is_not_text(prompt: Any) -> None:
     with pytest.raises(RequestTypeError, match="prompt"):
-        check(facts, prompt=prompt)
+        check(prompt=prompt)
 
 
 @pytest.mark.parametrize(
@@ -83,13 +100,13 @@ def test_a_prompt_that_is_not_text(facts: Manifest, prompt: Any) -> None:
         ({"latents": np.full((1, 64, 16), np.inf)}, "not finite"),
     ],
 )
-def test_what_cannot_be_served_is_named(facts: Manifest, changes: dict, message: str) -> None:
+def test_what_cannot_be_served_is_named(changes: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        check(facts, **changes)
+        check(**changes)
 
 
-def test_arrays_of_other_widths_are_taken(facts: Manifest) -> None:
+def test_arrays_of_other_widths_are_taken() -> None:
     checked = check(
-        facts, order=np.arange(16, dtype=np.int32)[None], latents=np.zeros((1, 64, 16), np.float64)
+        order=np.arange(16, dtype=np.int32)[None], latents=np.zeros((1, 64, 16), np.float64)
     )
     assert (checked.order.dtype, checked.latents.dtype) == (np.int64, np.float32)
