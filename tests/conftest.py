@@ -73,10 +73,30 @@ def alpha_recipe(output: Path, **changes: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def generator(alpha_set: Path) -> Iterator[Any]:
+    """The set, opened on the backend that it was built for."""
     from bifrost_rt import Generator
 
     with Generator(alpha_set) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def generators(alpha_set: Path) -> Iterator[Any]:
+    """The set, opened on any backend: `generators("openvino")`. Skips where it is not installed."""
+    from bifrost_rt import Generator, backends
+
+    opened: dict[str, Any] = {}
+
+    def on(name: str) -> Any:
+        if reason := backends.DRIVERS[name].unavailable():
+            pytest.skip(f"{name}: {reason}")
+        if name not in opened:
+            opened[name] = Generator(alpha_set, backend=name)
+        return opened[name]
+
+    yield on
+    for generator in opened.values():
+        generator.close()
 
 
 def difference(found: NDArray[Any], expected: NDArray[Any]) -> float:

@@ -28,6 +28,7 @@ class Driver:
 
 DRIVERS = {
     "onnxruntime": Driver("bifrost_rt.backends.onnxruntime:OnnxRuntime", "onnxruntime", "cpu"),
+    "openvino": Driver("bifrost_rt.backends.openvino:OpenVino", "openvino", "openvino"),
 }
 
 

@@ -70,6 +70,26 @@ class Backend(Protocol):
         """Device to host. May share the buffer's memory: copy what must outlive it."""
 
 
+class HostMemory:
+    """Buffers of a driver whose device is the host: numpy arrays, never copied."""
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Host memory."""
+        return np.empty(shape, dtype)
+
+    def upload(self, array: NDArray[Any]) -> NDArray[Any]:
+        """The array itself, contiguous."""
+        return np.ascontiguousarray(array)
+
+    def write(self, buffer: Buffer, array: NDArray[Any]) -> None:
+        """A copy in host memory."""
+        np.copyto(np.asarray(buffer), array)
+
+    def download(self, buffer: Buffer) -> NDArray[Any]:
+        """The buffer itself."""
+        return np.asarray(buffer)
+
+
 def check_bindings(
     spec: EngineSpec,
     dimensions: Mapping[str, Range],

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-from bifrost_rt.backends.base import Buffer, check_bindings
+from bifrost_rt.backends.base import Buffer, HostMemory, check_bindings
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import EngineSpec, Range
 
 
-class OnnxRuntime:
+class OnnxRuntime(HostMemory):
     """The CPU execution provider."""
 
     name = "onnxruntime"
@@ -45,22 +45,6 @@ class OnnxRuntime:
                 hint="rebuild the set with `python -m export.build --backend onnxruntime`",
             ) from error
         return OnnxRuntimeEngine(session, spec, dimensions)
-
-    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """Host memory."""
-        return np.empty(shape, dtype)
-
-    def upload(self, array: NDArray[Any]) -> NDArray[Any]:
-        """The array itself, contiguous."""
-        return np.ascontiguousarray(array)
-
-    def write(self, buffer: Buffer, array: NDArray[Any]) -> None:
-        """A copy in host memory."""
-        np.copyto(np.asarray(buffer), array)
-
-    def download(self, buffer: Buffer) -> NDArray[Any]:
-        """The buffer itself."""
-        return np.asarray(buffer)
 
 
 class OnnxRuntimeEngine:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bifrost_rt import Generator
+from bifrost_rt import Generator, backends
 from tests.conftest import Case, difference
 
 TOLERANCE = 1e-4
 
 
+@pytest.mark.parametrize("backend", sorted(backends.DRIVERS))
 def test_tokens_latents_and_picture_are_those_of_the_reference(
-    case: Case, generator: Generator
+    case: Case, backend: str, generators: Callable[[str], Generator]
 ) -> None:
+    generator = generators(backend)
     tokens, latents = [], []
 
     def keep(
