@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
-from bifrost_rt.errors import BifrostError
+from bifrost_rt.errors import BifrostError, RequestError
+
+# Options of `generate` that are arguments of `Generator.run`.
+ARGUMENTS = (
+    *("seed", "num_images_per_prompt", "num_inference_steps", "decoding_steps"),
+    *("guidance_scale", "cfg_weight", "controlnet_conditioning_scale"),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,31 +35,68 @@ def main(arguments: list[str] | None = None) -> int:
 def _generate(options: argparse.Namespace) -> int:
     from bifrost_rt.generator import Generator
 
+    request, image = _request(options)
     with Generator(options.engines, backend=options.backend) as generator:
         progress = _Progress() if sys.stderr.isatty() else None
-        result = generator.run(
-            options.prompt,
-            seed=options.seed,
-            num_images_per_prompt=options.num_images_per_prompt,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-            controlnet_conditioning_scale=options.controlnet_conditioning_scale,
-            decoding_steps=options.decoding_steps,
-            cfg_weight=options.cfg_weight,
-            callback_on_step_end=progress,
-        )
+        result = generator.run(**request, callback_on_step_end=progress)
     if progress:
         progress.close(result.timings, result.seed)
+    if image is not None:
+        about = {**result.parameters, "image": image}
+        result = dataclasses.replace(result, images=[result.images[image]], parameters=about)
     for path in result.save(options.output):
         print(path)
     return 0
 
 
+def _request(options: argparse.Namespace) -> tuple[dict[str, Any], int | None]:
+    """Arguments for `run`, and which of its images is wanted (None for all)."""
+    given = {name: getattr(options, name) for name in ARGUMENTS}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.like is None:
+        if not options.prompt:
+            raise RequestError("no prompt", hint='bifrost-rt generate "a red circle" …')
+        return {"prompt": options.prompt, **given}, None
+    from bifrost_rt.result import read_parameters
+
+    parameters = read_parameters(options.like)
+    if parameters.pop("injected", False):
+        raise RequestError(
+            f"{options.like}: was made with order, latents or tokens passed in, which a picture "
+            "does not hold"
+        )
+    image = parameters.pop("image")
+    if options.prompt:
+        parameters["prompt"] = options.prompt
+        image = None
+    return {**parameters, **given}, image
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from bifrost_rt import inspect, manifest
 
-    folder = Path(options.engines)
-    print(inspect.describe(manifest.read(folder)))
+    print(inspect.describe(manifest.read(Path(options.engines))))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from bifrost_rt import selftest
+    from bifrost_rt.generator import Generator
+
+    with Generator(options.engines, backend=options.backend) as generator:
+        files, engines = len(generator.manifest.files), len(generator.manifest.engines)
+        difference = selftest.check(generator)
+    print(
+        f"{options.engines}: {files} files as built, {engines} engines load, "
+        f"self-test picture within {difference} of 255"
+    )
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from bifrost_rt import doctor
+
+    print(doctor.report())
     return 0
 
 
@@ -66,6 +110,7 @@ class _Progress:
         print(f"\r{what} step {step + 1} ", end="", file=sys.stderr, flush=True)
 
     def close(self, timings: dict[str, float], seed: int) -> None:
+        """Replace the line by what the run took."""
         parts = ", ".join(f"{name} {s:.2f}" for name, s in timings.items() if name != "total")
         print(f"\r{timings['total']:.2f} s ({parts}), seed {seed}", file=sys.stderr)
 
@@ -78,26 +123,30 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = commands.add_parser("generate", help="draw a prompt")
-    generate.add_argument("prompt", nargs="+", help="one text, or several")
-    generate.add_argument("--engines", required=True, metavar="DIR", help="the engine set")
-    generate.add_argument(
-        "-o", "--output", default="out.png", metavar="FILE", help="picture to write (out.png)"
-    )
-    generate.add_argument("--seed", type=int, help="of reveal order and noise; default: random")
-    generate.add_argument(
-        "-n", "--num-images-per-prompt", type=int, default=1, metavar="N", help="pictures (1)"
-    )
-    generate.add_argument("--num-inference-steps", type=int, metavar="N", help="denoising steps")
-    generate.add_argument("--decoding-steps", type=int, metavar="N", help="masked decoding steps")
-    generate.add_argument("--guidance-scale", type=float, metavar="X", help="embedded guidance")
-    generate.add_argument("--cfg-weight", type=float, metavar="X", help="guidance of the MLLM")
-    generate.add_argument(
-        "--controlnet-conditioning-scale", type=float, metavar="X", help="weight of the latents"
-    )
-    generate.add_argument("--backend", metavar="NAME", help="default: the set's own")
+    add = generate.add_argument
+    add("prompt", nargs="*", help="one text, or several")
+    add("--engines", required=True, metavar="DIR", help="the engine set")
+    add("-o", "--output", default="out.png", metavar="FILE", help="picture to write (out.png)")
+    add("--like", metavar="PNG", help="make a picture again; other options on top of its own")
+    add("--seed", type=int, help="of reveal order and noise; default: random")
+    add("-n", "--num-images-per-prompt", type=int, metavar="N", help="pictures (1)")
+    add("--num-inference-steps", type=int, metavar="N", help="denoising steps")
+    add("--decoding-steps", type=int, metavar="N", help="masked decoding steps")
+    add("--guidance-scale", type=float, metavar="X", help="embedded guidance")
+    add("--cfg-weight", type=float, metavar="X", help="guidance of the MLLM")
+    add("--controlnet-conditioning-scale", type=float, metavar="X", help="weight of the latents")
+    add("--backend", metavar="NAME", help="default: the set's own")
     generate.set_defaults(command=_generate)
 
     inspect = commands.add_parser("inspect", help="say what an engine set holds")
     inspect.add_argument("engines", metavar="DIR", help="the engine set")
     inspect.set_defaults(command=_inspect)
+
+    verify = commands.add_parser("verify", help="check a set: hashes, engines, a test picture")
+    verify.add_argument("engines", metavar="DIR", help="the engine set")
+    verify.add_argument("--backend", metavar="NAME", help="default: the set's own")
+    verify.set_defaults(command=_verify)
+
+    doctor = commands.add_parser("doctor", help="say what this machine can run, and why not")
+    doctor.set_defaults(command=_doctor)
     return parser

@@ -63,6 +63,7 @@ class Generator:
         width: int | None = None,
         order: ArrayLike | None = None,
         latents: ArrayLike | None = None,
+        tokens: ArrayLike | None = None,
         output_type: request.OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
     ) -> Result:
@@ -83,6 +84,8 @@ class Generator:
             height, width: must be the set's own, where given.
             order: [n, N], per image a permutation of its places, instead of the seed's.
             latents: [n, S, C] packed starting noise, instead of the seed's.
+            tokens: [n, N, D] CLIP latents of an earlier result: the MLLM is not run, and seed,
+                steps and control scale may differ.
             output_type: "pil" for `PIL.Image`s, "np" for uint8 [n, H, W, 3], "latent" to stop
                 before the VAE.
             callback_on_step_end: called as (generator, step, timestep, tensors) after every step of
@@ -108,6 +111,7 @@ class Generator:
             order=order,
             latents=latents,
             output_type=output_type,
+            tokens=tokens,
         )
         if guidance_scale is not None and not self.manifest.model.guidance_embeds:
             log.warning(
@@ -121,7 +125,24 @@ class Generator:
         images: Any = out.latents if out.images is None else out.images
         if checked.output_type == "pil":
             images = [Image.fromarray(image) for image in images]
-        return Result(images, out.tokens, out.latents, out.timings, checked.seed)
+        parameters = self._parameters(checked, prompt, num_images_per_prompt)
+        if order is not None or latents is not None or tokens is not None:
+            parameters["injected"] = True
+        return Result(images, out.tokens, out.latents, out.timings, checked.seed, parameters)
+
+    def _parameters(
+        self, checked: request.Request, prompt: str | Sequence[str], per_prompt: int
+    ) -> dict[str, Any]:
+        return {
+            "prompt": prompt if isinstance(prompt, str) else list(prompt),
+            "seed": checked.seed,
+            "num_images_per_prompt": per_prompt,
+            "num_inference_steps": checked.num_inference_steps,
+            "guidance_scale": checked.guidance_scale,
+            "controlnet_conditioning_scale": checked.controlnet_conditioning_scale,
+            "decoding_steps": checked.decoding_steps,
+            "cfg_weight": checked.cfg_weight,
+        }
 
     def _adapter(self, callback: StepCallback) -> pipeline.StepEnd:
         def on_step_end(name: str, step: int, timestep: float | None, loop: Loop) -> None:

@@ -54,43 +54,11 @@ def generate(
     timings: dict[str, float] = {}
     up, down = engines.backend.upload, engines.backend.download
 
-    # 1  Prompt -> ids. At cfg 1 the unconditional half cancels and is not computed.
-    guided = request.cfg_weight != 1.0
-    texts = list(dict.fromkeys(["", *request.prompts] if guided else request.prompts))
-    ids = [tokenizers.mllm_prompt(text) for text in texts]
-    lengths = np.array([len(row) for row in ids], np.int64)
-    rows = np.array([texts.index(request.prompts[i]) for i in request.prompt_index], np.int64)
-    text_index = np.stack([np.full_like(rows, texts.index("")), rows] if guided else [rows])
-
-    # 2  Text -> keys and values of every layer, and the all-masked start of the visual tokens.
-    prefill = engines.run(
-        "text_prefill",
-        {"input_ids": up(_right_padded(ids)), "text_index": up(text_index)},
-        timings,
-    )
-    tokens = prefill.pop("tokens")
-
-    # 3  Masked decoding. Steps that reveal nothing change nothing and are not run.
-    masks = schedules.reveal_masks(request.order, request.decoding_steps)
-    active = [bool(mask.any()) for mask in masks]
-    decode = engines.loop(
-        "visual_decode",
-        {
-            **prefill,
-            "tokens": tokens,
-            "step": up(np.zeros(1, np.int64)),
-            "text_length": up(lengths[text_index]),
-            "reveal_masks": up(masks[active]),
-            "cfg_weight": up(np.array([request.cfg_weight], np.float32)),
-        },
-        timings,
-    )
-    for t in range(request.decoding_steps):
-        if active[t]:
-            decode.step()  # 3.t
-        if on_step_end:
-            on_step_end("tokens", t, None, decode)
-    tokens = decode["tokens"]
+    # 1-3  Prompt -> CLIP latents, unless they were made before.
+    if request.tokens is None:
+        tokens = _decode(engines, tokenizers, request, timings, on_step_end)
+    else:
+        tokens = up(request.tokens)
 
     # 4  The raw prompt -> text embeddings of the diffusion networks.
     prompts = request.prompts
@@ -139,6 +107,55 @@ def generate(
         images = down(decoded["images"])
     timings["total"] = time.perf_counter() - start
     return Output(down(tokens).copy(), down(latents).copy(), images, timings)
+
+
+def _decode(
+    engines: Engines,
+    tokenizers: Tokenizers,
+    request: Request,
+    timings: dict[str, float],
+    on_step_end: StepEnd | None,
+) -> Buffer:
+    """The MLLM's part: the final visual tokens [B, N, D]."""
+    up = engines.backend.upload
+
+    # 1  Prompt -> ids. At cfg 1 the unconditional half cancels and is not computed.
+    guided = request.cfg_weight != 1.0
+    texts = list(dict.fromkeys(["", *request.prompts] if guided else request.prompts))
+    ids = [tokenizers.mllm_prompt(text) for text in texts]
+    lengths = np.array([len(row) for row in ids], np.int64)
+    rows = np.array([texts.index(request.prompts[i]) for i in request.prompt_index], np.int64)
+    text_index = np.stack([np.full_like(rows, texts.index("")), rows] if guided else [rows])
+
+    # 2  Text -> keys and values of every layer, and the all-masked start of the visual tokens.
+    prefill = engines.run(
+        "text_prefill",
+        {"input_ids": up(_right_padded(ids)), "text_index": up(text_index)},
+        timings,
+    )
+    tokens = prefill.pop("tokens")
+
+    # 3  Masked decoding. Steps that reveal nothing change nothing and are not run.
+    masks = schedules.reveal_masks(request.order, request.decoding_steps)
+    active = [bool(mask.any()) for mask in masks]
+    decode = engines.loop(
+        "visual_decode",
+        {
+            **prefill,
+            "tokens": tokens,
+            "step": up(np.zeros(1, np.int64)),
+            "text_length": up(lengths[text_index]),
+            "reveal_masks": up(masks[active]),
+            "cfg_weight": up(np.array([request.cfg_weight], np.float32)),
+        },
+        timings,
+    )
+    for t in range(request.decoding_steps):
+        if active[t]:
+            decode.step()  # 3.t
+        if on_step_end:
+            on_step_end("tokens", t, None, decode)
+    return decode["tokens"]
 
 
 def _right_padded(ids: list[list[int]]) -> NDArray[np.int64]:

@@ -33,6 +33,7 @@ class Request:
     order: NDArray[np.int64]  # [n, N]
     latents: NDArray[np.float32]  # [n, S, C]
     output_type: OutputType
+    tokens: NDArray[np.float32] | None  # [n, N, D] instead of the MLLM's
 
     @property
     def images(self) -> int:
@@ -56,6 +57,7 @@ def check(
     order: ArrayLike | None,
     latents: ArrayLike | None,
     output_type: str,
+    tokens: ArrayLike | None = None,
 ) -> Request:
     """Fill in the set's defaults and refuse what cannot be served.
 
@@ -105,6 +107,9 @@ def check(
         if latents is None
         else _latents(latents, (n, *shape), manifest),
         output_type=output_type,  # type: ignore[arg-type]
+        tokens=None
+        if tokens is None
+        else _floats("tokens", tokens, (n, model.num_visual_tokens, model.hidden_size)),
     )
 
 
@@ -164,16 +169,26 @@ def _order(order: ArrayLike, shape: tuple[int, int]) -> NDArray[np.int64]:
 def _latents(
     latents: ArrayLike, shape: tuple[int, int, int], manifest: Manifest
 ) -> NDArray[np.float32]:
-    array = np.asarray(latents)
+    model = manifest.model
+    return _floats(
+        "latents",
+        latents,
+        shape,
+        hint=f"the set {manifest.name!r} takes packed noise (images, image tokens, channels) for "
+        f"{model.image_width}x{model.image_height}; another size needs another set",
+    )
+
+
+def _floats(
+    name: str, given: ArrayLike, shape: tuple[int, ...], hint: str | None = None
+) -> NDArray[np.float32]:
+    array = np.asarray(given)
     if not np.issubdtype(array.dtype, np.floating):
-        raise RequestTypeError(f"latents must be floating point, got {array.dtype}")
+        raise RequestTypeError(f"{name} must be floating point, got {array.dtype}")
     if array.shape != shape:
         raise RequestError(
-            f"latents must be packed noise of the shape {list(shape)} (images, image tokens, "
-            f"channels), got {list(array.shape)}",
-            hint=f"the set {manifest.name!r} was built for {manifest.model.image_width}x"
-            f"{manifest.model.image_height}; latents of another size need another set",
+            f"{name} must have the shape {list(shape)}, got {list(array.shape)}", hint=hint
         )
     if not np.isfinite(array).all():
-        raise RequestError("latents hold a value that is not finite")
+        raise RequestError(f"{name} hold a value that is not finite")
     return array.astype(np.float32)

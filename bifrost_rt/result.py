@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,29 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from bifrost_rt.errors import RequestError
+
+# The text chunk of a PNG that holds its parameters, as JSON.
+PNG_KEY = "bifrost-rt"
+
+
+def read_parameters(path: str | Path) -> dict[str, Any]:
+    """The parameters that `Result.save` wrote into a PNG, and `image`, its place in the run.
+
+    Raises:
+        RequestError: not a picture, or not one of this package.
+    """
+    try:
+        with Image.open(path) as picture:
+            text = picture.info.get(PNG_KEY)
+        parameters = json.loads(text) if isinstance(text, str) else None
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path}: cannot be read as a picture: {error}") from None
+    if not isinstance(parameters, dict):
+        raise RequestError(f"{path}: does not say how it was made; only PNGs of bifrost-rt do")
+    return parameters
 
 
 @dataclass(frozen=True)
@@ -24,6 +45,8 @@ class Result:
         latents: float32 [n, S, C], final and packed, as the VAE engine takes them.
         timings: seconds per engine, and `total` for the whole run.
         seed: passed to `run` again, it gives the same images.
+        parameters: the arguments of `run` that make these images again; with `injected` true, the
+            order, noise or tokens that were passed in are needed too.
     """
 
     images: Any
@@ -31,6 +54,7 @@ class Result:
     latents: NDArray[np.float32]
     timings: dict[str, float]
     seed: int
+    parameters: dict[str, Any]
 
     @property
     def image(self) -> Any:
@@ -40,7 +64,8 @@ class Result:
     def save(self, path: str | Path) -> list[Path]:
         """Write the images; the suffix decides the format, PNG where there is none.
 
-        Several images get `-0`, `-1`, … before the suffix. Each file is written aside and renamed,
+        Several images get `-0`, `-1`, … before the suffix. A PNG carries its parameters, from which
+        `bifrost-rt generate --like` makes it again. Each file is written aside and renamed,
         so that an older picture is never half overwritten.
 
         Returns:
@@ -73,12 +98,18 @@ class Result:
             target = path if len(pictures) == 1 else path.with_stem(f"{path.stem}-{i}")
             aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
             try:
-                picture.save(aside, format=file_format)
+                about = {"pnginfo": self._about(i)} if file_format == "PNG" else {}
+                picture.save(aside, format=file_format, **about)
                 aside.replace(target)
             finally:
                 aside.unlink(missing_ok=True)
             paths.append(target)
         return paths
+
+    def _about(self, image: int) -> PngImagePlugin.PngInfo:
+        about = PngImagePlugin.PngInfo()
+        about.add_itxt(PNG_KEY, json.dumps({"image": image, **self.parameters}))
+        return about
 
     def _has_pixels(self) -> bool:
         return isinstance(self.images, list) or self.images.dtype == np.uint8

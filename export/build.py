@@ -18,10 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 import bifrost_rt
-from bifrost_rt import backends
+from bifrost_rt import backends, selftest
 from bifrost_rt import manifest as manifests
 from bifrost_rt.errors import BifrostError
+from bifrost_rt.generator import Generator
 from bifrost_rt.manifest import Defaults, EngineSpec, File, Manifest, Precision
 from export import recipe as recipes
 from export.engine_set import written_aside
@@ -118,6 +121,11 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
         (folder / "report.json").write_text(json.dumps(document, indent=1) + "\n")
         manifest = dataclasses.replace(manifest, files=_files(folder))
         (folder / manifests.FILENAME).write_bytes(manifest.dumps())
+        say("drawing the self-test picture")
+        with Generator(folder, backend=driver) as generator:
+            Image.fromarray(selftest.draw(generator)).save(folder / selftest.PICTURE)
+        manifest = dataclasses.replace(manifest, files=_files(folder))
+        (folder / manifests.FILENAME).write_bytes(manifest.dumps())
         assert manifests.read(folder) == manifest
     return output
 
@@ -136,6 +144,7 @@ def _files(folder: Path) -> dict[str, File]:
     return {
         path.relative_to(folder).as_posix(): File(path.stat().st_size, manifests.sha256(path))
         for path in found
+        if path.name != manifests.FILENAME
     }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from bifrost_rt import backends
 from bifrost_rt.cli import main
 
 
@@ -69,6 +70,49 @@ def test_inspect_reads_like_a_description(
     assert text.startswith("alpha: Bifrost-1 engine set for onnxruntime")
     for piece in ("128x128 px", "16 visual tokens of width 64", "text_keys.0 … text_keys.2"):
         assert piece in text
+
+
+def test_a_picture_is_made_again_from_its_own_file(
+    alpha_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["generate", "--engines", str(alpha_set)]
+    few = ["--num-inference-steps", "2", "--decoding-steps", "3", "--cfg-weight", "1.5"]
+    assert main([*common, "a cow", "a dog", "-n", "2", "-o", str(tmp_path / "a.png"), *few]) == 0
+    assert main([*common, "--like", str(tmp_path / "a-2.png"), "-o", str(tmp_path / "b.png")]) == 0
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a-2.png").read_bytes()
+    like_b = [*common, "--like", str(tmp_path / "b.png"), "--seed", "1"]
+    assert main([*like_b, "-o", str(tmp_path / "c.png")]) == 0
+    assert (tmp_path / "c.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+def test_like_refuses_foreign_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "other.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for name, message in (("other", "does not say how it was made"), ("text", "cannot be read")):
+        like = str(tmp_path / f"{name}.png")
+        assert main(["generate", "--like", like, "--engines", "e"]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_no_prompt_at_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--engines", "e"]) == 1
+    assert capsys.readouterr().err.startswith("error: no prompt\nhint:")
+
+
+@pytest.mark.parametrize("backend", sorted(backends.DRIVERS))
+def test_verify_draws_what_the_builder_drew(
+    alpha_set: Path, backend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if reason := backends.DRIVERS[backend].unavailable():
+        pytest.skip(reason)
+    assert main(["verify", str(alpha_set), "--backend", backend]) == 0
+    assert "7 engines load, self-test picture within" in capsys.readouterr().out
+
+
+def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in backends.DRIVERS)
 
 
 def test_python_m_bifrost_rt_is_the_same_command(alpha_set: Path) -> None:

@@ -159,6 +159,15 @@ def test_a_callback_that_returns_nonsense(
         run(generator, callback_on_step_end=lambda *_: returned)
 
 
+def test_tokens_of_an_earlier_run_are_drawn_without_the_mllm(generator: Generator) -> None:
+    first = run(generator, ["a cow", "a dog"], num_images_per_prompt=2)
+    again = run(generator, ["a cow", "a dog"], num_images_per_prompt=2, tokens=first.tokens)
+    assert np.array_equal(again.latents, first.latents)
+    assert not {"text_prefill", "visual_decode"} & again.timings.keys()
+    with pytest.raises(RequestError, match=r"tokens must have the shape \[1, 16, 64\]"):
+        run(generator, tokens=first.tokens)
+
+
 def test_special_tokens_in_a_prompt_are_ordinary_text(generator: Generator) -> None:
     """Otherwise the reader of the K/V cache would meet an image or a turn that nobody opened."""
     special = {600, 601, 602, 609, 610, 611, 612, 613, 614, 615}
