@@ -58,10 +58,13 @@ class Reference:
     ) -> None:
         # networks of its own: those of a build have lost their modulation layers
         self._checkpoint = Checkpoint(Path(mllm), Path(bifrost), Path(flux))
-        self._folder = tempfile.TemporaryDirectory()
-        folder = Path(self._folder.name)
-        facts = text.write(self._checkpoint, folder, mllm_max_length, t5_max_length)
-        self._tokenizers = Tokenizers(folder, facts)
+        with tempfile.TemporaryDirectory() as folder:
+            facts = text.write(self._checkpoint, Path(folder), mllm_max_length, t5_max_length)
+            self._tokenizers = Tokenizers(Path(folder), facts)
+            # each is read at its first use, and the files go now
+            self._tokenizers.mllm_prompt("")
+            self._tokenizers.clip([""])
+            self._tokenizers.t5([""])
         self._max_length = mllm_max_length
         self._mllm = reference_mllm.load(self._checkpoint)
         self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
