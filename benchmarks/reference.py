@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ class ReferenceResult:
     latents_steps: Tensor  # [num_inference_steps, n, S, C]
     image: Tensor  # [n, 3, H, W], not clamped
     image_u8: Tensor  # [n, H, W, 3]
+    timings: dict[str, float]  # seconds: `mllm` up to the tokens, `diffusion` from there on
 
 
 class Reference:
@@ -91,7 +93,9 @@ class Reference:
             order: [n, N], per image a permutation of its places; its last are revealed first.
             latents: [n, S, C], packed starting noise.
         """
+        start = time.perf_counter()
         tokens_steps = self._decode(prompts, torch.as_tensor(order), decoding_steps, cfg_weight)
+        decoded = time.perf_counter()
         latents_steps = self._denoise(
             prompts,
             tokens_steps[-1],
@@ -109,6 +113,7 @@ class Reference:
             latents_steps,
             image,
             rounded.permute(0, 2, 3, 1),
+            {"mllm": decoded - start, "diffusion": time.perf_counter() - decoded},
         )
 
     def _decode(
