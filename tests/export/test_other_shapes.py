@@ -124,7 +124,12 @@ def built(
     folder = tmp_path_factory.mktemp(request.param)
     synthesize(shapes, folder / "checkpoint", seed=21)
     folders = {part: str(folder / "checkpoint" / part) for part in ("mllm", "bifrost", "flux")}
-    recipe = Recipe(**folders, output=str(folder / "set"), t5_max_length=T5_LENGTH)
+    recipe = Recipe(
+        **folders,
+        output=str(folder / "set"),
+        precision=shapes.layout.dtype,  # the checkpoint's own: nothing is lost
+        t5_max_length=T5_LENGTH,
+    )
     reference = Reference(**folders, mllm_max_length=shapes.max_seq_length, t5_max_length=T5_LENGTH)
     with Generator(build(recipe)) as generator:
         yield Built(shapes, folder / "set", generator, reference)
