@@ -12,7 +12,7 @@ from scenes.layout import SIDE
 from scenes.world import BACKGROUNDS, COLOURS, Placed
 
 _FINE = 4  # samples per pixel and axis
-_ARM = 0.36  # width of a cross's arm
+ARM = 0.36  # width of a cross's arm
 
 
 def _outline(shape: str, x: float, y: float, size: float) -> list[tuple[float, float]]:
@@ -21,7 +21,7 @@ def _outline(shape: str, x: float, y: float, size: float) -> list[tuple[float, f
         return [(low_x, low_y), (high_x, low_y), (high_x, high_y), (low_x, high_y)]
     if shape == "triangle":
         return [(x, low_y), (high_x, high_y), (low_x, high_y)]
-    arm = size * _ARM / 2
+    arm = size * ARM / 2
     return [
         (x - arm, low_y), (x + arm, low_y), (x + arm, y - arm), (high_x, y - arm),
         (high_x, y + arm), (x + arm, y + arm), (x + arm, high_y), (x - arm, high_y),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +16,12 @@ from scipy import ndimage
 from skimage.measure import regionprops
 
 from scenes.layout import LARGE, MEDIUM, SMALL
-from scenes.world import BACKGROUNDS, COLOURS, Spec
+from scenes.render import ARM
+from scenes.world import BACKGROUNDS, COLOURS, SHAPES, Spec
 
 FOREGROUND = 70.0  # RGB distance from the background; no palette colour comes closer
 SMALLEST = 40  # px; less is texture, not an object
+OVERLAP = 0.75  # intersection over union with the ideal shape in the same box
 PURITY = 0.85  # share of an object's inner pixels that must carry its colour
 
 
@@ -58,17 +61,31 @@ def _nearest(
     return distance.argmin(-1), distance.min(-1)
 
 
-def _shape(fill: float, solidity: float, low_centre: float, aspect: float) -> str | None:
-    """Shape from the share of the bounding box and of the convex hull that is covered."""
-    if not 0.75 < aspect < 1.34:
+@cache
+def _ideal(shape: str, height: int, width: int) -> NDArray[np.bool_]:
+    """The shape drawn to fill a box of this size."""
+    rows, columns = np.mgrid[:height, :width]
+    y, x = (rows + 0.5) / height - 0.5, (columns + 0.5) / width - 0.5
+    if shape == "square":
+        return np.ones((height, width), bool)
+    if shape == "circle":
+        return x**2 + y**2 <= 0.25
+    if shape == "triangle":
+        return np.abs(x) <= (y + 0.5) / 2
+    return np.minimum(np.abs(x), np.abs(y)) <= ARM / 2
+
+
+def _shape(filled: NDArray[np.bool_]) -> str | None:
+    """The shape that overlaps best with an object cut out at its bounding box."""
+    height, width = filled.shape
+    if not 0.75 < width / height < 1.34:
         return None
-    if solidity < 0.86:
-        return "cross" if 0.45 < fill < 0.72 and abs(low_centre) < 0.06 else None
-    if fill > 0.89:
-        return "square"
-    if fill > 0.66:
-        return "circle" if fill < 0.85 else None
-    return "triangle" if 0.40 < fill < 0.62 and low_centre > 0.08 else None
+    overlap = {
+        shape: float((filled & ideal).sum() / (filled | ideal).sum())
+        for shape, ideal in ((shape, _ideal(shape, height, width)) for shape in SHAPES)
+    }
+    best = max(overlap, key=lambda shape: overlap[shape])
+    return best if overlap[best] >= OVERLAP else None
 
 
 def read(picture: NDArray[np.uint8]) -> Reading:
@@ -96,12 +113,9 @@ def read(picture: NDArray[np.uint8]) -> Reading:
         typical = np.median(pixels[inner if inner.any() else member], axis=0)
         pure = votes.max() >= PURITY * votes.sum()
         close = np.linalg.norm(typical - tuple(COLOURS.values())[votes.argmax()]) < 60
-        row, _column = region.centroid
-        low_centre = (row - (top + bottom - 1) / 2) / height
-        shape = _shape(region.extent, region.solidity, low_centre, width / height)
         objects.append(
             Found(
-                shape,
+                _shape(region.image),
                 tuple(COLOURS)[votes.argmax()] if pure and close else None,
                 (left + right) / 2,
                 (top + bottom) / 2,
