@@ -10,6 +10,7 @@ from __future__ import annotations
 from bifrost_rt.errors import (
     BackendError,
     BifrostError,
+    BudgetError,
     EngineSetError,
     IntegrityError,
     RequestError,
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "BifrostError",
+    "BudgetError",
     "EngineSetError",
     "Generator",
     "IntegrityError",

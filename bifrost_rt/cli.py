@@ -36,7 +36,9 @@ def _generate(options: argparse.Namespace) -> int:
     from bifrost_rt.generator import Generator
 
     request, image = _request(options)
-    with Generator(options.engines, backend=options.backend) as generator:
+    with Generator(
+        options.engines, backend=options.backend, memory_budget=options.memory_budget
+    ) as generator:
         progress = _Progress() if sys.stderr.isatty() else None
         result = generator.run(**request, callback_on_step_end=progress)
     if progress:
@@ -136,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cfg-weight", type=float, metavar="X", help="guidance of the MLLM")
     add("--controlnet-conditioning-scale", type=float, metavar="X", help="weight of the latents")
     add("--backend", metavar="NAME", help="default: the set's own")
+    add("--memory-budget", metavar="SIZE", help="for engines, like 8GiB; default: what is free")
     generate.set_defaults(command=_generate)
 
     inspect = commands.add_parser("inspect", help="say what an engine set holds")

@@ -1,9 +1,10 @@
-"""The opened engines of one set: verified, timed, run once or in a loop."""
+"""The engines of one set: verified, opened and closed as the budget allows, run once or looped."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 from bifrost_rt import manifest as manifests
+from bifrost_rt import residency
 from bifrost_rt.backends.base import Backend, Buffer, Engine, output_shape, symbol_sizes
+from bifrost_rt.errors import BudgetError
 from bifrost_rt.manifest import EngineSpec, Manifest
+from bifrost_rt.residency import Need, Sizes, Step
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
@@ -30,23 +34,104 @@ def verify(folder: Path, manifest: Manifest) -> None:
 
 
 class Engines:
-    """All engines of a set on one backend."""
+    """All engines of a set on one backend.
 
-    def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
+    Args:
+        budget: bytes that engines and their tensors may take together. None opens everything now
+            and keeps it.
+
+    Raises:
+        BudgetError: not even one picture can be drawn within the budget.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, backend: Backend, budget: int | None = None
+    ) -> None:
         self.backend = backend
+        self.budget = budget
+        self._folder, self._manifest = folder, manifest
         self._open: dict[str, Engine] = {}
-        for spec in manifest.engines:
-            self._open[spec.name] = backend.open(folder, spec, manifest.dimensions)
+        self._held: dict[str, int] = {}
+        self._steps: dict[str, Step] = {}
+        self._needs: dict[str, Need] = {}
+        order = [spec.name for spec in manifest.engines]
+        if budget is None:
+            self._enter_all(order)
+            return
+        self.begin(order, residency.sizes(manifest))
+        if residency.everything_fits(tuple(self._steps.values())):
+            self._enter_all(order)
+
+    def begin(self, order: Sequence[str], at: Sizes) -> None:
+        """Draw up the schedule of a run that uses the engines in this order, each once.
+
+        Args:
+            at: engine -> a number for every symbol of its doors.
+
+        Raises:
+            BudgetError: a stage cannot run within the budget.
+        """
+        if self.budget is None:
+            return
+        needs = residency.needs(self._manifest, order, at, self.backend.weights_in_memory)
+        try:
+            steps = residency.schedule(needs, self.budget, self._held)
+        except BudgetError as error:
+            raise BudgetError(error.message, hint=self._advice(needs, order)) from None
+        self._needs = {need.engine: need for need in needs}
+        self._steps = {step.engine: step for step in steps}
+
+    def _advice(self, needs: Sequence[Need], order: Sequence[str]) -> str:
+        assert self.budget is not None
+        manifest, in_memory = self._manifest, self.backend.weights_in_memory
+
+        def half(spec: EngineSpec, stored: int) -> int:
+            stored = stored // 2 if spec.precision.weights == "float32" else stored
+            precision = dataclasses.replace(spec.precision, weights="bfloat16")
+            return in_memory(dataclasses.replace(spec, precision=precision), stored)
+
+        one = residency.sizes(manifest)
+        ways = []
+        if max(n.total for n in residency.needs(manifest, order, one, in_memory)) <= self.budget:
+            ways.append("draw one picture at a time")
+        elif max(n.total for n in residency.needs(manifest, order, one, half)) <= self.budget:
+            ways.append("rebuild the set with `python -m export.build --precision bf16`")
+        least = max(need.total for need in needs)
+        return ", or ".join([*ways, f"give it at least {residency.size_text(least, up=True)}"])
+
+    def _enter_all(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._enter(name)
+        self._steps = {}
+
+    def _enter(self, name: str) -> Engine:
+        """The engine, opened; what the schedule wants gone has left before."""
+        step = self._steps.get(name)
+        for leaving in step.evict if step else ():
+            if leaving in self._open:
+                self._open.pop(leaving).close()
+                del self._held[leaving]
+        if name not in self._open:
+            spec = self._manifest.engine(name)
+            self._open[name] = self.backend.open(self._folder, spec, self._manifest.dimensions)
+        if name in self._needs:
+            self._held[name] = max(self._held.get(name, 0), self._needs[name].held)
+        return self._open[name]
 
     def spec(self, name: str) -> EngineSpec:
         """What the engine `name` takes and gives."""
-        return self._open[name].spec
+        return self._manifest.engine(name)
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """The engines that are in memory now."""
+        return tuple(self._open)
 
     def run(
         self, name: str, inputs: Mapping[str, Buffer], timings: dict[str, float]
     ) -> dict[str, Buffer]:
         """Run an engine once, into new buffers; adds its seconds to `timings[name]`."""
-        engine = self._open[name]
+        engine = self._enter(name)
         outputs = _allocate(self.backend, engine.spec, inputs)
         call = engine.bind(inputs, outputs)
         start = time.perf_counter()
@@ -56,13 +141,14 @@ class Engines:
 
     def loop(self, name: str, inputs: Mapping[str, Buffer], timings: dict[str, float]) -> Loop:
         """Prepare an engine for repeated steps."""
-        return Loop(self.backend, self._open[name], inputs, timings)
+        return Loop(self.backend, self._enter(name), inputs, timings)
 
     def close(self) -> None:
         """Close every engine."""
         for engine in self._open.values():
             engine.close()
         self._open.clear()
+        self._held.clear()
 
 
 class Loop:
@@ -100,6 +186,14 @@ class Loop:
         self._call, self._other = self._other, self._call
         self._now, self._next = self._next, self._now
 
+    def finish(self, name: str) -> Buffer:
+        """The final buffer of a carried tensor. The loop lets go of everything else, so that its
+        engine can leave; it cannot be stepped again."""
+        last = self._now[name]
+        self._now, self._next = {}, {}
+        self._call = self._other = _finished
+        return last
+
     def __getitem__(self, name: str) -> Buffer:
         """The current buffer of a carried tensor. The step after the next overwrites it."""
         return self._now[name]
@@ -111,6 +205,10 @@ class Loop:
     def replace(self, name: str, array: NDArray[Any]) -> None:
         """Overwrite a carried tensor before the next step."""
         self._backend.write(self._now[name], array)
+
+
+def _finished() -> None:
+    raise AssertionError("a finished loop was stepped")
 
 
 def _allocate(

@@ -4,6 +4,7 @@
     ├── EngineSetError          a set on disk: missing, foreign, newer, damaged
     │   └── IntegrityError      a file whose bytes are not those that were built
     ├── BackendError            a driver that is unavailable or failed; says why
+    ├── BudgetError             a memory budget that one stage exceeds by itself
     ├── StageInputError         a tensor at the door of an engine: name, dtype or shape
     └── RequestError            arguments of a request (also a ValueError)
         └── RequestTypeError    … of the wrong type (also a TypeError)
@@ -41,6 +42,10 @@ class IntegrityError(EngineSetError):
 
 class BackendError(BifrostError):
     """A backend is not available here, or its library refused an engine."""
+
+
+class BudgetError(BifrostError):
+    """A memory budget that one stage exceeds even when nothing else is in memory."""
 
 
 class StageInputError(BifrostError):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from bifrost_rt import backends, engines, manifest, pipeline, request
+from bifrost_rt import backends, engines, manifest, pipeline, request, residency
 from bifrost_rt.backends.base import Backend
 from bifrost_rt.engines import Loop
 from bifrost_rt.errors import RequestError, RequestTypeError
@@ -31,21 +31,36 @@ class Generator:
         path: the set's folder, as written by `python -m export.build`.
         backend: a driver's name, or one that is already started. Default: the one that the set was
             built for.
+        memory_budget: what engines and their tensors may take together, as bytes or as text
+            ("8GiB"); the Python process itself comes on top. Engines leave and come back as it
+            demands, and the pictures stay the same. Default: what the machine has available when
+            the set is opened, less a tenth. Where everything fits, everything stays open.
 
     Raises:
         EngineSetError, IntegrityError: the set is missing, foreign or damaged; every file is
             checked against its hash.
         BackendError: the driver is not available here, with the reason.
+        BudgetError: a stage exceeds the budget by itself.
     """
 
-    def __init__(self, path: str | Path, *, backend: str | Backend | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        backend: str | Backend | None = None,
+        memory_budget: int | str | None = None,
+    ) -> None:
+        budget = residency.available() if memory_budget is None else residency.parse(memory_budget)
         self.path = Path(path)
         self.manifest = manifest.read(self.path)
         engines.verify(self.path, self.manifest)
         driver = self.manifest.backend if backend is None else backend
         self._tokenizers = Tokenizers(self.path, self.manifest.text)
         self._engines = engines.Engines(
-            self.path, self.manifest, backends.load(driver) if isinstance(driver, str) else driver
+            self.path,
+            self.manifest,
+            backends.load(driver) if isinstance(driver, str) else driver,
+            budget,
         )
 
     def run(
@@ -95,6 +110,7 @@ class Generator:
 
         Raises:
             RequestError, RequestTypeError: an argument that cannot be served.
+            BudgetError: so many pictures do not fit into the memory budget.
         """
         checked = request.check(
             self.manifest,

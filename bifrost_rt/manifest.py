@@ -56,6 +56,8 @@ class EngineSpec:
     """One compiled graph with named, typed inputs and outputs.
 
     `carry` pairs an output with the input that it becomes in the next step of the engine's loop.
+    `scratch_bytes` is what its arithmetic needs between its doors for one picture at the default
+    steps and the longest prompt, counted from the graph; 0 in sets that do not state it.
     """
 
     name: str
@@ -65,6 +67,7 @@ class EngineSpec:
     outputs: tuple[TensorSpec, ...]
     carry: dict[str, str]
     precision: Precision
+    scratch_bytes: int = 0
 
     def input(self, name: str) -> TensorSpec | None:
         """The input called `name`, or None where this engine has none of that name."""

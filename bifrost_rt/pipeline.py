@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bifrost_rt import schedules
+from bifrost_rt import residency, schedules
 from bifrost_rt.backends.base import Buffer
 from bifrost_rt.engines import Engines, Loop
 from bifrost_rt.manifest import Manifest
@@ -54,6 +54,9 @@ def generate(
     timings: dict[str, float] = {}
     up, down = engines.backend.upload, engines.backend.download
 
+    # 0  Which engines are in memory when.
+    engines.begin(stages(request), sizes(manifest, request))
+
     # 1-3  Prompt -> CLIP latents, unless they were made before.
     if request.tokens is None:
         tokens = _decode(engines, tokenizers, request, timings, on_step_end)
@@ -80,6 +83,7 @@ def generate(
     if manifest.model.guidance_embeds:
         inputs["guidance_scale"] = up(np.array([request.guidance_scale], np.float32))
     conditions = engines.run("conditioning", inputs, timings)
+    del inputs, embeds
 
     # 6  Denoising.
     scale = np.array([request.controlnet_conditioning_scale], np.float32)
@@ -98,7 +102,8 @@ def generate(
         denoise.step()  # 6.t
         if on_step_end:
             on_step_end("latents", t, float(timesteps[t]), denoise)
-    latents = denoise["latents"]
+    latents = denoise.finish("latents")
+    del conditions
 
     # 7  Latents -> pixels.
     images = None
@@ -107,6 +112,25 @@ def generate(
         images = down(decoded["images"])
     timings["total"] = time.perf_counter() - start
     return Output(down(tokens).copy(), down(latents).copy(), images, timings)
+
+
+def stages(request: Request) -> tuple[str, ...]:
+    """The engines that a request uses, in this order, each once."""
+    mllm = ("text_prefill", "visual_decode") if request.tokens is None else ()
+    vae = ("vae_decode",) if request.output_type != "latent" else ()
+    return (*mllm, "clip_text", "t5_text", "conditioning", "denoise", *vae)
+
+
+def sizes(manifest: Manifest, request: Request) -> residency.Sizes:
+    """What a request makes of the symbols at the engines' doors."""
+    return residency.sizes(
+        manifest,
+        images=request.images,
+        prompts=len(request.prompts),
+        guided=request.cfg_weight != 1.0,
+        decoding_steps=request.decoding_steps,
+        num_inference_steps=request.num_inference_steps,
+    )
 
 
 def _decode(
@@ -155,7 +179,7 @@ def _decode(
             decode.step()  # 3.t
         if on_step_end:
             on_step_end("tokens", t, None, decode)
-    return decode["tokens"]
+    return decode.finish("tokens")
 
 
 def _right_padded(ids: list[list[int]]) -> NDArray[np.int64]:

@@ -45,7 +45,7 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
         BifrostError: the checkpoint, the graph, the parity or the disk; nothing is left behind.
     """
     # torch and its company take seconds to import: not before the command line is understood
-    from export import assemble, graph, parity, precision, stages, text
+    from export import assemble, graph, memory, parity, precision, stages, text
     from export.checkpoint import Checkpoint
 
     say = progress or (lambda message: None)
@@ -71,6 +71,7 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
             traced = graph.to_graph(stage)
             precision.store(traced, recipe.precision)
             weights = precision.weight_bytes(traced)
+            scratch = memory.scratch_bytes(traced, memory.one_picture(mllm_max_length))
             files = graph.save(traced, folder / f"{stage.name}.onnx")
             built[stage.name] = stage
             engines.append(
@@ -84,6 +85,7 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
                     precision=Precision(
                         requested=recipe.precision, weights=next(iter(weights)), compute="float32"
                     ),
+                    scratch_bytes=scratch,
                 )
             )
             report[stage.name] = {

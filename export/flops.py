@@ -28,33 +28,38 @@ def count(model: ir.Model, sizes: Mapping[str, int]) -> int:
 
 def _node(node: ir.Node, sizes: Mapping[str, int]) -> int:
     if node.op_type == "MatMul":
-        left, right = _shape(node.inputs[0], sizes), _shape(node.inputs[1], sizes)
+        left, right = shape_of(node.inputs[0], sizes), shape_of(node.inputs[1], sizes)
         batch = max(left[:-2], right[:-2], key=math.prod)
         return 2 * math.prod(batch) * left[-2] * left[-1] * right[-1]
     if node.op_type == "Gemm":
-        weight = _shape(node.inputs[1], sizes)
-        rows = _shape(node.inputs[0], sizes)[node.attributes.get_int("transA", 0)]
+        weight = shape_of(node.inputs[1], sizes)
+        rows = shape_of(node.inputs[0], sizes)[node.attributes.get_int("transA", 0)]
         return 2 * rows * weight[0] * weight[1]
     if node.op_type == "Attention":
-        batch, heads, queries, width = _shape(node.inputs[0], sizes)
-        keys = _shape(node.inputs[1], sizes)[2]
-        value_width = _shape(node.inputs[2], sizes)[3]
+        batch, heads, queries, width = shape_of(node.inputs[0], sizes)
+        keys = shape_of(node.inputs[1], sizes)[2]
+        value_width = shape_of(node.inputs[2], sizes)[3]
         return 2 * batch * heads * queries * keys * (width + value_width)
     if node.op_type == "Conv":
-        kernel = _shape(node.inputs[1], sizes)  # [out, in / groups, h, w]
-        return 2 * math.prod(_shape(node.outputs[0], sizes)) * math.prod(kernel[1:])
+        kernel = shape_of(node.inputs[1], sizes)  # [out, in / groups, h, w]
+        return 2 * math.prod(shape_of(node.outputs[0], sizes)) * math.prod(kernel[1:])
     if node.op_type == "ConvTranspose":
-        kernel = _shape(node.inputs[1], sizes)  # [in, out / groups, h, w]
-        return 2 * math.prod(_shape(node.inputs[0], sizes)) * math.prod(kernel[1:])
+        kernel = shape_of(node.inputs[1], sizes)  # [in, out / groups, h, w]
+        return 2 * math.prod(shape_of(node.inputs[0], sizes)) * math.prod(kernel[1:])
     return 0
 
 
-def _shape(value: ir.Value | None, sizes: Mapping[str, int]) -> tuple[int, ...]:
+def shape_of(value: ir.Value | None, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A value's sizes.
+
+    Raises:
+        ValueError: the graph does not state them.
+    """
     if value is not None and value.shape is None:
         # a graph that was not optimised does not state the shapes of its transposed weights
         producer = value.producer()
         if producer is not None and producer.op_type == "Transpose":
-            source = _shape(producer.inputs[0], sizes)
+            source = shape_of(producer.inputs[0], sizes)
             return tuple(source[i] for i in producer.attributes.get_ints("perm", ()))
     if value is None or value.shape is None:
         raise ValueError(f"the graph does not state the shape of {value and value.name}")

@@ -112,7 +112,9 @@ def _name_symbols(model: ir.Model, stage: Stage) -> None:
         if value.shape is not None:
             value.shape = ir.Shape(
                 [
-                    _renamed(str(d.value), names) if isinstance(d, ir.SymbolicDim) else d
+                    _renamed(str(d.value), names)
+                    if isinstance(d, ir.SymbolicDim) and d.value is not None
+                    else d
                     for d in value.shape
                 ]
             )

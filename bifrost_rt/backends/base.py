@@ -7,6 +7,8 @@ export uses to compare an engine with torch.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,6 +59,10 @@ class Backend(Protocol):
     def open(self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]) -> Engine:
         """Load one engine of the set in `folder`."""
 
+    def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
+        """Bytes that an opened engine holds whose files have `stored` bytes, at their highest:
+        drivers unpack and reorder weights, and some keep the file's pages beside that."""
+
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
         """Uninitialised memory of the device."""
 
@@ -88,6 +94,14 @@ class HostMemory:
     def download(self, buffer: Buffer) -> NDArray[Any]:
         """The buffer itself."""
         return np.asarray(buffer)
+
+
+def return_freed_memory() -> None:
+    """Hand what the process has freed back to the system: the C library keeps it, up to the whole
+    of an engine's weights. Without effect where that library is not glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def check_bindings(

@@ -153,6 +153,7 @@ def test_public_names_are_frozen() -> None:
     assert bifrost_rt.__all__ == [
         "BackendError",
         "BifrostError",
+        "BudgetError",
         "EngineSetError",
         "Generator",
         "IntegrityError",

@@ -1,0 +1,244 @@
+"""Which engines are in memory when, for a byte budget.
+
+Policy alone: numbers in, a schedule out, nothing is opened here. `engines` follows the schedule,
+and the planner (`export.plan`) draws up the same one for machines that are not there.
+
+An engine takes two things: what it holds as long as it is open (weights, as its driver keeps them,
+and the scratch memory of its arithmetic, which drivers do not give back between runs), and the
+tensors at its door while it runs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bifrost_rt.errors import BudgetError, RequestError, RequestTypeError
+from bifrost_rt.manifest import EngineSpec, Manifest
+
+# Of the memory that a machine has available, what is left to everyone else.
+MARGIN = 0.1
+# The sizes for which a manifest states an engine's scratch memory; text is as long as it can be.
+COUNTED_STEPS = 28
+_ITEM_BYTES = {"bool": 1, "uint8": 1, "float16": 2, "float32": 4, "int64": 8}
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{kind}": base**power
+    for power, letter in enumerate("KMGT", 1)
+    for kind, base in (("", 1024), ("iB", 1024), ("B", 1000))
+}
+
+Sizes = Callable[[str], Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class Need:
+    """One use of an engine. `weights + scratch` stay as long as it is open, `tensors` while it
+    runs."""
+
+    engine: str
+    weights: int
+    scratch: int = 0
+    tensors: int = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes that the open engine holds."""
+        return self.weights + self.scratch
+
+    @property
+    def total(self) -> int:
+        """Bytes that it takes to run it alone."""
+        return self.held + self.tensors
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a run: what leaves, whether the engine must be loaded, and the memory then."""
+
+    engine: str
+    evict: tuple[str, ...]
+    load: bool
+    peak: int
+
+
+def schedule(
+    needs: Sequence[Need], budget: int, held: Mapping[str, int] | None = None
+) -> tuple[Step, ...]:
+    """What leaves and what arrives before each stage, so that memory stays within `budget`.
+
+    Runs repeat, so the engine that leaves first is the one whose next use is farthest away,
+    counted in a circle (Belady's rule): the stage that has just ended before one that the next
+    picture needs sooner. What fits stays.
+
+    Args:
+        needs: one per stage, in the order of use; an engine is used once.
+        budget: bytes.
+        held: bytes of the engines that are open when the run begins.
+
+    Raises:
+        BudgetError: a stage takes more than the budget by itself; nothing was loaded.
+    """
+    if too_large := [need for need in needs if need.total > budget]:
+        worst = max(too_large, key=lambda need: need.total)
+        names = ", ".join(f"`{need.engine}`" for need in too_large)
+        raise BudgetError(
+            f"memory budget {size_text(budget)}: stage `{worst.engine}` needs "
+            f"{size_text(worst.total)} by itself ({size_text(worst.weights)} weights, "
+            f"{size_text(worst.scratch)} scratch, {size_text(worst.tensors)} tensors)"
+            + (f"; too large are {names}" if len(too_large) > 1 else ""),
+            hint=f"give it at least {size_text(worst.total, up=True)}",
+        )
+    place = {need.engine: i for i, need in enumerate(needs)}
+    here = dict(held or {})
+    steps = []
+    for i, need in enumerate(needs):
+
+        def distance(engine: str, now: int = i) -> int:
+            return (place[engine] - now) % len(needs) if engine in place else len(needs)
+
+        load = need.engine not in here
+        here[need.engine] = max(need.held, here.get(need.engine, 0))
+        leaving: dict[str, int] = {}
+        excess = sum(here.values()) + need.tensors - budget
+        for engine in sorted(here.keys() - {need.engine}, key=lambda e: (-distance(e), e)):
+            if excess > 0:
+                leaving[engine] = here.pop(engine)
+                excess -= leaving[engine]
+        if excess > 0:
+            # an earlier, larger run left it more scratch memory than this one needs
+            leaving[need.engine] = here[need.engine]
+            excess += need.held - here[need.engine]
+            here[need.engine], load = need.held, True
+        # a small one that left before a large one may have left in vain
+        for engine in sorted(leaving.keys() - {need.engine}, key=lambda e: (distance(e), e)):
+            if excess + leaving[engine] <= 0:
+                here[engine] = leaving.pop(engine)
+                excess += here[engine]
+        steps.append(Step(need.engine, tuple(leaving), load, sum(here.values()) + need.tensors))
+    return tuple(steps)
+
+
+def everything_fits(steps: Sequence[Step]) -> bool:
+    """Whether no engine ever leaves."""
+    return not any(step.evict for step in steps)
+
+
+def sizes(
+    manifest: Manifest,
+    *,
+    images: int = 1,
+    prompts: int = 1,
+    guided: bool = False,
+    decoding_steps: int | None = None,
+    num_inference_steps: int | None = None,
+) -> Sizes:
+    """What a run makes of the symbols at the engines' doors: one picture where nothing else is
+    said. Texts count as long as they can be."""
+    defaults = manifest.defaults
+    common = {
+        "images": images,
+        "prompts": prompts,
+        "texts": prompts + guided,
+        "branches": 1 + guided,
+        "text_tokens": manifest.text.mllm.max_length,
+        "steps": num_inference_steps or defaults.num_inference_steps,
+    }
+    decoding = {**common, "steps": decoding_steps or defaults.decoding_steps}
+    return lambda engine: decoding if engine == "visual_decode" else common
+
+
+def needs(
+    manifest: Manifest,
+    order: Sequence[str],
+    at: Sizes,
+    weights_in_memory: Callable[[EngineSpec, int], int],
+) -> list[Need]:
+    """What each stage of a run takes.
+
+    Args:
+        order: engines, in the order of use.
+        at: engine -> a number for every symbol of its doors.
+        weights_in_memory: (engine, bytes of its files) -> bytes once its driver has opened it.
+    """
+    found = []
+    for name in order:
+        spec = manifest.engine(name)
+        stored = sum(manifest.files[file].size for file in spec.files)
+        found.append(
+            Need(
+                name,
+                weights_in_memory(spec, stored),
+                math.ceil(spec.scratch_bytes * growth(spec, at(name))),
+                tensor_bytes(spec, at(name)),
+            )
+        )
+    return found
+
+
+def growth(spec: EngineSpec, sizes: Mapping[str, int]) -> float:
+    """By how much scratch memory grows, at most, from one picture to `sizes`: with the pictures,
+    with both branches of guidance, and with the steps where the engine computes all at once."""
+    doors = {d for t in (*spec.inputs, *spec.outputs) for d in t.shape if isinstance(d, str)}
+    rows = max((sizes[d] for d in ("images", "prompts", "texts") if d in doors), default=1)
+    if "branches" in doors:
+        rows = max(rows, sizes["images"] * sizes["branches"])
+    steps = any("steps" in t.shape for t in spec.outputs)
+    return rows * max(1.0, sizes["steps"] / COUNTED_STEPS if steps else 1.0)
+
+
+def tensor_bytes(spec: EngineSpec, sizes: Mapping[str, int]) -> int:
+    """Bytes of the tensors at an engine's door."""
+    return sum(
+        _ITEM_BYTES[t.dtype] * math.prod(sizes[d] if isinstance(d, str) else d for d in t.shape)
+        for t in (*spec.inputs, *spec.outputs)
+    )
+
+
+def parse(budget: int | str) -> int:
+    """Bytes of a number or of a text such as "8GiB", "7.5 GB" or "900M".
+
+    Raises:
+        RequestError, RequestTypeError: not a size, or none at all.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, (int, str)):
+        raise RequestTypeError(f"memory_budget must be bytes or a text like '8GiB', got {budget!r}")
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", budget)
+        units = {unit.lower(): scale for unit, scale in _UNITS.items()}
+        if match is None or match[2].lower() not in units:
+            raise RequestError(
+                f"memory_budget {budget!r} is not a size", hint="write it like 8GiB, 7.5GB or 900M"
+            )
+        budget = int(float(match[1]) * units[match[2].lower()])
+    if budget < 1:
+        raise RequestError(f"memory_budget must be at least 1 byte, got {budget}")
+    return budget
+
+
+def available() -> int | None:
+    """Bytes that this machine can give without swapping, less a margin; None where it does not
+    say. A container's own limit counts too."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        free = min(free, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such limit, or "max"
+        pass
+    return max(0, int(free * (1 - MARGIN)))
+
+
+def size_text(size: int, up: bool = False) -> str:
+    """Bytes as a person reads them, in binary units; rounded up where they are a demand."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= scale:
+            tenths = 10 * size / scale
+            return f"{(math.ceil(tenths) if up else round(tenths)) / 10:g} {unit}"
+    return f"{size} B"

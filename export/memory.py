@@ -1,0 +1,91 @@
+"""Memory of a graph's arithmetic, counted from its nodes: what must be alive between its doors.
+
+An upper bound for an executor that frees a tensor after its last reader: views count as copies,
+and attention holds its scores, as onnxruntime's and OpenVINO's plain kernels do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from bifrost_rt.residency import COUNTED_STEPS
+from export.flops import shape_of
+from export.stages import BRANCHES, IMAGES, PROMPTS, STEPS, TEXT_TOKENS, TEXTS
+
+SCORES = 4  # bytes; softmax runs in float32
+
+
+def one_picture(text_tokens: int) -> dict[str, int]:
+    """The sizes for which a manifest states scratch memory: the longest prompt, the default
+    steps, no guidance."""
+    one = dict.fromkeys((IMAGES, PROMPTS, TEXTS, BRANCHES), 1)
+    return {**one, TEXT_TOKENS: text_tokens, STEPS: COUNTED_STEPS}
+
+
+def scratch_bytes(model: ir.Model, sizes: Mapping[str, int]) -> int:
+    """Most bytes alive at once between a graph's inputs and outputs, which are the caller's.
+
+    Args:
+        sizes: a number for every symbol of the graph's inputs.
+
+    Raises:
+        ValueError: a shape that the graph does not state.
+    """
+    graph = model.graph
+    doors = {*graph.inputs, *graph.outputs}
+    last_use: dict[ir.Value, int] = {}
+    for i, node in enumerate(graph):
+        last_use |= {value: i for value in node.inputs if value is not None}
+    leaving: dict[int, list[ir.Value]] = {}
+    for value, i in last_use.items():
+        leaving.setdefault(i, []).append(value)
+    alive: dict[ir.Value, int] = {}
+    now = peak = 0
+    for i, node in enumerate(graph):
+        for value in node.outputs:
+            if value not in doors and value in last_use and not _constant(node):
+                alive[value] = _bytes(value, sizes)
+                now += alive[value]
+        peak = max(peak, now + _scores(node, sizes))
+        for value in leaving.get(i, ()):
+            now -= alive.pop(value, 0)
+    return peak
+
+
+def _constant(node: ir.Node) -> bool:
+    """Computed from weights alone, so once, when the engine is opened: a weight in memory."""
+    return node.op_type in ("Cast", "Transpose") and all(
+        value is not None and value.is_initializer() for value in node.inputs
+    )
+
+
+def _bytes(value: ir.Value, sizes: Mapping[str, int]) -> int:
+    dtype = value.dtype
+    if dtype is None:
+        raise ValueError(f"the graph does not state the type of {value.name}")
+    if _anonymous(value):
+        # Lists of row numbers, and the ones that a mask is joined with, have lengths that the
+        # exporter does not name; a reader of the same rank has their shape.
+        readers = (out for use in value.uses() for out in use.node.outputs)
+        value = next((v for v in readers if _rank(v) == _rank(value) and not _anonymous(v)), value)
+        if _anonymous(value):
+            return 0
+    return math.ceil(math.prod(shape_of(value, sizes)) * dtype.itemsize)
+
+
+def _rank(value: ir.Value) -> int | None:
+    return None if value.shape is None else len(value.shape)
+
+
+def _anonymous(value: ir.Value) -> bool:
+    return any(isinstance(d, ir.SymbolicDim) and d.value is None for d in value.shape or ())
+
+
+def _scores(node: ir.Node, sizes: Mapping[str, int]) -> int:
+    if node.op_type != "Attention":
+        return 0
+    batch, heads, queries, _ = shape_of(node.inputs[0], sizes)
+    return SCORES * batch * heads * queries * shape_of(node.inputs[1], sizes)[2]

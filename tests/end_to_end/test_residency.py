@@ -1,0 +1,195 @@
+"""A memory budget changes when engines come and go, and nothing else."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bifrost_rt import BudgetError, Generator, manifest, pipeline, residency
+from bifrost_rt.backends.onnxruntime import OnnxRuntime, OnnxRuntimeEngine
+from bifrost_rt.cli import main
+from bifrost_rt.manifest import EngineSpec, Manifest, Range
+
+FEW: dict[str, Any] = {"num_inference_steps": 2, "decoding_steps": 4, "output_type": "np"}
+
+
+class Watched(OnnxRuntime):
+    """onnxruntime, with a record of every engine that is opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened: list[str] = []
+        self.sessions: dict[str, weakref.ref[Any]] = {}
+
+    def open(
+        self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]
+    ) -> OnnxRuntimeEngine:
+        engine = super().open(folder, spec, dimensions)
+        self.opened.append(spec.name)
+        self.sessions[spec.name] = weakref.ref(engine._session)
+        return engine
+
+    def alive(self) -> set[str]:
+        gc.collect()
+        return {name for name, session in self.sessions.items() if session() is not None}
+
+
+@pytest.fixture(scope="module")
+def facts(alpha_set: Path) -> Manifest:
+    return manifest.read(alpha_set)
+
+
+def needs(facts: Manifest, **sizes: Any) -> list[residency.Need]:
+    order = [spec.name for spec in facts.engines]
+    return residency.needs(
+        facts, order, residency.sizes(facts, **sizes), OnnxRuntime().weights_in_memory
+    )
+
+
+def half(facts: Manifest) -> int:
+    return sum(need.held for need in needs(facts)) // 2
+
+
+def test_half_the_memory_gives_the_same_bits(
+    generator: Generator, alpha_set: Path, facts: Manifest
+) -> None:
+    driver = Watched()
+    expected = [generator.run(p, seed=5, cfg_weight=2.0, **FEW) for p in ("a cow", "a blue van")]
+    with Generator(alpha_set, backend=driver, memory_budget=half(facts)) as small:
+        assert driver.opened == []
+        found = [small.run(p, seed=5, cfg_weight=2.0, **FEW) for p in ("a cow", "a blue van")]
+    for a, b in zip(found, expected, strict=True):
+        assert np.array_equal(a.images, b.images)
+        assert np.array_equal(a.tokens, b.tokens)
+        assert np.array_equal(a.latents, b.latents)
+    # the second picture found some engines where the first had left them
+    assert len(facts.engines) < len(driver.opened) < 2 * len(facts.engines)
+
+
+def test_an_engine_that_left_is_gone(alpha_set: Path, facts: Manifest) -> None:
+    """Its session is freed: nothing of the loops or of the run holds on to it."""
+    driver, most = Watched(), 0
+    weight = {need.engine: need.held for need in needs(facts)}
+
+    def count(*_: Any) -> None:
+        nonlocal most
+        alive = driver.alive()
+        assert alive == set(small._engines.resident)
+        most = max(most, sum(weight[name] for name in alive))
+
+    with Generator(alpha_set, backend=driver, memory_budget=half(facts)) as small:
+        for _ in range(2):
+            small.run("a cow", seed=1, callback_on_step_end=count, **FEW)
+        assert driver.alive() == set(small._engines.resident)
+    assert 0 < most <= half(facts)
+    assert driver.alive() == set()
+
+
+def test_modulation_leaves_before_the_loop(alpha_set: Path, facts: Manifest) -> None:
+    need = {n.engine: n for n in needs(facts)}
+    budget = max(n.total for n in need.values()) + need["conditioning"].held // 2
+    with Generator(alpha_set, memory_budget=budget) as small:
+        seen: list[tuple[str, ...]] = []
+        small.run(
+            "a cow",
+            **FEW,
+            callback_on_step_end=lambda g, *_: seen.append(g._engines.resident),
+        )
+    assert "denoise" in seen[-1]
+    assert "conditioning" not in seen[-1]
+
+
+def test_a_failed_run_leaves_a_generator_that_runs(alpha_set: Path, facts: Manifest) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    with Generator(alpha_set, memory_budget=half(facts)) as small:
+        with pytest.raises(Stop):
+            small.run("a cow", seed=1, callback_on_step_end=stop, **FEW)
+        first = small.run("a cow", seed=1, **FEW)
+    with Generator(alpha_set) as whole:
+        assert np.array_equal(whole.run("a cow", seed=1, **FEW).images, first.images)
+
+
+def test_without_a_budget_everything_stays(alpha_set: Path, facts: Manifest) -> None:
+    driver = Watched()
+    with Generator(alpha_set, backend=driver) as whole:
+        assert set(driver.opened) == {spec.name for spec in facts.engines}
+        whole.run("a cow", **FEW)
+        whole.run("a cow", **FEW)
+    assert len(driver.opened) == len(facts.engines)
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_opened(alpha_set: Path) -> None:
+    driver = Watched()
+    with pytest.raises(BudgetError, match="memory budget 1 MiB: stage `.*` needs .* by itself"):
+        Generator(alpha_set, backend=driver, memory_budget="1MiB")
+    assert driver.opened == []
+
+
+def test_too_many_pictures_are_refused_before_the_run(alpha_set: Path, facts: Manifest) -> None:
+    driver = Watched()
+    most = max(need.total for need in needs(facts, num_inference_steps=2))
+    with Generator(alpha_set, backend=driver, memory_budget=max(most, half(facts))) as small:
+        with pytest.raises(BudgetError, match="hint: draw one picture at a time"):
+            small.run("a cow", num_images_per_prompt=500, **FEW)
+        assert driver.opened == []
+        small.run("a cow", **FEW)
+
+
+def test_a_driver_that_keeps_16_bit_is_told_to_build_it(alpha_set: Path, facts: Manifest) -> None:
+    class Compact(Watched):
+        def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
+            return stored
+
+    sized = residency.needs(
+        facts,
+        [spec.name for spec in facts.engines],
+        residency.sizes(facts),
+        Compact().weights_in_memory,
+    )
+    budget = max(need.total for need in sized) - 1000
+    with pytest.raises(BudgetError, match="hint: rebuild the set with .* --precision bf16"):
+        Generator(alpha_set, backend=Compact(), memory_budget=budget)
+
+
+def test_the_command_line_takes_a_budget(
+    alpha_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.png"
+    arguments = ["generate", "a", "--engines", str(alpha_set), "-o", str(out)]
+    assert main([*arguments, "--memory-budget", "2kB"]) == 1
+    assert capsys.readouterr().err.startswith("error: memory budget 2 KiB: stage `")
+    assert main([*arguments, "--memory-budget", "2GB", "--num-inference-steps", "1"]) == 0
+    assert out.exists()
+
+
+def test_a_requests_stages_are_those_that_run(generator: Generator, facts: Manifest) -> None:
+    assert [spec.name for spec in facts.engines] == list(
+        pipeline.stages(_checked(generator, output_type="np"))
+    )
+    tokens = np.zeros((1, facts.model.num_visual_tokens, facts.model.hidden_size), np.float32)
+    again = pipeline.stages(_checked(generator, tokens=tokens, output_type="latent"))
+    assert again == ("clip_text", "t5_text", "conditioning", "denoise")
+
+
+def _checked(generator: Generator, **changes: Any) -> Any:
+    from bifrost_rt import request
+
+    nothing = dict.fromkeys(
+        (
+            *("num_inference_steps", "guidance_scale", "controlnet_conditioning_scale"),
+            *("decoding_steps", "cfg_weight", "height", "width", "order", "latents", "tokens"),
+        )
+    )
+    asked = {"prompt": "a cow", "seed": 1, "num_images_per_prompt": 1}
+    return request.check(generator.manifest, **{**nothing, **asked, **changes})

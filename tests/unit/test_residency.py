@@ -1,0 +1,166 @@
+"""Which engines are in memory when: the policy, on numbers alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from bifrost_rt import residency
+from bifrost_rt.errors import BudgetError, RequestError, RequestTypeError
+from bifrost_rt.manifest import EngineSpec, Precision, TensorSpec
+from bifrost_rt.residency import Need, Step, schedule
+
+GB = 10**9
+# Bifrost-1 of 7B at 8 bit: GB of weights, in the order of use.
+RELEASE = {
+    "text_prefill": 7.1,
+    "visual_decode": 6.5,
+    "clip_text": 0.1,
+    "t5_text": 4.8,
+    "conditioning": 3.6,
+    "denoise": 9.4,
+    "vae_decode": 0.1,
+}
+
+
+def release(scratch: float = 0.0) -> list[Need]:
+    return [Need(name, int(w * GB), int(scratch * GB)) for name, w in RELEASE.items()]
+
+
+def follow(steps: tuple[Step, ...], needs: list[Need], held: dict[str, int]) -> list[int]:
+    """Bytes in memory at each stage, as an executor that obeys has them."""
+    taken = []
+    for step, need in zip(steps, needs, strict=True):
+        for engine in step.evict:
+            del held[engine]
+        assert step.load == (need.engine not in held)
+        held[need.engine] = max(need.held, held.get(need.engine, 0))
+        taken.append(sum(held.values()) + need.tensors)
+    return taken
+
+
+def test_where_everything_fits_nothing_leaves() -> None:
+    steps = schedule(release(), 32 * GB)
+    assert residency.everything_fits(steps)
+    assert all(step.load for step in steps)
+    again = schedule(release(), 32 * GB, {n.engine: n.held for n in release()})
+    assert not any(step.load or step.evict for step in again)
+
+
+def test_modulation_leaves_before_the_loop() -> None:
+    denoise = schedule(release(), 12 * GB)[5]
+    assert denoise.engine == "denoise"
+    assert "conditioning" in denoise.evict
+
+
+def test_8_bit_runs_in_12_gb() -> None:
+    assert max(step.peak for step in schedule(release(), 12 * GB)) <= 12 * GB
+
+
+def test_what_fits_stays_for_the_next_picture() -> None:
+    """At 14 GB the small engines never have to leave."""
+    needs, held = release(), {}
+    follow(schedule(needs, 14 * GB), needs, held)
+    second = schedule(needs, 14 * GB, dict(held))
+    loaded = {step.engine for step in second if step.load}
+    assert not loaded & {"clip_text", "vae_decode"}
+
+
+def test_the_stage_that_just_ended_leaves_first() -> None:
+    needs = [Need(name, 10) for name in "abcd"]
+    steps = schedule(needs, 30, {"a": 10, "b": 10, "c": 10})
+    assert [step.evict for step in steps] == [(), (), (), ("c",)]
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_memory_never_exceeds_the_budget(seed: int) -> None:
+    """Any sizes, run after run, with runs that skip stages and runs of other sizes between."""
+    rng = random.Random(seed)
+    held: dict[str, int] = {}
+    weights = {name: rng.randrange(1, 100) for name in "abcdefg"}
+    budget = rng.randrange(160, 400)
+    for _ in range(6):
+        needs = [
+            Need(name, size, rng.randrange(40), rng.randrange(20))
+            for name, size in weights.items()
+            if rng.random() < 0.8
+        ]
+        steps = schedule(needs, budget, held)
+        taken = follow(steps, needs, held)
+        assert taken == [step.peak for step in steps]
+        assert max(taken, default=0) <= budget
+
+
+def test_a_stage_that_cannot_fit_is_refused_by_name() -> None:
+    with pytest.raises(BudgetError) as caught:
+        schedule(release(scratch=1.0), 8 * GB)
+    message = str(caught.value)
+    assert "memory budget 7.5 GiB: stage `denoise` needs 9.7 GiB by itself" in message
+    assert "too large are `text_prefill`, `denoise`" in message
+    assert "hint: give it at least 9.7 GiB" in message
+
+
+def spec(*shapes: tuple[int | str, ...], outputs: tuple[int | str, ...] = (1,)) -> EngineSpec:
+    return EngineSpec(
+        name="x",
+        graph="x.onnx",
+        files=(),
+        inputs=tuple(TensorSpec(f"i{n}", "float32", shape) for n, shape in enumerate(shapes)),
+        outputs=(TensorSpec("o", "int64", outputs),),
+        carry={},
+        precision=Precision("fp32", "float32", "float32"),
+        scratch_bytes=1000,
+    )
+
+
+SIZES = {"images": 3, "prompts": 2, "texts": 3, "branches": 2, "text_tokens": 7, "steps": 56}
+
+
+def test_tensors_are_counted_at_the_runs_sizes() -> None:
+    door = spec(("images", 5), ("branches", "text_tokens"), outputs=("steps",))
+    assert residency.tensor_bytes(door, SIZES) == 4 * 15 + 4 * 14 + 8 * 56
+
+
+@pytest.mark.parametrize(
+    ("door", "factor"),
+    [
+        (spec(("images", 5)), 3),
+        (spec(("prompts", 5)), 2),
+        (spec(("branches", "images", 5)), 6),
+        (spec(("steps", 2), ("images", 5)), 3),
+        (spec(("images", 5), outputs=("steps", "images")), 6),
+        (spec((1,)), 1),
+    ],
+)
+def test_scratch_memory_grows_with_what_is_computed_at_once(
+    door: EngineSpec, factor: float
+) -> None:
+    assert residency.growth(door, SIZES) == factor
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (12, 12),
+        ("12", 12),
+        ("8GiB", 8 << 30),
+        ("7.5 GB", 7_500_000_000),
+        ("900m", 900 << 20),
+        (" 1 kb ", 1000),
+    ],
+)
+def test_budgets_are_bytes_or_text(text: int | str, size: int) -> None:
+    assert residency.parse(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "8 gibi", "-1GB", "1e9", 0])
+def test_what_is_no_size_is_named(text: int | str) -> None:
+    with pytest.raises(RequestError, match="memory_budget"):
+        residency.parse(text)
+
+
+@pytest.mark.parametrize("value", [1.5, True, None])
+def test_other_types_are_refused(value: object) -> None:
+    with pytest.raises(RequestTypeError, match="like '8GiB'"):
+        residency.parse(value)  # type: ignore[arg-type]
