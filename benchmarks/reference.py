@@ -46,6 +46,10 @@ class ReferenceResult:
 class Reference:
     """The three folders, opened, in torch on the CPU at float32.
 
+    Attributes:
+        checkpoint: where the networks of FLUX are; they are read at their first use.
+        mllm: the official MLLM.
+
     Raises:
         CheckpointError: a folder is missing, damaged or of an unsupported variant.
     """
@@ -59,16 +63,16 @@ class Reference:
         t5_max_length: int,
     ) -> None:
         # networks of its own: those of a build have lost their modulation layers
-        self._checkpoint = Checkpoint(Path(mllm), Path(bifrost), Path(flux))
+        self.checkpoint = Checkpoint(Path(mllm), Path(bifrost), Path(flux))
         with tempfile.TemporaryDirectory() as folder:
-            facts = text.write(self._checkpoint, Path(folder), mllm_max_length, t5_max_length)
+            facts = text.write(self.checkpoint, Path(folder), mllm_max_length, t5_max_length)
             self._tokenizers = Tokenizers(Path(folder), facts)
             # each is read at its first use, and the files go now
             self._tokenizers.mllm_prompt("")
             self._tokenizers.clip([""])
             self._tokenizers.t5([""])
         self._max_length = mllm_max_length
-        self._mllm = reference_mllm.load(self._checkpoint)
+        self.mllm = reference_mllm.load(self.checkpoint)
         self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
             flux, subfolder="scheduler"
         )
@@ -122,11 +126,11 @@ class Reference:
         """Masked decoding; every step predicts all places for both halves of the batch."""
         n, places = order.shape
         ids, pad = self._left_padded([UNCONDITIONAL] * n + list(prompts))
-        tokens = self._mllm.mask_token.expand(n, places, -1).clone()
+        tokens = self.mllm.mask_token.expand(n, places, -1).clone()
         masked = torch.ones(n, places, dtype=torch.bool)
         kept_steps = []
         for step in range(steps):
-            pred = self._mllm(ids, pad, torch.cat([tokens, tokens]))
+            pred = self.mllm(ids, pad, torch.cat([tokens, tokens]))
             uncond, cond = pred.chunk(2)
             pred = uncond + cfg_weight * (cond - uncond)
             keep = math.floor(places * math.cos(math.pi / 2 * (step + 1) / steps))
@@ -158,7 +162,7 @@ class Reference:
     ) -> Tensor:
         """The pipeline's loop: ControlNet, transformer, scheduler, from the text on."""
         n, image_tokens = latents.shape[:2]
-        checkpoint = self._checkpoint
+        checkpoint = self.checkpoint
         clip_ids = torch.from_numpy(self._tokenizers.clip(prompts))
         t5_ids = torch.from_numpy(self._tokenizers.t5(prompts))
         pooled = checkpoint.clip(input_ids=clip_ids).pooler_output
@@ -208,7 +212,7 @@ class Reference:
 
     def _pixels(self, latents: Tensor) -> Tensor:
         """[n, S, C] -> [n, 3, H, W]"""
-        vae = self._checkpoint.vae
+        vae = self.checkpoint.vae
         n, image_tokens, channels = latents.shape
         side = math.isqrt(image_tokens)
         x = latents.view(n, side, side, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.reference import Reference
 from export.checkpoint import Checkpoint
 from export.errors import BuildError, RecipeError
 from export.synthesize import main, synthesize
@@ -93,6 +94,50 @@ def test_the_loader_takes_every_tensor(tmp_path: Path) -> None:
     assert opened.controlnet.up_sampling_block.bn1.running_var.min() > 0
     for network in ("transformer", "vae", "clip", "t5"):
         assert getattr(opened, network) is not None
+
+
+def test_every_weight_moves_the_picture(tmp_path: Path) -> None:
+    """Otherwise parity on such a checkpoint would prove nothing about the weight."""
+    synthesize(Shapes(layout=Layout(dtype="fp32")), tmp_path / "set", seed=2)
+    folders = (str(tmp_path / "set" / name) for name in ("mllm", "bifrost", "flux"))
+    reference = Reference(*folders, mllm_max_length=64, t5_max_length=8)
+    opened = reference.checkpoint
+    trained = {
+        "mllm": reference.mllm,
+        **{n: getattr(opened, n) for n in ("controlnet", "transformer", "vae", "clip", "t5")},
+    }
+    for network in trained.values():
+        network.requires_grad_(True)
+    result = Reference.run.__wrapped__(  # with gradients
+        reference,
+        ["a red boat", "two old houses"],
+        order=torch.stack([torch.arange(16)] * 2),
+        latents=torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0)),
+        decoding_steps=2,
+        cfg_weight=2.0,
+        num_inference_steps=2,
+        guidance_scale=3.5,
+        controlnet_conditioning_scale=0.7,
+    )
+    result.image.square().sum().backward()
+
+    still = {
+        f"{name}.{parameter}"
+        for name, network in trained.items()
+        for parameter, value in network.named_parameters()
+        if value.grad is None or value.grad.abs().max() < 1e-3
+    }
+    last = "mllm.layers.1"
+    # the text branch's last layer ends at its keys and values; a bias that all keys share falls
+    # out of the softmax
+    assert still == {
+        f"{last}.post_attention_layernorm.weight",
+        *(f"{last}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")),
+        *(f"{last}.self_attn.{part}" for part in ("q_proj.weight", "q_proj.bias", "o_proj.weight")),
+        "clip.encoder.layers.0.self_attn.k_proj.bias",
+        "vae.decoder.mid_block.attentions.0.to_k.bias",
+        "t5.shared.weight",  # read under its other name
+    }
 
 
 def test_7b_has_the_published_sizes() -> None:
