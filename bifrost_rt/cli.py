@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="draw a prompt")
     add = generate.add_argument
     add("prompt", nargs="*", help="one text, or several")
-    add("--engines", required=True, metavar="DIR", help="the engine set")
+    add("--engines", metavar="DIR", help="the engine set; default: the default model's")
     add("-o", "--output", default="out.png", metavar="FILE", help="picture to write (out.png)")
     add("--like", metavar="PNG", help="make a picture again; other options on top of its own")
     add("--seed", type=int, help="of reveal order and noise; default: random")

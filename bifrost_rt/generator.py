@@ -15,9 +15,11 @@ from PIL import Image
 from bifrost_rt import backends, engines, manifest, pipeline, request, residency
 from bifrost_rt.backends.base import Backend
 from bifrost_rt.engines import Loop
-from bifrost_rt.errors import RequestError, RequestTypeError
+from bifrost_rt.errors import EngineSetError, RequestError, RequestTypeError
 from bifrost_rt.result import Result
 from bifrost_rt.text import Tokenizers
+
+DEFAULT_SET = Path("engines/sets/default")
 
 log = logging.getLogger("bifrost_rt")
 
@@ -28,7 +30,9 @@ class Generator:
     """An opened engine set.
 
     Args:
-        path: the set's folder, as written by `python -m export.build`.
+        path: the set's folder, as written by `python -m export.build`. None opens the default
+            model's set, where `python -m export.build` writes it: `engines/sets/default` in the
+            current folder or in this package's checkout.
         backend: a driver's name, or one that is already started. Default: the one that the set was
             built for.
         memory_budget: what engines and their tensors may take together, as bytes or as text
@@ -45,13 +49,13 @@ class Generator:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | None = None,
         *,
         backend: str | Backend | None = None,
         memory_budget: int | str | None = None,
     ) -> None:
         budget = residency.available() if memory_budget is None else residency.parse(memory_budget)
-        self.path = Path(path)
+        self.path = _default_set() if path is None else Path(path)
         self.manifest = manifest.read(self.path)
         engines.verify(self.path, self.manifest)
         driver = self.manifest.backend if backend is None else backend
@@ -201,3 +205,14 @@ class Generator:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _default_set() -> Path:
+    places = [Path.cwd(), Path(__file__).parents[1]]
+    for place in places:
+        if (place / DEFAULT_SET / manifest.FILENAME).is_file():
+            return place / DEFAULT_SET
+    raise EngineSetError(
+        f"no default engine set: looked for {DEFAULT_SET} in {places[0]} and {places[1]}",
+        hint="`python -m export.build` in a checkout builds it; or pass the folder of another set",
+    )

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from bifrost_rt import BackendError, EngineSetError, Generator, IntegrityError, manifest
+from bifrost_rt import (
+    BackendError,
+    EngineSetError,
+    Generator,
+    IntegrityError,
+    generator,
+    manifest,
+)
 
 
 @pytest.fixture
@@ -99,3 +106,23 @@ def test_a_manifest_that_is_something_else(folder: Path) -> None:
 def test_an_unknown_backend(folder: Path) -> None:
     with pytest.raises(BackendError, match="unknown backend 'onnxruntim' .did you mean 'onnxr"):
         Generator(folder, backend="onnxruntim")
+
+
+def test_no_default_set_says_where_it_looked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generator, "DEFAULT_SET", Path("engines/sets/nowhere"))
+    with pytest.raises(EngineSetError, match="looked for engines/sets/nowhere in") as raised:
+        Generator()
+    assert "python -m export.build" in str(raised.value.hint)
+
+
+def test_the_default_set_is_found_in_the_current_folder(
+    alpha_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "engines" / "sets").mkdir(parents=True)
+    (tmp_path / "engines" / "sets" / "default").symlink_to(alpha_set)
+    monkeypatch.chdir(tmp_path)
+    with Generator() as opened:
+        assert opened.path == tmp_path / "engines" / "sets" / "default"
