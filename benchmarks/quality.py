@@ -104,9 +104,7 @@ def measure(
     for i, item in enumerate(items):
         picture = draw(generator, item, bridge, options)
         verdict = judge(item.spec, picture)
-        psnr, ssim = (
-            compare(picture, draw(other, item, bridge, options)) if other else (None, None)
-        )
+        psnr, ssim = compare(picture, draw(other, item, bridge, options)) if other else (None, None)
         drawn.append(
             Drawn(item.prompt, item.spec.family, item.seed, item.kept_out,
                   verdict.correct, verdict.reason, psnr, ssim)

@@ -62,9 +62,7 @@ def scatter(rng: np.random.Generator, count: int) -> tuple[Placed, ...]:
         colour = tuple(COLOURS)[rng.integers(len(COLOURS))]
         size = float(rng.uniform(28, 60 if count > 1 else 88))
         x, y = rng.uniform(size / 2 + 3, SIDE - size / 2 - 3, 2)
-        clear = all(
-            max(abs(x - p.x), abs(y - p.y)) > (size + p.size) / 2 + 5 for p in placed
-        )
+        clear = all(max(abs(x - p.x), abs(y - p.y)) > (size + p.size) / 2 + 5 for p in placed)
         if clear and (colour, shape) not in UNSEEN_PAIRS:
             placed.append(Placed(shape, colour, float(x), float(y), size))
     return tuple(placed)

@@ -64,9 +64,9 @@ class Config:
         default_factory=lambda: {
             "vae": Schedule(steps=1300, batch=32, lr=2e-3, ema=0.99),
             "captioner": Schedule(steps=1250, batch=32, lr=2e-3, muon=True),
-            "flux": Schedule(steps=3400, batch=32, lr=1.5e-3, ema=0.998, muon=True),
-            "visual": Schedule(steps=3000, batch=64, lr=1.5e-3),
-            "controlnet": Schedule(steps=2000, batch=32, lr=1e-3, ema=0.995),
+            "flux": Schedule(steps=1850, batch=32, lr=1.5e-3, ema=0.998, muon=True),
+            "visual": Schedule(steps=1600, batch=64, lr=2e-3, muon=True),
+            "controlnet": Schedule(steps=1100, batch=32, lr=1.5e-3, muon=True),
         }
     )
 

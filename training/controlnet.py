@@ -80,6 +80,7 @@ class ControlStage:
     def compile(self) -> None:
         """Fuses the repeated blocks' elementwise work."""
         self.flux.transformer.compile_repeated_blocks(fullgraph=True)
+        self.module._repeated_blocks = self.flux.transformer._repeated_blocks
         self.module.compile_repeated_blocks(fullgraph=True)
 
     def loss(self, step: int, batch: int, rng: np.random.Generator) -> Tensor:

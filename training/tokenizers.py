@@ -155,7 +155,7 @@ def clip_ids(texts: list[str]) -> list[list[int]]:
 
 def t5_ids(texts: list[str], length: int) -> list[list[int]]:
     """[B, length], padded with 0 and ended with 1."""
-    rows = [[*e.ids[:-1][:length - 1], 1] for e in t5_tokenizer().encode_batch(texts)]
+    rows = [[*e.ids[:-1][: length - 1], 1] for e in t5_tokenizer().encode_batch(texts)]
     return [row + [0] * (length - len(row)) for row in rows]
 
 
@@ -167,9 +167,7 @@ def _write(folder: Path, name: str, value: Any) -> None:
 
 def _added(tokenizer: Tokenizer, names: tuple[str, ...]) -> dict[str, Any]:
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    return {
-        str(tokenizer.token_to_id(n)): {"content": n, **flags, "special": True} for n in names
-    }
+    return {str(tokenizer.token_to_id(n)): {"content": n, **flags, "special": True} for n in names}
 
 
 def _write_bpe(tokenizer: Tokenizer, folder: Path, specials: tuple[str, ...]) -> None:

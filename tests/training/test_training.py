@@ -126,6 +126,9 @@ def test_the_captioner_never_hears_a_heldout_prompt() -> None:
     rng = np.random.default_rng(0)
     heard = {wording(training_spec(rng), rng) for _ in range(2000)}
     assert not heard & heldout_prompts()
-    assert CaptionerStage(TINY, Path()).frame.count(
-        CaptionerStage(TINY, Path()).tokenizer.token_to_id("<|image_pad|>")
-    ) == GRID * GRID
+    assert (
+        CaptionerStage(TINY, Path()).frame.count(
+            CaptionerStage(TINY, Path()).tokenizer.token_to_id("<|image_pad|>")
+        )
+        == GRID * GRID
+    )
