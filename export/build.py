@@ -31,7 +31,6 @@ from export.engine_set import written_aside
 from export.recipe import Recipe
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "engines" / "default.toml"
-RELEASE_MAX_LENGTH = 300
 VERSIONED = (
     *("torch", "transformers", "diffusers", "onnx", "onnxscript"),
     *("onnxruntime", "onnxruntime-gpu"),
@@ -54,9 +53,7 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
     say("reading the checkpoint")
     checkpoint = Checkpoint(Path(recipe.mllm), Path(recipe.bifrost), Path(recipe.flux))
     model = assemble.facts(checkpoint)
-    mllm_max_length = recipe.mllm_max_length or int(
-        checkpoint.bifrost_config.get("max_seq_length", RELEASE_MAX_LENGTH)
-    )
+    mllm_max_length = recipe.mllm_max_length or checkpoint.max_seq_length
     with written_aside(output) as folder:
         written = text.write(checkpoint, folder, mllm_max_length, recipe.t5_max_length)
         built: dict[str, stages.Stage] = {}

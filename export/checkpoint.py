@@ -10,6 +10,7 @@ configuration of the published training code).
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
@@ -67,17 +68,23 @@ PLAIN_SCHEDULER: dict[str, Any] = {
     "use_exponential_sigmas": False,
     "use_karras_sigmas": False,
 }
+RELEASE_MAX_LENGTH = 300
 M = TypeVar("M", bound=nn.Module)
 
 
 class Checkpoint:
     """Three folders, opened. Networks are read when they are asked for.
 
+    Args:
+        read: False leaves every network on the meta device, after checking that the folders hold
+            its tensors in its shapes: a checkpoint's outline, from the headers of its files.
+
     Raises:
         CheckpointError: a folder or file is missing, damaged or of an unsupported variant.
     """
 
-    def __init__(self, mllm: Path, bifrost: Path, flux: Path) -> None:
+    def __init__(self, mllm: Path, bifrost: Path, flux: Path, *, read: bool = True) -> None:
+        self._fill = functools.partial(fill, read=read)
         self.mllm, self.bifrost, self.flux = mllm, bifrost, flux
         self.bifrost_config = read_json(bifrost / "config.json")
         _refuse_variant(bifrost / "config.json", self.bifrost_config, SUPPORTED_VARIANT)
@@ -94,6 +101,11 @@ class Checkpoint:
     def ignored_files(self) -> list[str]:
         """Files beside the weights that were not read, for the report."""
         return [str(w.folder / name) for w in (self.trained, self.base) for name in w.ignored_files]
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens of a chat prompt, as it was trained."""
+        return int(self.bifrost_config.get("max_seq_length", RELEASE_MAX_LENGTH))
 
     @cached_property
     def num_visual_tokens(self) -> int:
@@ -121,13 +133,13 @@ class Checkpoint:
             return self.base, self._base_prefix + name
 
         branch = _on_meta(lambda: TextBranch(self.decoder, max_length))
-        fill(branch, "text branch", find)
+        self._fill(branch, "text branch", find)
         return branch
 
     def visual_branch(self) -> VisualBranch:
         """The visual branch, with mask token, positions and head."""
         branch = _on_meta(lambda: VisualBranch(self.decoder, self.num_visual_tokens))
-        fill(branch, "visual branch", lambda name: (self.trained, visual_key(name)))
+        self._fill(branch, "visual branch", lambda name: (self.trained, visual_key(name)))
         return branch
 
     def refuse_left_overs(self) -> None:
@@ -157,7 +169,7 @@ class Checkpoint:
                 f"{self.decoder.hidden_size}"
             )
         net = _on_meta(lambda: LatentControlNet(width, **_known(LatentControlNet.__base__, config)))
-        fill(net, "ControlNet", lambda name: (weights, name))
+        self._fill(net, "ControlNet", lambda name: (weights, name))
         refuse_unused(
             weights,
             "ControlNet",
@@ -172,7 +184,7 @@ class Checkpoint:
         config = read_json(folder / "config.json")
         weights = Weights.open(folder, "diffusion_pytorch_model")
         net = _on_meta(lambda: FluxTransformer2DModel(**_known(FluxTransformer2DModel, config)))
-        fill(net, "FLUX transformer", lambda name: (weights, name))
+        self._fill(net, "FLUX transformer", lambda name: (weights, name))
         refuse_unused(weights, "FLUX transformer")
         return net
 
@@ -184,7 +196,7 @@ class Checkpoint:
         weights = Weights.open(folder, "diffusion_pytorch_model")
         vae = _on_meta(lambda: AutoencoderKL(**_known(AutoencoderKL, config)))
         vae.encoder = vae.quant_conv = None
-        fill(vae, "VAE decoder", lambda name: (weights, name))
+        self._fill(vae, "VAE decoder", lambda name: (weights, name))
         refuse_unused(weights, "VAE", ["encoder.", "quant_conv."])
         return vae
 
@@ -198,7 +210,7 @@ class Checkpoint:
         net = _on_meta(lambda: CLIPTextModel(config))
         prefix = "text_model." if any(n.startswith("text_model.") for n in weights.entries) else ""
         own = any(n.startswith("text_model.") for n, _ in net.named_parameters())
-        fill(
+        self._fill(
             net,
             "CLIP text encoder",
             lambda name: (weights, name if own or not prefix else prefix + name),
@@ -222,7 +234,7 @@ class Checkpoint:
         # one tensor under two names; checkpoints hold either or both
         names = ("shared.weight", "encoder.embed_tokens.weight")
         saved = next((n for n in names if n in weights), names[0])
-        fill(net, "T5 encoder", lambda name: (weights, saved if name in names else name))
+        self._fill(net, "T5 encoder", lambda name: (weights, saved if name in names else name))
         refuse_unused(weights, "T5 encoder", names)
         return net
 

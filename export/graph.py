@@ -11,11 +11,13 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import DeduplicateInitializersPass
 
 from bifrost_rt.manifest import TensorSpec
 from export.errors import ExportError
 from export.stages import BRANCHES, IMAGES, PROMPTS, STEPS, TEXT_TOKENS, TEXTS, Stage
 
+TABLE = 1 << 20  # elements; what is larger is a weight matrix, and no two of those are equal
 OPSET = 23  # the first with Attention and RMSNormalization, the last that all consumers load
 
 # Sizes of the example inputs. All differ and none is 0 or 1, so that torch.export cannot mistake
@@ -60,6 +62,9 @@ def to_graph(stage: Stage, *, weights: bool = True) -> ir.Model:
         raise ExportError(f"stage `{stage.name}`: torch could not trace it: {error}") from error
     assert program is not None
     model = program.model
+    if weights:
+        # FLUX's rotary tables become four constants in every block: 180 MB at its real size
+        DeduplicateInitializersPass(size_limit=TABLE)(model)
     _name_symbols(model, stage)
     _strip_metadata(model)
     _check_door(model, stage)

@@ -24,7 +24,7 @@ PRECISIONS: dict[str, torch.dtype] = {
 # of the bytes and add to everything.
 ROUNDED = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)
 _IR = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
-_SMALL = 4096  # bytes; not worth a node
+SMALL = 4096  # bytes; not worth a node
 
 
 def round_weights(module: nn.Module, precision: str) -> None:
@@ -57,7 +57,7 @@ def store(model: ir.Model, precision: str) -> None:
     graph = model.graph
     for value in list(graph.initializers.values()):
         tensor = value.const_value
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.nbytes < _SMALL:
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.nbytes < SMALL:
             continue
         exact = torch.from_numpy(np.array(tensor.numpy()))
         half = exact.to(dtype)

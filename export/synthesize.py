@@ -18,13 +18,12 @@ from bifrost_rt.errors import BifrostError
 from export.errors import BuildError, RecipeError
 from export.synthetic.shapes import DTYPES, PRESETS, Shapes
 
-FOLDERS = ("mllm", "bifrost", "flux")
 
-
-def synthesize(shapes: Shapes, output: Path, seed: int = 0) -> dict[str, int]:
+def synthesize(shapes: Shapes, output: Path, seed: int | None = 0) -> dict[str, int]:
     """Write `output/{mllm,bifrost,flux}`. Memory does not grow with the shapes.
 
     The same shapes and seed give the same bytes; a tensor's values do not depend on the sharding.
+    With no seed there are no values: headers and holes, for those that read nothing else.
 
     Returns:
         Bytes of weights per network.

@@ -36,14 +36,21 @@ def write(checkpoint: Checkpoint, folder: Path, mllm_max_length: int, t5_max_len
         "clip": _write(clip, folder / "tokenizers/clip.json", convert=True),
         "t5": _write(t5, folder / "tokenizers/t5.json", convert=False),
     }
-    clip_length = min(
-        int(read_json(clip / "tokenizer_config.json").get("model_max_length", 77)),
-        int(checkpoint.clip.config.max_position_embeddings),
-    )
     return Text(
         mllm=_mllm(checkpoint.mllm, names["mllm"], mllm_max_length),
-        clip=EncoderText("tokenizers/clip.json", clip_length, _pad_id(clip, names["clip"])),
+        clip=EncoderText(
+            "tokenizers/clip.json", clip_length(checkpoint), _pad_id(clip, names["clip"])
+        ),
         t5=EncoderText("tokenizers/t5.json", t5_max_length, _pad_id(t5, names["t5"])),
+    )
+
+
+def clip_length(checkpoint: Checkpoint) -> int:
+    """Tokens that CLIP is padded to."""
+    config = read_json(checkpoint.flux / "tokenizer" / "tokenizer_config.json")
+    return min(
+        int(config.get("model_max_length", 77)),
+        int(checkpoint.clip.config.max_position_embeddings),
     )
 
 

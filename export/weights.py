@@ -141,12 +141,19 @@ def _sharded(folder: Path, index: Path) -> dict[str, Entry]:
     return entries
 
 
-def fill(module: nn.Module, what: str, find: Callable[[str], tuple[Weights, str]]) -> None:
+def fill(
+    module: nn.Module,
+    what: str,
+    find: Callable[[str], tuple[Weights, str]],
+    *,
+    read: bool = True,
+) -> None:
     """Give a module on the meta device its weights, tensor by tensor, in float32.
 
     Args:
         what: how errors call the module.
         find: a parameter's name -> the folder that should hold it, and its key there.
+        read: False checks names and shapes alone; the module stays on the meta device.
 
     Raises:
         CheckpointError: listing every tensor that is missing or has another shape.
@@ -170,13 +177,16 @@ def fill(module: nn.Module, what: str, find: Callable[[str], tuple[Weights, str]
             f"{what}: tensors of a wrong shape: {_listed(misshapen)}",
             hint="the weights do not belong to the config.json beside them",
         )
-    read: dict[tuple[Path, str], Tensor] = {}
+    found: dict[tuple[Path, str], Tensor] = {}
     for name in wanted:
         weights, key = find(name)
         at = (weights.folder, key)
-        if at not in read:
-            read[at] = weights.read(key)
-        _assign(module, name, read[at])
+        if not read:
+            weights.used.add(key)
+            continue
+        if at not in found:
+            found[at] = weights.read(key)
+        _assign(module, name, found[at])
     module.eval().requires_grad_(False)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class UpSamplingBlock(nn.Module):
@@ -32,6 +33,17 @@ class UpSamplingBlock(nn.Module):
         x = F.relu(self.bn1(self.upconv(x)))
         x = F.relu(self.bn2(self.conv(x)) + near)
         return x.flatten(2).transpose(1, 2)
+
+    def fold_norms(self) -> None:
+        """Put the batch norms into the convolutions before them, in place and once.
+
+        The exporter would do it after the weights are rounded, and what it makes of them would not
+        be 16 bit any more: a third of a gigabyte at the release's width.
+        """
+        if isinstance(self.bn1, nn.BatchNorm2d):
+            self.upconv = fuse_conv_bn_eval(self.upconv, self.bn1, transpose=True)
+            self.conv = fuse_conv_bn_eval(self.conv, self.bn2)
+            self.bn1, self.bn2 = nn.Identity(), nn.Identity()
 
 
 class LatentControlNet(FluxControlNetModel):

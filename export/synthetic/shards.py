@@ -40,11 +40,18 @@ class Planned:
 
 
 def write(
-    folder: Path, stem: str, tensors: Sequence[Planned], dtype: str, shard_bytes: int, seed: int
+    folder: Path,
+    stem: str,
+    tensors: Sequence[Planned],
+    dtype: str,
+    shard_bytes: int,
+    seed: int | None,
 ) -> int:
     """Write `{stem}.safetensors`, or shards and their index where it takes more than one.
 
     A tensor's values depend on (seed, folder's name, tensor's name) alone, not on the shards.
+    With no seed the files have their headers and a hole where the values would be: an outline that
+    takes no space on disk.
 
     Returns:
         Bytes of all tensors.
@@ -78,7 +85,7 @@ def _shards(tensors: Sequence[Planned], dtype: str, limit: int) -> list[list[Pla
     return shards
 
 
-def _write_file(file: Path, tensors: list[Planned], dtype: str, seed: int) -> None:
+def _write_file(file: Path, tensors: list[Planned], dtype: str, seed: int | None) -> None:
     # the widest elements first keeps every tensor aligned
     tensors = sorted(tensors, key=lambda t: -FORMATS[_format(t, dtype)][1])
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -94,6 +101,9 @@ def _write_file(file: Path, tensors: list[Planned], dtype: str, seed: int) -> No
     encoded += b" " * (-len(encoded) % 8)
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(encoded)) + encoded)
+        if seed is None:
+            stream.truncate(stream.tell() + end)
+            return
         for tensor in tensors:
             _write_tensor(stream, tensor, dtype, f"{seed}/{file.parent.name}/{tensor.name}")
 

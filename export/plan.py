@@ -1,0 +1,182 @@
+"""`python -m export.plan`: will it fit, how fast can it be at best, and what has to give.
+
+For a checkpoint (config files and tensor headers; no weights are read), for the published shapes
+without a checkpoint, or for a built set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bifrost_rt import backends, residency, strict
+from bifrost_rt import manifest as manifests
+from bifrost_rt.errors import BifrostError
+from bifrost_rt.manifest import EngineSpec, Precision
+from export import recipe as recipes
+from export.errors import RecipeError
+from export.planning import devices
+from export.planning.storage import STORAGES, Storage
+
+if TYPE_CHECKING:
+    from export.planning.estimate import InMemory, Plan
+    from export.planning.work import Work
+
+RELEASE_T5_LENGTH = 512
+STEPS = 28
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. 0: it fits; 3: it does not; 1: there is no plan."""
+    options = _parser().parse_args(arguments)
+    if not options.debug:
+        warnings.simplefilter("ignore")  # the libraries warn of their own deprecations
+    try:
+        plan = _plan(options)
+        if options.json:
+            document = json.dumps(dataclasses.asdict(plan), indent=1) + "\n"
+            options.json.write_text(document, encoding="utf-8")
+        if options.plot:
+            from export.planning import picture
+
+            picture.draw(plan).save(options.plot)
+    except BifrostError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    from export.planning import report
+
+    print(report.describe(plan))
+    return 0 if plan.fits else 3
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    # torch takes seconds to import: not before the command line is understood
+    device = devices.find(options.device)
+    budget = None if options.memory_budget is None else residency.parse(options.memory_budget)
+    storage = _storage(options.precision)
+    if options.engines and storage is not None:
+        raise RecipeError("--precision does not apply to a built set")
+    if options.engines:
+        return of_set(options.engines, device, budget)
+    if options.recipe:
+        return of_recipe(options.recipe, device, storage, budget)
+    return of_shapes(options.like, device, storage or STORAGES["bf16"], budget)
+
+
+def of_set(folder: Path, device: devices.Device, budget: int | None = None) -> Plan:
+    """Plan a built set."""
+    from export.planning import estimate, work
+
+    manifest = manifests.read(folder)
+    works = work.of_set(folder, manifest, manifest.defaults.num_inference_steps)
+    driver = backends.load(manifest.backend)
+
+    def in_memory(one: Work, stored: int) -> int:
+        spec = manifest.engine(one.engine)
+        return driver.weights_in_memory(spec, sum(manifest.files[f].size for f in spec.files))
+
+    return estimate.plan(works, device, None, budget, in_memory)
+
+
+def of_recipe(
+    path: Path, device: devices.Device, storage: Storage | None, budget: int | None = None
+) -> Plan:
+    """Plan what a recipe would build; `storage` takes the place of its precision."""
+    from export.checkpoint import Checkpoint
+    from export.planning import estimate, work
+
+    recipe = recipes.read(path, {})
+    checkpoint = Checkpoint(Path(recipe.mllm), Path(recipe.bifrost), Path(recipe.flux), read=False)
+    length = recipe.mllm_max_length or checkpoint.max_seq_length
+    works = work.of_checkpoint(checkpoint, length, recipe.t5_max_length, STEPS)
+    storage = storage or STORAGES[recipe.precision]
+    # the recipe's driver runs here; a device of the table runs compiled engines
+    in_memory = _driver(recipe.backend, storage) if device.name == devices.HERE else None
+    return estimate.plan(works, device, storage, budget, in_memory)
+
+
+def of_shapes(
+    name: str, device: devices.Device, storage: Storage, budget: int | None = None
+) -> Plan:
+    """Plan published shapes without a checkpoint."""
+    from export.planning import estimate
+
+    return estimate.plan(works_of_shapes(name), device, storage, budget)
+
+
+def works_of_shapes(name: str) -> list[Work]:
+    """The engines of a checkpoint of published shapes, from an outline of it."""
+    from export.checkpoint import Checkpoint
+    from export.planning import work
+    from export.synthesize import synthesize
+    from export.synthetic.shapes import PRESETS
+
+    if name not in PRESETS:
+        raise RecipeError(
+            f"--like {name!r} is unknown{strict.nearest(name, PRESETS)}",
+            hint=f"known: {', '.join(PRESETS)}",
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "outline"
+        synthesize(PRESETS[name], folder, seed=None)
+        checkpoint = Checkpoint(
+            *(folder / part for part in ("mllm", "bifrost", "flux")), read=False
+        )
+        return work.of_checkpoint(checkpoint, checkpoint.max_seq_length, RELEASE_T5_LENGTH, STEPS)
+
+
+def _driver(name: str, storage: Storage) -> InMemory:
+    driver = backends.load(name)
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(storage.name, "float32")
+
+    def in_memory(work: Work, stored: int) -> int:
+        precision = Precision(storage.name, dtype, "float32")
+        spec = EngineSpec(work.engine, "", (), (), (), {}, precision)
+        return driver.weights_in_memory(spec, stored)
+
+    return in_memory
+
+
+def _storage(name: str | None) -> Storage | None:
+    if name is not None and name not in STORAGES:
+        raise RecipeError(
+            f"--precision {name!r} is unknown{strict.nearest(name, STORAGES)}",
+            hint=f"known: {', '.join(STORAGES)}",
+        )
+    return None if name is None else STORAGES[name]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export.plan",
+        description="Memory, schedule and least time of one picture on a device.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--recipe", type=Path, metavar="FILE", help="what a recipe would build")
+    source.add_argument("--engines", type=Path, metavar="DIR", help="a built set")
+    source.add_argument("--like", metavar="NAME", help="published shapes: 7b, 3b")
+    parser.add_argument(
+        "--device", required=True, metavar="NAME", help="of engines/devices.toml, or here"
+    )
+    parser.add_argument(
+        "--precision", metavar="NAME", help=f"{', '.join(STORAGES)}; default: the recipe's, or bf16"
+    )
+    parser.add_argument(
+        "--memory-budget", metavar="SIZE", help="like 8GiB; default: nine tenths of the device's"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the plan as a picture")
+    parser.add_argument("--debug", action="store_true", help="show the trace of an error")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""What a build would need of a machine, before there is a build."""

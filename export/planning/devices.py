@@ -1,0 +1,104 @@
+"""The machines that can be planned for: `engines/devices.toml`, and the one this runs on."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bifrost_rt import residency, strict
+from export.errors import RecipeError
+
+TABLE = Path(__file__).parents[2] / "engines" / "devices.toml"
+HERE = "here"
+RATES = ("fp32", "fp16", "fp8", "int8", "fp4")
+FIGURES = ("memory_gib", "bandwidth", "watts", *RATES)
+CERTAINTY = ("published", "derived", "unconfirmed")
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number with where it comes from and how sure it is."""
+
+    value: float
+    source: str
+    certainty: str
+
+
+@dataclass(frozen=True)
+class Device:
+    """One machine. A figure that is not known is not there.
+
+    Attributes:
+        memory: bytes that engines and their tensors may take.
+        figures: by the names of `FIGURES`.
+    """
+
+    name: str
+    title: str
+    memory: int
+    figures: dict[str, Figure] = field(default_factory=dict)
+
+    def value(self, name: str) -> float | None:
+        """A figure's number, or None."""
+        return self.figures[name].value if name in self.figures else None
+
+    @property
+    def known_rates(self) -> bool:
+        """Whether its arithmetic is known at all."""
+        return any(rate in self.figures for rate in RATES)
+
+
+def find(name: str) -> Device:
+    """A device of the table by its name, or `here`.
+
+    Raises:
+        RecipeError: no such device, or the table is damaged.
+    """
+    if name == HERE:
+        free = residency.available()
+        if free is None:
+            raise RecipeError(
+                "this machine does not say how much memory it has available",
+                hint="pass --memory-budget SIZE",
+            )
+        return Device(HERE, "this machine", free)
+    devices = read(TABLE)
+    if name not in devices:
+        raise RecipeError(
+            f"unknown device {name!r}{strict.nearest(name, devices)}",
+            hint=f"known: {', '.join([HERE, *devices])}",
+        )
+    return devices[name]
+
+
+def read(path: Path) -> dict[str, Device]:
+    """Every device of a table.
+
+    Raises:
+        RecipeError: a figure without a source or certainty, or an unknown name.
+    """
+    found = {}
+    for name, entry in tomllib.loads(path.read_text(encoding="utf-8")).items():
+        title = entry.pop("title", name)
+        figures = {key: _figure(f"{path.name}: {name}.{key}", key, v) for key, v in entry.items()}
+        if "memory_gib" not in figures:
+            raise RecipeError(f"{path.name}: {name} has no memory_gib")
+        usable = figures["memory_gib"].value * GIB * (1 - residency.MARGIN)
+        found[name] = Device(name, title, int(usable), figures)
+    return found
+
+
+def _figure(where: str, key: str, entry: object) -> Figure:
+    if key not in FIGURES:
+        raise RecipeError(f"{where}: unknown figure{strict.nearest(key, FIGURES)}")
+    match entry:
+        case [int() | float() as value, str() as source, str() as certainty] if (
+            value > 0 and source and certainty in CERTAINTY
+        ):
+            return Figure(float(value), source, certainty)
+    raise RecipeError(
+        f"{where}: expected [number, source, certainty], found {entry!r}",
+        hint=f"certainty is one of {', '.join(CERTAINTY)}",
+    )

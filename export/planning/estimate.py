@@ -1,0 +1,265 @@
+"""From the work of each engine and a device's figures to a plan: memory, time, energy, and what
+gives where something does not fit.
+
+Time is a roofline: the larger of arithmetic over the peak rate and bytes over the bandwidth, stage
+by stage. Nothing is faster; kernels, launches and loading come on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from bifrost_rt import residency
+from bifrost_rt.errors import BudgetError
+from bifrost_rt.residency import Need, Step, size_text
+from export.planning.devices import Device
+from export.planning.storage import STORAGES, Storage
+from export.planning.work import Work
+
+InMemory = Callable[[Work, int], int]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One engine. Bytes and seconds; seconds and limit are None where the device's figures are not
+    known."""
+
+    engine: str
+    weight_bytes: int
+    weights_in_memory: int
+    kv_bytes: int
+    tensor_bytes: int
+    activation_bytes: int
+    peak_bytes: int
+    evict: tuple[str, ...]
+    load: bool
+    calls: int
+    flops: int
+    seconds: float | None
+    limit: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A picture on a device.
+
+    Attributes:
+        fits: whether it can run within the budget.
+        peak_bytes: most memory at once; where it does not fit, what the largest stage needs.
+        resident_bytes: what it takes to keep every engine in memory.
+        load_bytes: weights that each picture after the first loads anew.
+        seconds, joules: at least; None where a figure is not known.
+        limit: what most of the time goes to.
+        changes: what does not fit or has to give, and what to change.
+    """
+
+    device: str
+    precision: str
+    buildable: bool
+    budget_bytes: int
+    fits: bool
+    peak_bytes: int
+    resident_bytes: int
+    load_bytes: int
+    seconds: float | None
+    joules: float | None
+    limit: str | None
+    stages: tuple[StagePlan, ...]
+    changes: tuple[str, ...]
+
+
+def plan(
+    works: Sequence[Work],
+    device: Device,
+    storage: Storage | None,
+    budget: int | None = None,
+    in_memory: InMemory | None = None,
+) -> Plan:
+    """Plan one picture.
+
+    Args:
+        storage: the precision of the weights; None for that of a built set.
+        budget: bytes, instead of the device's.
+        in_memory: (engine, stored bytes) -> bytes once a driver has opened it. Default: as stored,
+            which is what a compiled engine takes on a GPU.
+    """
+    budget = device.memory if budget is None else budget
+    keep = in_memory or (lambda work, stored: stored)
+    # without a driver of its own, a device computes in 16 bit where weights have 16 bit or fewer
+    scale = storage.activation_scale if storage and in_memory is None else 1.0
+    needs = [
+        Need(w.engine, keep(w, w.weights(storage)), round(w.scratch * scale), w.tensors)
+        for w in works
+    ]
+    steps, later = _schedules(needs, budget)
+    supported = _supported(device, storage)
+    stages = tuple(
+        _stage(work, need, step, storage, device, scale)
+        for work, need, step in zip(works, needs, steps or (None,) * len(needs), strict=True)
+    )
+    seconds = _total([stage.seconds for stage in stages])
+    watts = device.value("watts")
+    result = Plan(
+        device=device.title,
+        precision=storage.name if storage else "as built",
+        buildable=storage is None or storage.buildable,
+        budget_bytes=budget,
+        fits=bool(steps) and supported,
+        peak_bytes=max(stage.peak_bytes for stage in stages),
+        resident_bytes=sum(n.held for n in needs) + max(n.tensors for n in needs),
+        load_bytes=sum(
+            work.weights(storage) for work, step in zip(works, later, strict=False) if step.load
+        ),
+        seconds=seconds,
+        joules=None if seconds is None or watts is None else seconds * watts,
+        limit=_main_limit(stages),
+        stages=stages,
+        changes=(),
+    )
+    return replace(result, changes=_changes(result, works, needs, device, storage, budget, keep))
+
+
+def _schedules(needs: Sequence[Need], budget: int) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """Of the first picture, and of those after it. Empty where a stage cannot fit."""
+    try:
+        first = residency.schedule(needs, budget)
+    except BudgetError:
+        return (), ()
+    left: dict[str, int] = {}
+    for step, need in zip(first, needs, strict=True):
+        left = {name: held for name, held in left.items() if name not in step.evict}
+        left[need.engine] = need.held
+    return first, residency.schedule(needs, budget, left)
+
+
+def _stage(
+    work: Work, need: Need, step: Step | None, storage: Storage | None, device: Device, scale: float
+) -> StagePlan:
+    stored = work.weights(storage)
+    seconds, limit = _roofline(work, stored, storage, device)
+    return StagePlan(
+        engine=work.engine,
+        weight_bytes=stored,
+        weights_in_memory=need.weights,
+        kv_bytes=work.cache,
+        tensor_bytes=work.tensors,
+        activation_bytes=round(work.scratch * scale),
+        peak_bytes=step.peak if step else need.total,
+        evict=step.evict if step else (),
+        load=step.load if step else True,
+        calls=work.calls,
+        flops=work.calls * work.flops,
+        seconds=seconds,
+        limit=limit,
+    )
+
+
+def _roofline(
+    work: Work, stored: int, storage: Storage | None, device: Device
+) -> tuple[float | None, str | None]:
+    rate = device.value(_rate(work, storage))
+    bandwidth = device.value("bandwidth")
+    if rate is None or bandwidth is None:
+        return None, None
+    compute = work.flops / (rate * 1e12)
+    memory = (stored + work.tensors) / (bandwidth * 1e9)
+    return work.calls * max(compute, memory), "compute" if compute >= memory else "bandwidth"
+
+
+def _rate(work: Work, storage: Storage | None) -> str:
+    """8 bit and fewer apply to linear layers; an engine of convolutions computes in 16 bit."""
+    kind = storage.compute if storage else "fp32"
+    return kind if work.linear or kind == "fp32" else "fp16"
+
+
+def _supported(device: Device, storage: Storage | None) -> bool:
+    if storage is None or storage.compute == "fp32" or not device.known_rates:
+        return True
+    return device.value(storage.compute) is not None
+
+
+def _total(parts: Sequence[float | None]) -> float | None:
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+def _main_limit(stages: Sequence[StagePlan]) -> str | None:
+    spent: dict[str, float] = {}
+    for stage in stages:
+        if stage.limit is not None and stage.seconds is not None:
+            spent[stage.limit] = spent.get(stage.limit, 0.0) + stage.seconds
+    return max(spent, key=lambda limit: spent[limit]) if spent else None
+
+
+def _changes(
+    result: Plan,
+    works: Sequence[Work],
+    needs: Sequence[Need],
+    device: Device,
+    storage: Storage | None,
+    budget: int,
+    keep: InMemory,
+) -> tuple[str, ...]:
+    said = []
+    if not _supported(device, storage):
+        assert storage is not None
+        said.append(f"{device.title} has no {storage.compute} arithmetic")
+    for need in needs:
+        if need.total > budget:
+            said.append(
+                f"`{need.engine}` needs {size_text(need.total)} by itself, "
+                f"the budget is {size_text(budget)}"
+            )
+    leaving = [stage for stage in result.stages if stage.evict]
+    if result.fits and not leaving:
+        return ()
+    if result.fits:
+        said.append(
+            f"not everything stays in memory, which would take {size_text(result.resident_bytes)}: "
+            + "; ".join(
+                f"{', '.join(f'`{engine}`' for engine in stage.evict)} must leave before "
+                f"`{stage.engine}`"
+                for stage in leaving
+            )
+        )
+        said.append(f"every further picture loads {size_text(result.load_bytes)} of weights")
+    if storage is not None:
+        said += _smaller(result.fits, works, device, storage, budget, keep)
+    if not result.fits:
+        least = max(need.total for need in needs)
+        said.append(f"at this precision the least memory is {size_text(least, up=True)}")
+    return tuple(said)
+
+
+def _smaller(
+    fits: bool,
+    works: Sequence[Work],
+    device: Device,
+    storage: Storage,
+    budget: int,
+    keep: InMemory,
+) -> list[str]:
+    """The precisions that would fit, or, where it fits already, would keep everything in memory."""
+    found = []
+    for other in STORAGES.values():
+        if other.linear_bits >= storage.linear_bits or not _supported(device, other):
+            continue
+        scale = other.activation_scale
+        needs = [
+            Need(w.engine, keep(w, w.weights(other)), round(w.scratch * scale), w.tensors)
+            for w in works
+        ]
+        try:
+            steps = residency.schedule(needs, budget)
+        except BudgetError:
+            continue
+        if not fits:
+            worst = max(needs, key=lambda need: need.total)
+            found.append(
+                f"{other.name} fits: its largest stage is `{worst.engine}` with "
+                f"{size_text(worst.total)}"
+            )
+        elif residency.everything_fits(steps):
+            found.append(f"at {other.name} everything stays in memory")
+    return found

@@ -1,0 +1,77 @@
+"""How many bytes a weight takes, precision by precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from export.precision import PRECISIONS
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A precision of stored weights, and what the device computes in.
+
+    Attributes:
+        linear_bits: per weight of a linear layer; fp4 with one fp8 scale to 16 weights.
+        other_bytes: per weight of an embedding or a convolution.
+        channel_bytes: per output channel of a linear layer, for its scale.
+        compute: which of a device's peak rates applies to linear layers.
+    """
+
+    name: str
+    linear_bits: float
+    other_bytes: int
+    channel_bytes: int
+    compute: str
+
+    @property
+    def buildable(self) -> bool:
+        """Whether `export.build` of this version writes it."""
+        return self.name in PRECISIONS
+
+    @property
+    def activation_scale(self) -> float:
+        """Of activations and scratch memory, over float32."""
+        return 1.0 if self.name == "fp32" else 0.5
+
+
+STORAGES = {
+    storage.name: storage
+    for storage in (
+        Storage("fp32", 32, 4, 0, "fp32"),
+        Storage("bf16", 16, 2, 0, "fp16"),
+        Storage("fp16", 16, 2, 0, "fp16"),
+        Storage("fp8", 8, 2, 4, "fp8"),
+        Storage("int8", 8, 2, 4, "int8"),
+        Storage("fp4", 4.5, 2, 0, "fp4"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Elements:
+    """The numbers that an engine stores.
+
+    Attributes:
+        linear: weights of linear layers.
+        channels: their output channels.
+        other: weights of embeddings and convolutions.
+        kept: bytes of what stays in float32 at every precision: norms, biases, tables, and whatever
+            is too small to be worth a conversion.
+    """
+
+    linear: int
+    channels: int
+    other: int
+    kept: int
+
+    def bytes_at(self, storage: Storage | None) -> int:
+        """Bytes of all of them; None is float32."""
+        s = storage or STORAGES["fp32"]
+        scales = self.channels * s.channel_bytes
+        return (
+            round(self.linear * s.linear_bits / 8)
+            + self.other * s.other_bytes
+            + scales
+            + (self.kept)
+        )

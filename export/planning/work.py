@@ -1,0 +1,170 @@
+"""What one picture asks of each engine: weights, memory and arithmetic.
+
+From a checkpoint's outline (config files and tensor headers, `Checkpoint(read=False)`), by running
+the project's own modules on the meta device, where tensors have shapes and no values; or from a
+built set, by reading its graphs without their weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from torch import nn
+
+from bifrost_rt import residency, schedules
+from bifrost_rt.manifest import EngineSpec, Manifest, Precision
+from export import assemble, flops, memory
+from export.checkpoint import Checkpoint
+from export.planning.storage import Elements, Storage
+from export.planning.trace import Trace, run_without_values, storage_key
+from export.precision import ROUNDED, SMALL
+from export.stages import Stage
+from export.text import clip_length
+
+KV = ("text_keys.", "text_values.")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One engine of one picture. Bytes of memory as if it computed in float32.
+
+    Attributes:
+        weights: bytes of weights at a storage, None for the storage that a set was built with.
+        calls: how often it runs for a picture.
+        flops: of one call; a multiply-add counts two.
+        cache: bytes of the K/V cache among its tensors.
+        tensors: bytes at its door.
+        scratch: bytes between its doors.
+        linear: whether linear layers, which 8 bit and fewer apply to, do most of its arithmetic.
+    """
+
+    engine: str
+    weights: Callable[[Storage | None], int]
+    calls: int
+    flops: int
+    cache: int
+    tensors: int
+    scratch: int
+    linear: bool
+
+
+def of_checkpoint(
+    checkpoint: Checkpoint, mllm_max_length: int, t5_length: int, steps: int
+) -> list[Work]:
+    """The engines that `export.build` would make of a checkpoint.
+
+    Args:
+        checkpoint: opened with `read=False`.
+        steps: denoising steps; decoding takes the release's one step per visual token.
+
+    Raises:
+        CheckpointError: the outline is not that of a supported checkpoint.
+    """
+    model = assemble.facts(checkpoint)
+    clip_tokens = clip_length(checkpoint)
+    calls = _calls(model.num_visual_tokens, model.num_visual_tokens, steps)
+    sizes = {**memory.one_picture(mllm_max_length), "steps": steps}
+    decoding = {**sizes, "steps": model.num_visual_tokens}
+    return [
+        _of_stage(
+            stage, decoding if stage.name == "visual_decode" else sizes, calls.get(stage.name, 1)
+        )
+        for stage in assemble.stages(checkpoint, model, mllm_max_length, clip_tokens, t5_length)
+    ]
+
+
+def of_set(folder: Path, manifest: Manifest, steps: int) -> list[Work]:
+    """The engines of a built set, from its graphs; weights are not read."""
+    at = residency.sizes(manifest, num_inference_steps=steps)
+    calls = _calls(manifest.model.num_visual_tokens, manifest.defaults.decoding_steps, steps)
+    found = []
+    for spec in manifest.engines:
+        graph = ir.load(folder / spec.graph)
+        stored = sum(
+            value.const_value.nbytes
+            for value in graph.graph.initializers.values()
+            if value.const_value is not None
+        )
+        found.append(
+            Work(
+                engine=spec.name,
+                weights=_fixed(stored),
+                calls=calls.get(spec.name, 1),
+                flops=flops.count(graph, at(spec.name)),
+                cache=_cache(spec, at(spec.name)),
+                tensors=residency.tensor_bytes(spec, at(spec.name)),
+                scratch=memory.scratch_bytes(graph, at(spec.name)),
+                linear=spec.name != "vae_decode",
+            )
+        )
+    return found
+
+
+def _fixed(stored: int) -> Callable[[Storage | None], int]:
+    return lambda storage: stored
+
+
+def _calls(tokens: int, decoding_steps: int, steps: int) -> dict[str, int]:
+    """Engines that run in a loop. A decoding step that reveals nothing is not run."""
+    kept = [tokens, *schedules.kept_counts(tokens, decoding_steps)]
+    active = sum(before != after for before, after in itertools.pairwise(kept))
+    return {"visual_decode": active, "denoise": steps}
+
+
+def _of_stage(stage: Stage, sizes: Mapping[str, int], calls: int) -> Work:
+    spec = EngineSpec(
+        name=stage.name,
+        graph="",
+        files=(),
+        inputs=stage.inputs,
+        outputs=stage.outputs,
+        carry=stage.carry,
+        precision=Precision("fp32", "float32", "float32"),
+    )
+    trace = run_without_values(stage, sizes)
+    elements = count_elements(stage.module, trace)
+    return Work(
+        engine=stage.name,
+        weights=elements.bytes_at,
+        calls=calls,
+        flops=trace.flops,
+        cache=_cache(spec, sizes),
+        tensors=residency.tensor_bytes(spec, sizes),
+        scratch=trace.scratch,
+        linear=elements.linear > elements.other,
+    )
+
+
+def _cache(spec: EngineSpec, sizes: Mapping[str, int]) -> int:
+    return sum(
+        4 * math.prod(sizes[d] if isinstance(d, str) else d for d in t.shape)
+        for t in (*spec.inputs, *spec.outputs)
+        if t.name.startswith(KV)
+    )
+
+
+def count_elements(module: nn.Module, trace: Trace) -> Elements:
+    """The numbers that an engine stores, by how a precision treats them: the weights that meet an
+    input, and what the exporter computes beforehand from those that do not."""
+    linear = channels = kept = 0
+    other = trace.folded // 4
+    seen: set[int] = set()
+    for layer in module.modules():
+        for name, tensor in (*layer._parameters.items(), *layer._buffers.items()):
+            if tensor is None or (key := storage_key(tensor)) in seen or key not in trace.weights:
+                continue
+            seen.add(key)
+            whole = name != "weight" or not isinstance(layer, ROUNDED)
+            if whole or tensor.nbytes < SMALL:
+                kept += tensor.nbytes
+            elif isinstance(layer, nn.Linear):
+                linear += tensor.numel()
+                channels += tensor.shape[0]
+            else:
+                other += tensor.numel()
+    return Elements(linear, channels, other, kept)
