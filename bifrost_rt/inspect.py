@@ -22,6 +22,7 @@ def describe(manifest: Manifest) -> str:
         f"cfg {d.cfg_weight:g}, ControlNet {d.controlnet_conditioning_scale:g}, "
         + (f"guidance {d.guidance_scale:g}" if m.guidance_embeds else "no guidance embedding"),
         "  built by   " + ", ".join(f"{k} {v}" for k, v in manifest.builder.items()),
+        *_compiled(manifest),
         "  sizes      " + ", ".join(f"{n} {_range(r)}" for n, r in manifest.dimensions.items()),
         "",
     ]
@@ -42,6 +43,13 @@ def describe(manifest: Manifest) -> str:
         for arrow, tensors in (("<-", engine.inputs), ("->", engine.outputs)):
             lines += [f"  {arrow} {text}" for text in _tensors(tensors)]
     return "\n".join(lines)
+
+
+def _compiled(manifest: Manifest) -> list[str]:
+    """One line per way in which engines were compiled; none where all are ONNX graphs."""
+    ways = dict.fromkeys(e.compiled for e in manifest.engines if e.compiled is not None)
+    said = (f"{c.builder} {c.version} for {', '.join(c.targets)}" for c in ways)
+    return [f"  compiled   {way}" for way in dict.fromkeys(said)]
 
 
 def _tensors(tensors: Sequence[TensorSpec]) -> list[str]:

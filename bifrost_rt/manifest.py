@@ -52,12 +52,27 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Compiled:
+    """How an engine was compiled. It runs with this version of this library on these GPUs alone.
+
+    `source_sha256` is that of the ONNX graph that it was compiled from.
+    """
+
+    builder: str
+    version: str
+    targets: tuple[str, ...]
+    flags: tuple[str, ...]
+    source_sha256: str
+
+
+@dataclass(frozen=True)
 class EngineSpec:
     """One compiled graph with named, typed inputs and outputs.
 
     `carry` pairs an output with the input that it becomes in the next step of the engine's loop.
     `scratch_bytes` is what its arithmetic needs between its doors for one picture at the default
     steps and the longest prompt, counted from the graph; 0 in sets that do not state it.
+    `compiled` is None where the file is an ONNX graph.
     """
 
     name: str
@@ -68,6 +83,7 @@ class EngineSpec:
     carry: dict[str, str]
     precision: Precision
     scratch_bytes: int = 0
+    compiled: Compiled | None = None
 
     def input(self, name: str) -> TensorSpec | None:
         """The input called `name`, or None where this engine has none of that name."""
@@ -183,6 +199,9 @@ class Manifest:
     def dumps(self) -> bytes:
         """The file's bytes: readable JSON whose last key is the sha256 of everything before it."""
         data = dataclasses.asdict(self)
+        for engine in data["engines"]:
+            if engine["compiled"] is None:
+                del engine["compiled"]
         return _render(data, hashlib.sha256(_render(data, None)).hexdigest())
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from bifrost_rt import manifest as manifests
+from bifrost_rt.manifest import File
 from export.errors import BuildError
 
 
@@ -44,6 +45,16 @@ def written_aside(output: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def describe_files(folder: Path) -> dict[str, File]:
+    """Every file of a set, for its manifest."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): File(path.stat().st_size, manifests.sha256(path))
+        for path in found
+        if path.name != manifests.FILENAME
+    }
 
 
 def _aside(output: Path, pid: int) -> Path:

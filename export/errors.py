@@ -24,3 +24,8 @@ class ParityError(BifrostError):
 
 class BuildError(BifrostError):
     """The set could not be written where it was asked for."""
+
+
+class CompileError(BifrostError):
+    """An engine cannot be compiled: a target that lacks what the graph needs, a size without a
+    limit, or what the builder refused."""

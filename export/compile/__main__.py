@@ -1,0 +1,80 @@
+"""`python -m export.compile`: a built set -> engines for the GPUs that it shall run on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bifrost_rt.errors import BifrostError
+from export.build import Progress
+from export.compile.builder import TITLES
+from export.compile.compiled_set import compile_set
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    options = _parser().parse_args(arguments)
+    try:
+        folder = compile_set(
+            options.set,
+            options.output,
+            backend=options.backend,
+            targets=options.target,
+            max_images=options.max_images,
+            max_steps=options.max_steps,
+            progress=Progress(),
+        )
+    except BifrostError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    print(folder)
+    return 0
+
+
+def targets(text: str) -> tuple[str, ...]:
+    """`sm89,rtx-5090` -> its parts."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def positive(text: str) -> int:
+    """A number from 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export.compile",
+        description="Compile the ONNX graphs of an engine set for GPUs. TensorRT-RTX needs no GPU "
+        "for that; TensorRT compiles on the device itself.",
+    )
+    parser.add_argument("set", type=Path, help="a set built for onnxruntime")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="the new set")
+    parser.add_argument(
+        "--backend", choices=tuple(TITLES), default="tensorrt-rtx", help="default: tensorrt-rtx"
+    )
+    parser.add_argument(
+        "--target",
+        metavar="NAMES",
+        type=targets,
+        default=(),
+        help="sm86,sm89,sm120 or rtx-4090,rtx-5090 …; default: the GPU of this machine",
+    )
+    parser.add_argument("--max-images", metavar="N", type=positive, help="pictures per run")
+    parser.add_argument(
+        "--max-steps", metavar="N", type=positive, help="steps of a loop; default: the set's own"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the trace of an error")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

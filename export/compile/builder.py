@@ -1,0 +1,141 @@
+"""One ONNX graph -> one engine, with the builder API of TensorRT-RTX or TensorRT."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bifrost_rt.backends.tensorrt_log import logger
+from bifrost_rt.manifest import EngineSpec
+from export.compile import messages
+from export.compile.profiles import Sizes, symbolic_inputs
+from export.errors import CompileError
+
+
+@dataclass(frozen=True)
+class Builder:
+    """A library that compiles, opened. `version` is what its engines are tied to."""
+
+    name: str
+    title: str
+    module: str
+    version: str
+
+    @property
+    def library(self) -> Any:
+        """The Python module."""
+        return importlib.import_module(self.module)
+
+    @property
+    def ahead_of_time(self) -> bool:
+        """Whether it compiles for GPUs that are not there; TensorRT measures on its own."""
+        return hasattr(self.library.IBuilderConfig, "set_compute_capability")
+
+
+TITLES = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
+
+
+def find(name: str) -> Builder:
+    """The builder called `name`.
+
+    Raises:
+        CompileError: its package is not installed.
+    """
+    module = name.replace("-", "_")
+    if importlib.util.find_spec(module) is None:
+        raise CompileError(
+            f"{TITLES[name]} is not installed (the Python package `{module}`)",
+            hint=f"pip install 'bifrost-rt[{name}]'",
+        )
+    return Builder(name, TITLES[name], module, str(importlib.import_module(module).__version__))
+
+
+def compile_graph(
+    builder: Builder, path: Path, spec: EngineSpec, sizes: Sizes, targets: Sequence[str]
+) -> tuple[Any, tuple[str, ...]]:
+    """Compile one graph of a set.
+
+    Args:
+        targets: architectures; one engine serves all of them.
+
+    Returns:
+        The engine's bytes, as a buffer, and the flags that it was built with.
+
+    Raises:
+        CompileError: naming stage, layer and what to do.
+    """
+    trt = builder.library
+    log = logger(builder.module)
+    log.take()
+    maker = trt.Builder(log)
+    network = maker.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(path)):  # a path, because the weights lie beside it
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        raise messages.parser_error(spec.name, builder.title, errors)
+    _check_door(network, spec)
+    flags = ["strongly_typed"]
+    if _mark_attention(trt, network):
+        flags.append("decomposable_attention")
+    config = maker.create_builder_config()
+    # float32 means float32: TF32 keeps 10 bits of mantissa and is on unless it is cleared
+    config.clear_flag(trt.BuilderFlag.TF32)
+    flags.append("no_tf32")
+    if builder.ahead_of_time:
+        config.num_compute_capabilities = len(targets)
+        for i, target in enumerate(targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), i)
+    if inputs := symbolic_inputs(spec):
+        profile = maker.create_optimization_profile()
+        for tensor in inputs:
+            profile.set_shape(tensor.name, *sizes.of(tensor))
+        config.add_optimization_profile(profile)
+    try:
+        engine = maker.build_serialized_network(network, config)
+    except (MemoryError, RuntimeError) as error:  # a C++ exception arrives as one of these
+        logged = [str(error) or type(error).__name__, *log.take()]
+        raise messages.builder_error(spec.name, builder.title, logged) from error
+    if engine is None:
+        raise messages.builder_error(spec.name, builder.title, log.take())
+    return engine, tuple(flags)
+
+
+def _mark_attention(trt: Any, network: Any) -> int:
+    """Let every attention layer be taken apart where no kernel fits: in float32 none does, and in
+    16 bit it depends on the head's width. Returns how many there are."""
+    marked = 0
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings' way to a derived type
+            layer.attention.decomposable = True
+            marked += 1
+    return marked
+
+
+def _check_door(network: Any, spec: EngineSpec) -> None:
+    """The driver binds by the manifest's names, and device memory only."""
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    outputs = [network.get_output(i) for i in range(network.num_outputs)]
+    for kind, found, promised in (
+        ("inputs", inputs, spec.inputs),
+        ("outputs", outputs, spec.outputs),
+    ):
+        names, wanted = {t.name for t in found}, {t.name for t in promised}
+        if names != wanted:
+            raise CompileError(
+                f"stage `{spec.name}`: the graph's {kind} are {sorted(names)}, "
+                f"the manifest's {sorted(wanted)}",
+                hint="rebuild the set with `python -m export.build`",
+            )
+    if on_host := [t.name for t in inputs if t.is_shape_tensor]:
+        raise CompileError(
+            f"stage `{spec.name}`: the sizes inside depend on the values of {', '.join(on_host)}, "
+            "which would have to be read back from the GPU in every step",
+            hint="please report this",
+        )

@@ -1,0 +1,133 @@
+"""Which GPU computes what: names, refusals, and what is offered instead."""
+
+from __future__ import annotations
+
+import pytest
+
+from bifrost_rt.manifest import Defaults, Range, TensorSpec
+from export.compile import messages
+from export.compile.capabilities import ARCHITECTURES, architecture, check
+from export.compile.profiles import sizes
+from export.errors import CompileError
+
+DEFAULTS = Defaults(16, 1.0, 28, 3.5, 0.7)
+DIMENSIONS = {
+    "images": Range(1, None),
+    "prompts": Range(1, None),
+    "texts": Range(1, None),
+    "branches": Range(1, 2),
+    "text_tokens": Range(1, 48),
+    "steps": Range(1, None),
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("sm89", "sm89"),
+        ("SM120", "sm120"),
+        ("rtx-2080-ti", "sm75"),
+        ("rtx-3060-12gb", "sm86"),
+        ("rtx-4070-ti-super", "sm89"),
+        ("RTX 4090", "sm89"),
+        ("NVIDIA GeForce RTX 5090", "sm120"),
+        ("rtx5080", "sm120"),
+        ("rtx-2000-ada", "sm89"),
+        ("rtx-pro-6000", "sm120"),
+        ("jetson-orin-nano-super", "sm87"),
+        ("jetson-agx-orin-64gb", "sm87"),
+        ("jetson-agx-thor", "sm110"),
+        ("dgx-spark", "sm121"),
+        ("h200", "sm90"),
+    ],
+)
+def test_a_cards_name_leads_to_its_architecture(target: str, expected: str) -> None:
+    assert architecture(target) == expected
+
+
+@pytest.mark.parametrize("target", ["sm70", "rtx-9999", "", "radeon-7900", "rtx-40900"])
+def test_an_unknown_target_lists_the_known(target: str) -> None:
+    with pytest.raises(CompileError, match=r"(?s)is unknown.*sm75, .*sm121"):
+        architecture(target)
+
+
+def test_cards_of_one_architecture_are_one_target() -> None:
+    found = check("tensorrt-rtx", ["rtx-4090", "sm120", "rtx-4060", "rtx-5090"], ["float32"])
+    assert found == ("sm89", "sm120")
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "message", "instead"),
+    [
+        ("sm86", "float8_e4m3fn", "sm86 .* has no fp8", "--precision int8"),
+        ("sm89", "float4_e2m1fn", "sm89 .* has no nvfp4", "--precision fp8"),
+        ("sm80", "float4_e2m1fn", "sm80 .* has no nvfp4", "--precision int8"),
+        ("rtx-2080", "bfloat16", "sm75 .* has no bf16", "--precision fp16"),
+    ],
+)
+def test_arithmetic_that_is_not_there(target: str, dtype: str, message: str, instead: str) -> None:
+    with pytest.raises(CompileError, match=message) as error:
+        check("tensorrt-rtx", ["sm120", target], ["float32", dtype])
+    assert instead in str(error.value.hint)
+
+
+@pytest.mark.parametrize("target", ["jetson-agx-orin", "jetson-agx-thor", "h100"])
+def test_what_tensorrt_rtx_does_not_cover_goes_to_tensorrt(target: str) -> None:
+    with pytest.raises(CompileError, match=r"tensorrt-rtx does not compile for sm\d+") as error:
+        check("tensorrt-rtx", [target], ["float32"])
+    assert "--backend tensorrt" in str(error.value.hint)
+    assert check("tensorrt", [target], ["float32"]) == (architecture(target),)
+
+
+def test_newer_architectures_keep_what_older_ones_had() -> None:
+    for name in ("fp32", "fp16", "int8"):
+        assert all(name in about.precisions for about in ARCHITECTURES.values())
+
+
+def test_a_set_without_a_limit_needs_one() -> None:
+    with pytest.raises(CompileError, match="any number of pictures") as error:
+        sizes(DIMENSIONS, DEFAULTS, None, None)
+    assert "--max-images" in str(error.value.hint)
+
+
+def test_profiles_follow_the_dimensions() -> None:
+    found = sizes(DIMENSIONS, DEFAULTS, 4, None)
+    assert found.ranges()["texts"] == Range(1, 5)  # one more, for guidance
+    assert found.ranges()["steps"] == Range(1, 28)  # the larger of the two loops' defaults
+    masks = TensorSpec("reveal_masks", "bool", ("steps", "images", 16))
+    assert found.of(masks) == ((1, 1, 16), (28, 1, 16), (28, 4, 16))
+
+
+def test_a_sets_own_limit_holds() -> None:
+    limited = {**DIMENSIONS, "images": Range(1, 2), "prompts": Range(1, 2), "texts": Range(1, 3)}
+    assert sizes(limited, DEFAULTS, None, None).ranges()["images"] == Range(1, 2)
+    with pytest.raises(CompileError, match="`images` up to 3: the set allows 1 to 2"):
+        sizes(limited, DEFAULTS, 3, None)
+
+
+@pytest.mark.parametrize(
+    ("logged", "advice"),
+    [
+        # as TensorRT-RTX 1.7.1 logs them
+        (
+            "IBuilder::buildSerializedNetwork: Error Code 1: Myelin ([pass.cpp:1500: run_passes] "
+            "Cannot compile for target(s) sm75, because the model contains HW-specific datatypes: "
+            "b16. In compileGraph at /_src/optimizer/myelin/codeGenerator.cpp:2012)",
+            "--precision fp16",
+        ),
+        (
+            "[localCheckMacros.cpp::getErrorStr::132] Error Code 2: OutOfMemory (Requested size "
+            "was 68720180428 bytes.)",
+            "lower --max-images",
+        ),
+        ("MODEL_DESERIALIZE_FAILED: Assertion failed", "not an ONNX graph"),
+        ("something new", "please report"),
+    ],
+)
+def test_what_the_builder_says_comes_with_advice(logged: str, advice: str) -> None:
+    noise = "[checkMacros.cpp::catchCudaError::250] Error Code 1: Cuda Runtime (…)"
+    error = messages.builder_error("denoise", "TensorRT-RTX", [noise, logged])
+    assert "stage `denoise`: TensorRT-RTX cannot compile it" in error.message
+    assert logged[:40] in error.message
+    assert "catchCudaError" not in error.message
+    assert advice in str(error.hint)
