@@ -63,6 +63,7 @@ class Config:
     schedules: dict[str, Schedule] = field(
         default_factory=lambda: {
             "vae": Schedule(steps=1300, batch=32, lr=2e-3, ema=0.99),
+            "decoder": Schedule(steps=650, batch=8, lr=5e-4, decay=0.5, ema=0.99),
             "captioner": Schedule(steps=1250, batch=32, lr=2e-3, muon=True),
             "flux": Schedule(steps=1850, batch=32, lr=1.5e-3, ema=0.998, muon=True),
             "visual": Schedule(steps=1600, batch=64, lr=2e-3, muon=True),
@@ -92,6 +93,6 @@ TINY = replace(
     pool=32,
     schedules={
         name: Schedule(steps=3, batch=4, lr=1e-3, warmup=1)
-        for name in ("vae", "captioner", "flux", "visual", "controlnet")
+        for name in ("vae", "decoder", "captioner", "flux", "visual", "controlnet")
     },
 )

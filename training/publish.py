@@ -19,10 +19,10 @@ from export.model.visual_branch import visual_key
 from training.captioner import PATCH, PLACES, mllm_config, trained_captioner
 from training.config import Config
 from training.controlnet import trained_controlnet
+from training.decoder import finished_vae
 from training.flux import trained_flux, transformer_config
 from training.pool import vae_pool
 from training.tokenizers import write_tokenizers
-from training.vae import trained_vae
 from training.visual import trained_branches
 
 MAX_SEQ_LENGTH = 96
@@ -222,7 +222,7 @@ def _text_encoder(model: nn.Module, folder: Path, drop: tuple[str, ...], prefix:
 
 
 def _flux(config: Config, out: Path, folder: Path) -> None:
-    flux, vae, pool = trained_flux(config, out), trained_vae(config, out), vae_pool(config, out)
+    flux, vae, pool = trained_flux(config, out), finished_vae(config, out), vae_pool(config, out)
     _json(folder / "model_index.json", MODEL_INDEX)
     _json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     parts: dict[str, nn.Module] = {"transformer": flux.transformer, "vae": vae}

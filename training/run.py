@@ -19,6 +19,7 @@ import torch
 from training.captioner import CaptionerStage, latent_pool
 from training.config import TINY, Config
 from training.controlnet import ControlStage
+from training.decoder import DecoderStage
 from training.flux import FluxStage
 from training.loop import Stage, train
 from training.pool import vae_pool
@@ -30,6 +31,7 @@ matplotlib.use("Agg")
 
 STAGES: dict[str, Callable[[Config, Path], Stage]] = {
     "vae": VaeStage,
+    "decoder": DecoderStage,
     "captioner": CaptionerStage,
     "flux": FluxStage,
     "visual": VisualStage,

@@ -29,9 +29,10 @@ from scenes.scorer import judge
 from training.captioner import trained_captioner
 from training.config import Config
 from training.controlnet import control_samples, trained_controlnet
+from training.decoder import finished_vae
 from training.flux import FluxModel, trained_flux
 from training.pool import unpack, vae_pool
-from training.vae import to_pixels, trained_vae
+from training.vae import to_pixels
 from training.visual import decode, trained_branches
 
 MU = 0.4675  # the dynamic shift at 64 image tokens
@@ -96,7 +97,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path)
     options = parser.parse_args()
     config, out = Config(), options.out
-    flux, vae, pool = trained_flux(config, out), trained_vae(config, out), vae_pool(config, out)
+    flux, vae, pool = trained_flux(config, out), finished_vae(config, out), vae_pool(config, out)
     control = None if options.tokens == "off" else trained_controlnet(config, out, flux)
     branches = trained_branches(config, out) if options.tokens == "predicted" else None
     captioner = trained_captioner(config, out) if options.tokens == "true" else None

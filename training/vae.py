@@ -60,7 +60,8 @@ def _crop(rng: np.random.Generator) -> NDArray[np.uint8]:
     return picture[top : top + CROP, left : left + CROP]
 
 
-def _whole(rng: np.random.Generator) -> NDArray[np.uint8]:
+def whole_scene(rng: np.random.Generator) -> NDArray[np.uint8]:
+    """A picture of a prompt's scene, or of objects anywhere."""
     if rng.random() < 0.3:
         return render(scatter(rng, int(rng.integers(1, 5))), random_background(rng))
     spec = training_spec(rng)
@@ -81,7 +82,7 @@ class VaeStage:
         if step < self.crops_until:
             pixels = to_pixels([_crop(rng) for _ in range(batch)])
         else:
-            pixels = to_pixels([_whole(rng) for _ in range(max(1, batch // 3))])
+            pixels = to_pixels([whole_scene(rng) for _ in range(max(1, batch // 3))])
         ground = pixels.flatten(2).mode(dim=2).values[..., None, None]
         weight = 1 + OBJECT_WEIGHT * ((pixels - ground).abs().amax(1, keepdim=True) > 0.1)
         with torch.autocast("cpu", torch.bfloat16):
