@@ -25,9 +25,9 @@ from bifrost_rt import backends, selftest
 from bifrost_rt import manifest as manifests
 from bifrost_rt.errors import BifrostError
 from bifrost_rt.generator import Generator
-from bifrost_rt.manifest import Defaults, EngineSpec, File, Manifest, Precision
+from bifrost_rt.manifest import Defaults, EngineSpec, Manifest, Precision
 from export import recipe as recipes
-from export.engine_set import written_aside
+from export.engine_set import describe_files, written_aside
 from export.recipe import Recipe
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "engines" / "default.toml"
@@ -106,7 +106,7 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
             text=written,
             dimensions=dict(stages.dimensions(mllm_max_length, recipe.max_images)),
             engines=tuple(engines),
-            files=_files(folder),
+            files=describe_files(folder),
         )
         say("comparing every engine with torch")
         for name, record in parity.compare(folder, manifest, built, driver).items():
@@ -118,12 +118,12 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
             "engines": report,
         }
         (folder / "report.json").write_text(json.dumps(document, indent=1) + "\n")
-        manifest = dataclasses.replace(manifest, files=_files(folder))
+        manifest = dataclasses.replace(manifest, files=describe_files(folder))
         (folder / manifests.FILENAME).write_bytes(manifest.dumps())
         say("drawing the self-test picture")
         with Generator(folder, backend=driver) as generator:
             Image.fromarray(selftest.draw(generator)).save(folder / selftest.PICTURE)
-        manifest = dataclasses.replace(manifest, files=_files(folder))
+        manifest = dataclasses.replace(manifest, files=describe_files(folder))
         (folder / manifests.FILENAME).write_bytes(manifest.dumps())
         assert manifests.read(folder) == manifest
     return output
@@ -136,15 +136,6 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
-
-
-def _files(folder: Path) -> dict[str, File]:
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): File(path.stat().st_size, manifests.sha256(path))
-        for path in found
-        if path.name != manifests.FILENAME
-    }
 
 
 class Progress:
