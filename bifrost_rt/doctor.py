@@ -24,7 +24,8 @@ def report() -> str:
     for name, driver in backends.DRIVERS.items():
         reason = driver.unavailable()
         if reason:
-            lines.append(f"  {name:12} no: {reason}; pip install 'bifrost-rt[{driver.extra}]'")
+            remedy = driver.remedy()
+            lines.append(f"  {name:12} no: {reason}" + (f"; {remedy}" if remedy else ""))
         else:
             lines.append(f"  {name:12} yes, version {_version(driver.library)}")
     missing = [name for name in BUILD_TOOLS if importlib.util.find_spec(name) is None]

@@ -81,7 +81,27 @@ def generator(alpha_set: Path) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def generators(alpha_set: Path) -> Iterator[Any]:
+def set_for(alpha_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The set as a driver runs it: `set_for("tensorrt-rtx")` is compiled for this machine's GPU."""
+    from bifrost_rt import backends
+
+    made: dict[str, Path] = {}
+
+    def of(name: str) -> Path:
+        if not backends.DRIVERS[name].compiled:
+            return alpha_set
+        if name not in made:
+            from export.compile.compiled_set import compile_set
+
+            output = tmp_path_factory.mktemp("compiled") / name
+            made[name] = compile_set(alpha_set, output, backend=name, max_images=4, max_steps=64)
+        return made[name]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def generators(set_for: Any) -> Iterator[Any]:
     """The set, opened on any backend: `generators("openvino")`. Skips where it is not installed."""
     from bifrost_rt import Generator, backends
 
@@ -91,7 +111,7 @@ def generators(alpha_set: Path) -> Iterator[Any]:
         if reason := backends.DRIVERS[name].unavailable():
             pytest.skip(f"{name}: {reason}")
         if name not in opened:
-            opened[name] = Generator(alpha_set, backend=name)
+            opened[name] = Generator(set_for(name), backend=name)
         return opened[name]
 
     yield on

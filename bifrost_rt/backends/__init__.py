@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from dataclasses import dataclass
 
+from bifrost_rt.backends import gpu
 from bifrost_rt.backends.base import Backend
 from bifrost_rt.errors import BackendError
 from bifrost_rt.strict import nearest
@@ -13,22 +14,68 @@ from bifrost_rt.strict import nearest
 
 @dataclass(frozen=True)
 class Driver:
-    """Where a backend lives, what it needs, and how a user gets that."""
+    """Where a backend lives, what it needs, and how a user gets that.
+
+    Attributes:
+        library: the package that computes, and `also` what it needs beside that.
+        gpu: whether it computes on an NVIDIA GPU.
+        compiled: whether it runs engines of `python -m export.compile`, not ONNX graphs.
+    """
 
     target: str
     library: str
     extra: str
+    also: tuple[str, ...] = ()
+    gpu: bool = False
+    compiled: bool = False
 
     def unavailable(self) -> str | None:
         """The reason why this driver cannot run here, or None."""
-        if importlib.util.find_spec(self.library) is None:
-            return f"the Python package `{self.library}` is not installed"
+        if self.gpu:
+            found = gpu.find()
+            if isinstance(found, str):
+                return found  # first: no package would help
+        if missing := self.missing():
+            return f"the Python package `{missing}` is not installed"
         return None
+
+    def missing(self) -> str | None:
+        """The first package that it needs and that is not installed."""
+        return next((name for name in (self.library, *self.also) if not _installed(name)), None)
+
+    def remedy(self) -> str | None:
+        """What to do where it is not available; None where this machine can never run it."""
+        if self.gpu and isinstance(gpu.find(), str):
+            return None
+        return f"pip install 'bifrost-rt[{self.extra}]'"
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package that a dotted name is in
+        return False
 
 
 DRIVERS = {
     "onnxruntime": Driver("bifrost_rt.backends.onnxruntime:OnnxRuntime", "onnxruntime", "cpu"),
     "openvino": Driver("bifrost_rt.backends.openvino:OpenVino", "openvino", "openvino"),
+    "tensorrt-rtx": Driver(
+        "bifrost_rt.backends.tensorrt:TensorRtRtx",
+        "tensorrt_rtx",
+        "tensorrt-rtx",
+        also=("cuda.bindings",),
+        gpu=True,
+        compiled=True,
+    ),
+    "tensorrt": Driver(
+        "bifrost_rt.backends.tensorrt:TensorRt",
+        "tensorrt",
+        "tensorrt",
+        also=("cuda.bindings",),
+        gpu=True,
+        compiled=True,
+    ),
 }
 
 
@@ -45,10 +92,7 @@ def load(name: str) -> Backend:
         )
     driver = DRIVERS[name]
     if reason := driver.unavailable():
-        raise BackendError(
-            f"backend {name!r} is not available: {reason}",
-            hint=f"pip install 'bifrost-rt[{driver.extra}]'",
-        )
+        raise BackendError(f"backend {name!r} is not available: {reason}", hint=driver.remedy())
     module, _, attribute = driver.target.partition(":")
     backend: Backend = getattr(importlib.import_module(module), attribute)()
     return backend

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,14 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 
 @pytest.fixture
-def engine(backend: Backend, alpha_set: Path) -> Iterator[Engine]:
-    facts = manifest.read(alpha_set)
-    opened = backend.open(alpha_set, facts.engine("t5_text"), facts.dimensions)
+def folder(backend: Backend, set_for: Callable[[str], Path]) -> Path:
+    return set_for(backend.name)
+
+
+@pytest.fixture
+def engine(backend: Backend, folder: Path) -> Iterator[Engine]:
+    facts = manifest.read(folder)
+    opened = backend.open(folder, facts.engine("t5_text"), facts.dimensions)
     yield opened
     opened.close()
 
@@ -78,10 +84,9 @@ def test_a_closed_engine_says_so(backend: Backend, engine: Engine) -> None:
         engine.bind(given, {"prompt_embeds": backend.empty(expected.shape, np.float32)})
 
 
-def test_a_foreign_file_is_one_clear_error(
-    backend: Backend, alpha_set: Path, tmp_path: Path
-) -> None:
-    facts = manifest.read(alpha_set)
-    (tmp_path / "t5_text.onnx").write_bytes(b"not a graph")
-    with pytest.raises(BackendError, match=r"t5_text\.onnx"):
-        backend.open(tmp_path, facts.engine("t5_text"), facts.dimensions)
+def test_a_foreign_file_is_one_clear_error(backend: Backend, folder: Path, tmp_path: Path) -> None:
+    facts = manifest.read(folder)
+    spec = facts.engine("t5_text")
+    (tmp_path / spec.graph).write_bytes(b"not a graph")
+    with pytest.raises(BackendError, match=re.escape(spec.graph)):
+        backend.open(tmp_path, spec, facts.dimensions)

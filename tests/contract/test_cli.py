@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -101,11 +102,11 @@ def test_no_prompt_at_all(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("backend", sorted(backends.DRIVERS))
 def test_verify_draws_what_the_builder_drew(
-    alpha_set: Path, backend: str, capsys: pytest.CaptureFixture[str]
+    set_for: Callable[[str], Path], backend: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if reason := backends.DRIVERS[backend].unavailable():
         pytest.skip(reason)
-    assert main(["verify", str(alpha_set), "--backend", backend]) == 0
+    assert main(["verify", str(set_for(backend)), "--backend", backend]) == 0
     assert "7 engines load, self-test picture within" in capsys.readouterr().out
 
 

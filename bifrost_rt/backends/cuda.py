@@ -1,0 +1,104 @@
+"""Memory of a GPU and one stream, through NVIDIA's own Python bindings; no torch.
+
+`Device` is the seam under the TensorRT driver: its tests pass a double that keeps everything in
+host memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import weakref
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from bifrost_rt.errors import BackendError
+
+
+class Device(Protocol):
+    """What the driver asks of a GPU. Addresses and the stream are plain numbers."""
+
+    stream: int
+
+    def allocate(self, size: int) -> int:
+        """`size` bytes, and their address."""
+
+    def free(self, address: int) -> None:
+        """Give them back."""
+
+    def copy_in(self, address: int, array: NDArray[Any]) -> None:
+        """A contiguous host array to the device; done when it returns."""
+
+    def copy_out(self, array: NDArray[Any], address: int) -> None:
+        """Device to a contiguous host array; done when it returns."""
+
+    def wait(self) -> None:
+        """Until the stream has done everything."""
+
+
+class Cuda:
+    """The first GPU that the process may use."""
+
+    def __init__(self) -> None:
+        self._runtime: Any = importlib.import_module("cuda.bindings.runtime")
+        self.stream = int(self._call("cudaStreamCreate"))
+        kinds = self._runtime.cudaMemcpyKind
+        self._in, self._out = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
+
+    def allocate(self, size: int) -> int:
+        """At least one byte, so that every buffer has an address of its own.
+
+        Raises:
+            BackendError: the GPU's memory is full.
+        """
+        return int(self._call("cudaMalloc", max(size, 1)))
+
+    def free(self, address: int) -> None:
+        """Waits for what the GPU is doing."""
+        self._runtime.cudaFree(address)  # runs in a finalizer: nobody could handle its error
+
+    def copy_in(self, address: int, array: NDArray[Any]) -> None:
+        """In the stream's order."""
+        self._copy(address, array.ctypes.data, array.nbytes, self._in)
+
+    def copy_out(self, array: NDArray[Any], address: int) -> None:
+        """In the stream's order."""
+        self._copy(array.ctypes.data, address, array.nbytes, self._out)
+
+    def _copy(self, to: int, source: int, size: int, kind: Any) -> None:
+        self._call("cudaMemcpyAsync", to, source, size, kind, self.stream)
+        self.wait()
+
+    def wait(self) -> None:
+        """An error of anything before it shows here."""
+        self._call("cudaStreamSynchronize", self.stream)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """The function's result; the bindings return (status, result)."""
+        status, *result = getattr(self._runtime, name)(*arguments)
+        if int(status) != 0:
+            why = self._runtime.cudaGetErrorString(status)[1]
+            raise BackendError(
+                f"CUDA: {name} failed: {why.decode() if isinstance(why, bytes) else why}",
+                hint="give it a smaller --memory-budget, or draw fewer pictures at a time"
+                if name == "cudaMalloc"
+                else None,
+            )
+        return result[0] if result else None
+
+
+class DeviceBuffer:
+    """A tensor on the device. Its memory goes when the last reference to it does."""
+
+    def __init__(self, device: Device, shape: tuple[int, ...], dtype: DTypeLike) -> None:
+        self.shape = tuple(shape)
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self.address = device.allocate(self.nbytes)
+        # at exit the process's memory goes anyway, and the library may be gone before
+        weakref.finalize(self, device.free, self.address).atexit = False
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
