@@ -1,0 +1,139 @@
+"""Memory that engines take, and a picture under a memory budget: measured, beside the prediction.
+
+    python -m benchmarks.residency SET [--backend NAME] [--budget-share 0.5]
+
+First every engine alone: resident memory once it is open, at its highest while it opens, and when
+it is closed again, over the bytes of its files. Then one picture with everything resident and one
+under a share of what that takes; each runs in a process of its own, and the pictures must be equal
+to the bit. Resident memory counts from a process that has loaded the driver and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from bifrost_rt import backends, manifest, residency
+from bifrost_rt.generator import Generator
+from bifrost_rt.residency import Need
+
+STEPS = {"num_inference_steps": 2, "decoding_steps": 4}
+
+
+def status() -> tuple[int, int]:
+    """Resident bytes of this process: now, and at their highest since `reset`. Pages of mapped
+    files count."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return now, peak
+
+
+def reset() -> int:
+    """Forget the highest value; returns the present one."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return status()[0]
+
+
+def engines(folder: Path, backend: str) -> list[dict[str, Any]]:
+    """Each engine of a set, opened alone."""
+    facts, driver = manifest.read(folder), backends.load(backend)
+    found = []
+    for spec in facts.engines:
+        stored = sum(facts.files[name].size for name in spec.files)
+        base = reset()
+        engine = driver.open(folder, spec, facts.dimensions)
+        opened, peak = status()
+        engine.close()
+        del engine
+        found.append(
+            {
+                "engine": spec.name,
+                "file_bytes": stored,
+                "open_bytes": opened - base,
+                "peak_bytes": peak - base,
+                "closed_bytes": status()[0] - base,
+                "counted_bytes": driver.weights_in_memory(spec, stored),
+            }
+        )
+    return found
+
+
+def needs(folder: Path, backend: str) -> list[Need]:
+    """What the schedule of one picture counts with."""
+    facts, driver = manifest.read(folder), backends.load(backend)
+    order = [spec.name for spec in facts.engines]
+    at = residency.sizes(facts, **STEPS)
+    return residency.needs(facts, order, at, driver.weights_in_memory)
+
+
+def picture(folder: Path, backend: str, budget: int) -> dict[str, Any]:
+    """Two pictures of one generator; the second finds what the first has left."""
+    driver = backends.load(backend)
+    base = reset()
+    with Generator(folder, backend=driver, memory_budget=budget) as generator:
+        result = [generator.run("a red circle", seed=1, output_type="np", **STEPS) for _ in "ab"]
+        peak = status()[1] - base
+    digests = {
+        hashlib.sha256(r.images.tobytes() + r.latents.tobytes()).hexdigest()[:16] for r in result
+    }
+    seconds = [round(r.timings["total"], 2) for r in result]
+    return {"peak_bytes": peak, "digests": sorted(digests), "seconds": seconds}
+
+
+def measure(folder: Path, backend: str, share: float) -> dict[str, Any]:
+    """All of it, each part in a fresh process."""
+
+    def fresh(what: str, budget: int = 0) -> Any:
+        command = [sys.executable, "-m", "benchmarks.residency", str(folder)]
+        command += ["--backend", backend, "--only", what, "--budget", str(budget)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    wanted = needs(folder, backend)
+    everything = sum(need.held for need in wanted) + max(need.tensors for need in wanted)
+    budget = max(int(everything * share), max(need.total for need in wanted))
+    planned = residency.schedule(wanted, budget)
+    return {
+        "machine": machine.describe(),
+        "set": folder.name,
+        "backend": backend,
+        "engines": fresh("engines"),
+        "everything": {"counted_bytes": everything, **fresh("picture", everything)},
+        "budget": {
+            "budget_bytes": budget,
+            "planned_peak_bytes": max(step.peak for step in planned),
+            "leaves": {step.engine: step.evict for step in planned if step.evict},
+            **fresh("picture", budget),
+        },
+    }
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.residency", description=__doc__)
+    parser.add_argument("set", type=Path)
+    parser.add_argument("--backend", default="onnxruntime")
+    parser.add_argument("--budget-share", type=float, default=0.5)
+    parser.add_argument("--only", choices=("engines", "picture"), help=argparse.SUPPRESS)
+    parser.add_argument("--budget", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only == "engines":
+        print(json.dumps(engines(options.set, options.backend)))
+    elif options.only == "picture":
+        print(json.dumps(picture(options.set, options.backend, options.budget)))
+    else:
+        report = measure(options.set, options.backend, options.budget_share)
+        print(json.dumps(report, indent=1))
+        same = report["everything"]["digests"] == report["budget"]["digests"]
+        return 0 if same and len(report["budget"]["digests"]) == 1 else 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
