@@ -2,14 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SET := engines/sets/demo
+SET := engines/sets/default
 PICTURE := out/demo.png
 CODE := bifrost_rt export benchmarks scenes training tests
 
 .PHONY: demo test check clean
 
 demo: $(SET)/manifest.json
-	@$(BIN)/bifrost-rt generate "a photo of a red apple and a green bench" \
+	@$(BIN)/bifrost-rt generate "a red circle above a blue square" \
 		--engines $(SET) --seed 1 --output $(PICTURE)
 
 # One thread for torch: its networks are tiny here, and lose more to threads than they gain.
@@ -24,8 +24,8 @@ check: $(VENV)/installed
 clean:
 	rm -rf $(VENV) $(SET) out
 
-$(SET)/manifest.json: engines/demo.toml $(VENV)/installed $(shell find export -name '*.py')
-	$(BIN)/python -m export.build engines/demo.toml
+$(SET)/manifest.json: engines/default.toml $(VENV)/installed $(shell find export -name '*.py')
+	$(BIN)/python -m export.build engines/default.toml
 
 # torch first and alone: whatever depends on it then finds the pinned version installed.
 $(VENV)/installed: pyproject.toml
