@@ -30,6 +30,10 @@ _ADVICE = (
         "memory, lower --max-images, or build the set with --precision fp16",
     ),
     (
+        r"violate shape constraints",
+        "the largest run is beyond what an engine can address: lower --max-images or --max-steps",
+    ),
+    (
         r"MODEL_DESERIALIZE_FAILED|Failed to parse the ONNX",
         "the file is not an ONNX graph: rebuild the set with `python -m export.build`",
     ),

@@ -120,6 +120,12 @@ def test_a_sets_own_limit_holds() -> None:
             "was 68720180428 bytes.)",
             "lower --max-images",
         ),
+        (
+            "IBuilder::buildSerializedNetwork: Error Code 4: Internal Error (kOPT values for "
+            "profile 0 violate shape constraints: x: tensor volume exceeds 1099511627776, "
+            "dimensions are [n,1048576])",
+            "--max-steps",
+        ),
         ("MODEL_DESERIALIZE_FAILED: Assertion failed", "not an ONNX graph"),
         ("something new", "please report"),
     ],

@@ -1,0 +1,255 @@
+"""Compiling for RTX cards on a machine without one: what is written, what is refused, and when."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from onnx import load, save
+
+from bifrost_rt import Generator, backends, manifest, residency
+from bifrost_rt.backends import gpu
+from bifrost_rt.backends.tensorrt import TensorRtRtx
+from bifrost_rt.errors import BackendError, IntegrityError
+from bifrost_rt.manifest import Manifest, Range
+from export.compile import __main__ as command
+from export.compile import builder as builders
+from export.compile.compiled_set import compile_set
+from export.compile.profiles import Sizes
+from export.engine_set import describe_files
+from export.errors import CompileError
+from tests.conftest import alpha_recipe
+from tests.tensorrt_double import HostDevice
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+
+SMALL = ("clip_text", "t5_text")
+TARGETS = ("sm89", "rtx-5090")
+
+
+def rewritten(folder: Path, change: Callable[[Manifest], Manifest]) -> Path:
+    """Seal a set again after a change to it."""
+    facts = change(manifest.read(folder))
+    facts = dataclasses.replace(facts, files=describe_files(folder))
+    (folder / manifest.FILENAME).write_bytes(facts.dumps())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_set(alpha_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two engines of seven: they compile in half a second."""
+    folder = tmp_path_factory.mktemp("sets") / "small"
+    folder.mkdir()
+    for name in ("tokenizers", "report.json", manifest.FILENAME, *(f"{n}.onnx" for n in SMALL)):
+        copy = shutil.copytree if (alpha_set / name).is_dir() else shutil.copyfile
+        copy(alpha_set / name, folder / name)
+    for name in SMALL:
+        shutil.copyfile(alpha_set / f"{name}.data", folder / f"{name}.data")
+    return rewritten(
+        folder,
+        lambda m: dataclasses.replace(m, engines=tuple(e for e in m.engines if e.name in SMALL)),
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("compiled") / "rtx"
+    return compile_set(small_set, output, targets=TARGETS, max_images=2)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_compiled_set_says_how_and_for_what(compiled: Path, small_set: Path) -> None:
+    facts, source = manifest.read(compiled), manifest.read(small_set)
+    assert facts.backend == "tensorrt-rtx"
+    assert facts.dimensions["images"] == Range(1, 2)
+    assert facts.dimensions["texts"] == Range(1, 3)
+    assert all(bounds.max is not None for bounds in facts.dimensions.values())
+    for spec in facts.engines:
+        about = spec.compiled
+        assert about is not None
+        assert about.builder == "tensorrt-rtx"
+        assert about.version == builders.find("tensorrt-rtx").version
+        assert about.targets == ("sm89", "sm120")
+        assert about.flags == ("strongly_typed", "decomposable_attention", "no_tf32")
+        graph = source.engine(spec.name).graph
+        assert about.source_sha256 == manifest.sha256(small_set / graph)
+        assert (compiled / spec.graph).stat().st_size > 100_000
+    for spec in source.engines:  # the same doors: parity's figures are theirs
+        assert facts.engine(spec.name).inputs == spec.inputs
+        assert facts.engine(spec.name).outputs == spec.outputs
+    assert not list(compiled.rglob("*.onnx"))
+    record = json.loads((compiled / "report.json").read_text())
+    assert record["compiled"]["engines"].keys() == set(SMALL)
+    assert record["engines"]["t5_text"]["parity"]["calls"] > 0  # of the ONNX graphs
+
+
+def test_opening_it_without_a_gpu_gives_the_reason(compiled: Path) -> None:
+    if backends.DRIVERS["tensorrt-rtx"].unavailable() is None:
+        pytest.skip("this machine has a GPU that runs it")
+    with pytest.raises(BackendError, match="backend 'tensorrt-rtx' is not available: "):
+        Generator(compiled)
+
+
+def test_a_truncated_engine_is_refused_by_hash_and_by_the_library(
+    compiled: Path, tmp_path: Path
+) -> None:
+    import tensorrt_rtx
+
+    from bifrost_rt.backends.tensorrt_log import logger
+
+    broken = shutil.copytree(compiled, tmp_path / "broken")
+    path = broken / "t5_text.engine"
+    path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(IntegrityError, match=r"t5_text\.engine: expected \d+ bytes, found 100000"):
+        Generator(broken)
+    facts = manifest.read(broken)
+    library = SimpleNamespace(
+        __version__=tensorrt_rtx.__version__,
+        Runtime=tensorrt_rtx.Runtime,
+        logger=logger("tensorrt_rtx"),
+    )
+    driver = TensorRtRtx(library, HostDevice(), "sm89")
+    with pytest.raises(BackendError, match=r"cannot load this engine: .*plan\.header\.size"):
+        driver.open(broken, facts.engine("t5_text"), facts.dimensions)
+    library.__version__ = "1.0.0"
+    with pytest.raises(BackendError, match=r"was compiled by tensorrt-rtx .*, this is 1\.0\.0"):
+        driver.open(broken, facts.engine("t5_text"), facts.dimensions)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": ("sm89",)}, "any number of pictures in one run"),
+        ({"targets": ("h200",), "max_images": 1}, "does not compile for sm90"),
+        ({"targets": ("rtx-9999",), "max_images": 1}, "target 'rtx-9999' is unknown"),
+    ],
+)
+def test_refusals_come_before_the_build_and_leave_the_old_set(
+    small_set: Path,
+    compiled: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    before = content(compiled)
+    monkeypatch.setattr(builders, "compile_graph", None)  # would fail in another way
+    with pytest.raises(CompileError, match=message):
+        compile_set(small_set, compiled, **options)
+    assert content(compiled) == before
+    assert [p.name for p in compiled.parent.iterdir()] == [compiled.name]
+
+
+def test_a_type_that_the_target_lacks(small_set: Path, tmp_path: Path) -> None:
+    def to_bf16(m: Manifest) -> Manifest:
+        engines = []
+        for spec in m.engines:
+            precision = dataclasses.replace(spec.precision, weights="bfloat16")
+            engines.append(dataclasses.replace(spec, precision=precision))
+        return dataclasses.replace(m, engines=tuple(engines))
+
+    source = rewritten(shutil.copytree(small_set, tmp_path / "bf16"), to_bf16)
+    with pytest.raises(CompileError, match=r"sm75 \(Turing.*\) has no bf16 arithmetic"):
+        compile_set(source, tmp_path / "out", targets=("sm89", "rtx-2080"), max_images=1)
+
+
+def test_memory_that_is_not_there(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency, "available", lambda: 1000)
+    with pytest.raises(CompileError, match=r"`clip_text`: compiling needs about .* KiB"):
+        compile_set(small_set, tmp_path / "out", targets=("sm89",), max_images=1)
+
+
+def test_no_target_means_this_machines_gpu(small_set: Path, tmp_path: Path) -> None:
+    if not isinstance(gpu.find(), str):
+        pytest.skip("this machine has one")
+    with pytest.raises(CompileError, match="for which GPU"):
+        compile_set(small_set, tmp_path / "out", max_images=1)
+
+
+def test_neither_its_own_source_nor_a_compiled_set(
+    small_set: Path, compiled: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CompileError, match="would replace the set"):
+        compile_set(small_set, small_set, targets=TARGETS, max_images=1)
+    with pytest.raises(CompileError, match="was built for tensorrt-rtx"):
+        compile_set(compiled, tmp_path / "out", targets=TARGETS, max_images=1)
+
+
+def broken_graph(folder: Path, kind: str) -> None:
+    path = folder / "t5_text.onnx"
+    if kind == "foreign":
+        path.write_bytes(b"not a graph")
+        return
+    model = load(path, load_external_data=False)
+    if kind == "operator":
+        model.graph.node[0].op_type = "Unheard"
+    else:
+        model.graph.output[0].name = model.graph.node[-1].output[0] = "embeds"
+    save(model, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "hint"),
+    [
+        ("foreign", "stage `t5_text`: TensorRT-RTX cannot read the graph", "not an ONNX graph"),
+        ("operator", r"stage `t5_text`, layer `.+` \(Unheard\): ", "does not know the operator"),
+        ("door", r"stage `t5_text`: the graph's outputs are \['embeds'\]", "export.build"),
+    ],
+)
+def test_a_broken_graph_names_stage_and_layer_and_leaves_nothing(
+    small_set: Path, tmp_path: Path, kind: str, message: str, hint: str
+) -> None:
+    source = shutil.copytree(small_set, tmp_path / "source")
+    broken_graph(source, kind)
+    rewritten(source, lambda m: m)
+    with pytest.raises(CompileError, match=message) as error:
+        compile_set(source, tmp_path / "out", targets=("sm89",), max_images=1)
+    assert hint in str(error.value.hint)
+    assert "catchCudaError" not in error.value.message
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_no_machine_can_hold_is_one_error_of_the_builder(alpha_set: Path) -> None:
+    spec = manifest.read(alpha_set).engine("vae_decode")
+    builder, sizes = builders.find("tensorrt-rtx"), Sizes({"images": (1, 99_999_999_999)})
+    with pytest.raises(CompileError, match="`vae_decode`: .* cannot compile.*OutOfMemory") as error:
+        builders.compile_graph(builder, alpha_set / spec.graph, spec, sizes, ("sm89",))
+    assert "lower --max-images" in str(error.value.hint)
+
+
+def test_the_command_line(
+    small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(small_set), "--output", str(tmp_path / "out"), "--target", "sm86,rtx-3090"]
+    assert command.main(arguments) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: the set draws any number")
+    assert said.err.count("\n") == 2
+    assert command.main([*arguments, "--max-images", "1", "--max-steps", "9"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
+    assert manifest.read(tmp_path / "out").dimensions["steps"] == Range(1, 9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_every_engine_compiles_for_every_generation(
+    alpha_set: Path, tmp_path: Path, precision: str
+) -> None:
+    from export.build import build
+
+    source = alpha_set
+    if precision != "fp32":
+        source = build(alpha_recipe(tmp_path / "source", precision=precision))
+    output = compile_set(source, tmp_path / "rtx", targets=("sm86", "sm89", "sm120"), max_images=4)
+    assert len(manifest.read(output).engines) == 7
