@@ -37,8 +37,8 @@ class Generator:
             built for.
         memory_budget: what engines and their tensors may take together, as bytes or as text
             ("8GiB"); the Python process itself comes on top. Engines leave and come back as it
-            demands, and the pictures stay the same. Default: what the machine has available when
-            the set is opened, less a tenth. Where everything fits, everything stays open.
+            demands, and the pictures stay the same. Default: what the device has free when the
+            set is opened, less a tenth. Where everything fits, everything stays open.
 
     Raises:
         EngineSetError, IntegrityError: the set is missing, foreign or damaged; every file is
@@ -54,18 +54,15 @@ class Generator:
         backend: str | Backend | None = None,
         memory_budget: int | str | None = None,
     ) -> None:
-        budget = residency.available() if memory_budget is None else residency.parse(memory_budget)
+        given = None if memory_budget is None else residency.parse(memory_budget)
         self.path = _default_set() if path is None else Path(path)
         self.manifest = manifest.read(self.path)
         engines.verify(self.path, self.manifest)
         driver = self.manifest.backend if backend is None else backend
         self._tokenizers = Tokenizers(self.path, self.manifest.text)
-        self._engines = engines.Engines(
-            self.path,
-            self.manifest,
-            backends.load(driver) if isinstance(driver, str) else driver,
-            budget,
-        )
+        started = backends.load(driver) if isinstance(driver, str) else driver
+        budget = residency.default_budget(started.free_memory()) if given is None else given
+        self._engines = engines.Engines(self.path, self.manifest, started, budget)
 
     def run(
         self,

@@ -218,9 +218,14 @@ def parse(budget: int | str) -> int:
     return budget
 
 
-def available() -> int | None:
-    """Bytes that this machine can give without swapping, less a margin; None where it does not
-    say. A container's own limit counts too."""
+def default_budget(free: int | None) -> int | None:
+    """What a run may take of the memory that its device has free."""
+    return None if free is None else int(free * (1 - MARGIN))
+
+
+def host_memory() -> int | None:
+    """Bytes that this machine can give without swapping; None where it does not say. A container's
+    own limit counts too."""
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(fields["MemAvailable"].split()[0]) * 1024
@@ -232,7 +237,12 @@ def available() -> int | None:
         free = min(free, limit - int((group / "memory.current").read_text()))
     except (OSError, ValueError):  # no such limit, or "max"
         pass
-    return max(0, int(free * (1 - MARGIN)))
+    return max(0, free)
+
+
+def available() -> int | None:
+    """The default budget of what runs in this machine's own memory."""
+    return default_budget(host_memory())
 
 
 def size_text(size: int, up: bool = False) -> str:

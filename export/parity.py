@@ -114,6 +114,10 @@ class PairedBackend:
         engine = self._driver.open(folder, spec, dimensions)
         return PairedEngine(engine, self._stages[spec.name], record)
 
+    def free_memory(self) -> int | None:
+        """The driver's."""
+        return self._driver.free_memory()
+
     def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
         """The driver's; torch's copy is not part of the set."""
         return self._driver.weights_in_memory(spec, stored)

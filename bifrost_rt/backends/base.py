@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from bifrost_rt import residency
 from bifrost_rt.errors import StageInputError
 from bifrost_rt.manifest import EngineSpec, Range, TensorSpec
 
@@ -59,6 +60,9 @@ class Backend(Protocol):
     def open(self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]) -> Engine:
         """Load one engine of the set in `folder`."""
 
+    def free_memory(self) -> int | None:
+        """Bytes that the device has free, where it says so; the default budget is a little less."""
+
     def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
         """Bytes that an opened engine holds whose files have `stored` bytes, at their highest:
         drivers unpack and reorder weights, and some keep the file's pages beside that."""
@@ -78,6 +82,10 @@ class Backend(Protocol):
 
 class HostMemory:
     """Buffers of a driver whose device is the host: numpy arrays, never copied."""
+
+    def free_memory(self) -> int | None:
+        """What the machine can give without swapping."""
+        return residency.host_memory()
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Host memory."""

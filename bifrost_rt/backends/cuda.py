@@ -21,6 +21,9 @@ class Device(Protocol):
 
     stream: int
 
+    def free_bytes(self) -> int:
+        """Memory that nobody has taken."""
+
     def allocate(self, size: int) -> int:
         """`size` bytes, and their address."""
 
@@ -45,6 +48,10 @@ class Cuda:
         self.stream = int(self._call("cudaStreamCreate"))
         kinds = self._runtime.cudaMemcpyKind
         self._in, self._out = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
+
+    def free_bytes(self) -> int:
+        """Of this GPU; on unified memory, of the whole machine."""
+        return int(self._call("cudaMemGetInfo"))
 
     def allocate(self, size: int) -> int:
         """At least one byte, so that every buffer has an address of its own.

@@ -75,6 +75,10 @@ class TensorRt:
         self._device: Device = Cuda() if device is None else device
         self._runtime = library.Runtime(self._log)
 
+    def free_memory(self) -> int:
+        """The GPU's."""
+        return self._device.free_bytes()
+
     def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
         """The file holds the weights as the GPU does. Not measured."""
         return stored

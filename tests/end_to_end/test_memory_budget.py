@@ -193,3 +193,27 @@ def _checked(generator: Generator, **changes: Any) -> Any:
     )
     asked = {"prompt": "a cow", "seed": 1, "num_images_per_prompt": 1}
     return request.check(generator.manifest, **{**nothing, **asked, **changes})
+
+
+def test_the_default_is_what_the_device_has_free_less_a_tenth(
+    alpha_set: Path, facts: Manifest
+) -> None:
+    class Small(Watched):
+        def free_memory(self) -> int:
+            return int(half(facts) / (1 - residency.MARGIN)) + 1
+
+    driver = Small()
+    with Generator(alpha_set, backend=driver) as small:
+        assert driver.opened == []
+        small.run("a cow", **FEW)
+        assert small._engines.budget == pytest.approx(half(facts), abs=2)
+
+
+def test_where_a_device_does_not_say_everything_is_opened(alpha_set: Path, facts: Manifest) -> None:
+    class Silent(Watched):
+        def free_memory(self) -> None:
+            return None
+
+    driver = Silent()
+    with Generator(alpha_set, backend=driver):
+        assert len(driver.opened) == len(facts.engines)
