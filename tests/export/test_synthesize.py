@@ -209,6 +209,6 @@ def test_the_command_line_writes_a_checkpoint_and_names_mistakes(
     assert main(["--output", output]) == 1
     assert "not empty" in capsys.readouterr().err
     assert main(["--output", f"{output}2", "--like", "7"]) == 1
-    assert "known: 7b, 3b, tiny" in capsys.readouterr().err
+    assert "known: 7b, 3b, bench, tiny" in capsys.readouterr().err
     assert main(["--output", f"{output}2", "--layers", "0"]) == 1
     assert "layers must be at least 1" in capsys.readouterr().err
