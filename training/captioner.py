@@ -20,7 +20,7 @@ from scenes.layout import SIDE, place, scatter
 from scenes.render import render
 from scenes.sampling import training_spec
 from training.config import Config
-from training.loop import load_weights, steps_done, write_aside
+from training.loop import load_weights, read, steps_done, write_aside
 from training.pool import pixels, wording
 from training.template import SPECIAL_TOKENS, ask_for_plan, ask_for_words
 from training.tokenizers import qwen_tokenizer
@@ -180,7 +180,7 @@ class CaptionerStage:
             text = text.capitalize() if rng.random() < 0.15 else text
             requests.append(self.tokenizer.encode(ask_for_plan(text)).ids)
             plans.append(describe(place(spec), spec.drawn_background))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             latents = self.module.latents(to_pixels(pictures))
             seen = self._error([self.frame] * batch, answers, latents)
             planned = self._error(requests, plans, None)
@@ -198,12 +198,12 @@ def trained_captioner(config: Config, out: Path) -> Captioner:
 def latent_pool(config: Config, out: Path) -> Tensor:
     """Patch latents [pool, 16, D] of the pool's scenes, as `vae_pool` keeps its own."""
     path, trained = out / "pool.latents", steps_done(out, "captioner")
-    if not path.exists() or torch.load(path, weights_only=True)["trained"] != trained:
+    if not path.exists() or read(path)["trained"] != trained:
         captioner, parts = trained_captioner(config, out), []
         with torch.no_grad():
             for start in range(0, config.pool, 128):
                 chunk = range(start, min(config.pool, start + 128))
                 parts.append(captioner.latents(pixels(config, chunk)))
         write_aside({"latents": torch.cat(parts), "trained": trained}, path)
-    latents: Tensor = torch.load(path, weights_only=True)["latents"]
+    latents: Tensor = read(path)["latents"]
     return latents

@@ -87,12 +87,12 @@ class ControlStage:
         """Mean squared error of the velocity."""
         chosen = rng.integers(self.config.pool, size=batch)
         texts = [wording(without_layout(self.specs[i], rng), rng) for i in chosen]
-        places = torch.from_numpy(chosen)
+        places = torch.as_tensor(chosen)
         x_0, tokens = pack(self.latents[places]), self.tokens[places]
         tokens = tokens + NOISE * torch.rand(batch, 1, 1) * torch.randn_like(tokens)
         noise, sigma = torch.randn_like(x_0), noise_levels(batch)
         x_t = torch.lerp(x_0, noise, sigma[:, None, None])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             with torch.no_grad():
                 prompt, pooled = self.flux.encode(texts)
             samples = control_samples(

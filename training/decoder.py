@@ -37,7 +37,7 @@ class DecoderStage:
         ground = pixels[..., :1, :1]
         weight = 1 + EDGE_WEIGHT * ((pixels - ground).abs().amax(1, keepdim=True) > 0.1)
         weight = torch.nn.functional.max_pool2d(weight, 7, stride=1, padding=3)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             with torch.no_grad():
                 posterior = self.vae.encode(pixels).latent_dist
             spread = NOISE * torch.rand(batch, 1, 1, 1) * posterior.std

@@ -146,10 +146,10 @@ class FluxStage:
         """Mean squared error of the velocity."""
         chosen = rng.integers(self.config.pool, size=batch)
         texts = [wording(without_layout(self.specs[i], rng), rng) for i in chosen]
-        x_0 = pack(self.latents[torch.from_numpy(chosen)])
+        x_0 = pack(self.latents[torch.as_tensor(chosen)])
         noise, sigma = torch.randn_like(x_0), noise_levels(batch)
         x_t = torch.lerp(x_0, noise, sigma[:, None, None])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             velocity = self.module(x_t, sigma, *self.module.encode(texts))
         return (velocity.float() - (noise - x_0)).square().mean()
 

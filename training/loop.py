@@ -11,7 +11,7 @@ import time
 import warnings
 import zlib
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -48,9 +48,17 @@ def _seeds(seed: int, name: str, step: int) -> np.random.Generator:
     return np.random.default_rng(sequence.spawn(1)[0])
 
 
+def read(path: Path) -> dict[str, Any]:
+    """What `write_aside` wrote, on the device of this run."""
+    value: dict[str, Any] = torch.load(
+        path, weights_only=True, map_location=torch.get_default_device()
+    )
+    return value
+
+
 def steps_done(out: Path, name: str) -> int:
     """How far a stage has been trained."""
-    return len(torch.load(out / f"{name}.state", weights_only=True)["losses"])
+    return len(read(out / f"{name}.state")["losses"])
 
 
 def load_weights(module: nn.Module, out: Path, name: str) -> None:
@@ -61,7 +69,7 @@ def load_weights(module: nn.Module, out: Path, name: str) -> None:
             f"stage `{name}` has no state in {out}\n"
             f"hint: run `python -m training.run --out {out} --stage {name}` first"
         )
-    module.load_state_dict(torch.load(path, weights_only=True)["average"])
+    module.load_state_dict(read(path)["average"])
 
 
 def _optimisers(module: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
@@ -111,7 +119,7 @@ def train(
     average = {k: v.detach().clone() for k, v in module.state_dict().items()}
     losses: list[float] = []
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        state = read(path)
         module.load_state_dict(state["weights"])
         for optimiser, saved_state in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved_state)

@@ -16,7 +16,7 @@ from scenes.render import render
 from scenes.sampling import training_spec
 from scenes.world import Placed, Spec
 from training.config import Config
-from training.loop import steps_done, write_aside
+from training.loop import read, steps_done, write_aside
 from training.vae import to_pixels, trained_vae
 
 
@@ -45,7 +45,7 @@ def vae_pool(config: Config, out: Path) -> dict[str, Tensor]:
     """`latents` [pool, C, 16, 16], normalised by `shift` and `scale`, which diffusers calls
     shift_factor and scaling_factor. Encoded anew when the VAE has been trained further."""
     path, trained = out / "pool.vae", steps_done(out, "vae")
-    if not path.exists() or torch.load(path, weights_only=True)["trained"] != trained:
+    if not path.exists() or read(path)["trained"] != trained:
         vae, parts = trained_vae(config, out), []
         with torch.no_grad():
             for start in range(0, config.pool, 64):
@@ -55,7 +55,7 @@ def vae_pool(config: Config, out: Path) -> dict[str, Tensor]:
         shift, scale = raw.mean(), 1 / raw.std()
         normal = (raw - shift) * scale
         write_aside({"latents": normal, "shift": shift, "scale": scale, "trained": trained}, path)
-    return torch.load(path, weights_only=True)
+    return read(path)
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def round_trip(vae: AutoencoderKL, pictures: list[NDArray[np.uint8]]) -> NDArray
     """uint8 [B, H, W, 3] after encoding and decoding."""
     output = vae.decode(vae.encode(to_pixels(pictures)).latent_dist.mode()).sample
     pixels = (output / 2 + 0.5).clamp(0, 1) * 255
-    return pixels.round().byte().permute(0, 2, 3, 1).numpy()
+    return pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def measure(

@@ -21,7 +21,7 @@ from training.config import TINY, Config
 from training.controlnet import ControlStage
 from training.decoder import DecoderStage
 from training.flux import FluxStage
-from training.loop import Stage, train
+from training.loop import Stage, read, train
 from training.pool import vae_pool
 from training.publish import publish
 from training.vae import VaeStage
@@ -63,11 +63,7 @@ def plot(losses: dict[str, list[float]], path: Path) -> None:
 def past_losses(out: Path) -> dict[str, list[float]]:
     """The losses of every stage that has a state in `out`."""
     states = {name: out / f"{name}.state" for name in STAGES}
-    return {
-        name: torch.load(path, weights_only=True)["losses"]
-        for name, path in states.items()
-        if path.exists()
-    }
+    return {name: read(path)["losses"] for name, path in states.items() if path.exists()}
 
 
 def run(
@@ -110,10 +106,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="at most this long per stage in this call")
     parser.add_argument("--publish", type=Path, help="folder for mllm/, bifrost/ and flux/")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="where to train: cpu (default), cuda")
     parser.add_argument("--compile", action="store_true", help="faster steps, a slower start")
     parser.add_argument("--tiny", action="store_true", help="a toy model: checks the machinery")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    torch.set_default_device(given.device)  # networks, batches and states follow
     given.out.mkdir(parents=True, exist_ok=True)
     run(
         TINY if given.tiny else Config(),

@@ -70,7 +70,7 @@ def draw(
         x_t = x_t + (following - sigma) * flux(x_t, at, prompt, pooled, samples)
     latents = unpack(x_t, int(2 * places**0.5)) / pool["scale"] + pool["shift"]
     pixels = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1) * 255
-    return pixels.round().byte().permute(0, 2, 3, 1).numpy()
+    return pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def sheet(pictures: list[NDArray[np.uint8]], columns: int, marks: list[bool]) -> Image.Image:

@@ -45,7 +45,7 @@ def build_vae(config: Config) -> AutoencoderKL:
 
 def to_pixels(pictures: list[NDArray[np.uint8]]) -> Tensor:
     """uint8 pictures to float [B, 3, H, W] in -1…1."""
-    stacked = torch.from_numpy(np.stack(pictures))
+    stacked = torch.as_tensor(np.stack(pictures))
     return stacked.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
 
 
@@ -85,7 +85,7 @@ class VaeStage:
             pixels = to_pixels([whole_scene(rng) for _ in range(max(1, batch // 3))])
         ground = pixels.flatten(2).mode(dim=2).values[..., None, None]
         weight = 1 + OBJECT_WEIGHT * ((pixels - ground).abs().amax(1, keepdim=True) > 0.1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             posterior = self.module.encode(pixels).latent_dist
             output = self.module.decode(posterior.sample()).sample
         error = output.float() - pixels

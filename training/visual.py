@@ -76,14 +76,14 @@ class VisualStage:
         chosen = rng.integers(len(self.specs), size=batch)
         texts = [wording(self.specs[i], rng) for i in chosen]
         texts = [t.capitalize() if rng.random() < 0.15 else t for t in texts]
-        target = self.latents[torch.from_numpy(chosen)]
+        target = self.latents[torch.as_tensor(chosen)]
         hidden = np.zeros((batch, PLACES), bool)
         for row in hidden:
             count = math.ceil(PLACES * math.cos(math.pi / 2 * rng.random()))
             row[rng.permutation(PLACES)[: max(1, count)]] = True
-        mask = torch.from_numpy(hidden)[..., None]
+        mask = torch.as_tensor(hidden)[..., None]
         tokens = torch.where(mask, self.module.mask_token, target)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             keys, values, real = text_keys_values(self.text, texts)
             predicted = self.module(tokens, keys, values, real)
         error = (predicted.float() - target).square().mean(-1, keepdim=True)
@@ -117,7 +117,7 @@ def decode(
         keep = 0 if step == steps - 1 else max(1, min(int(masked[0].sum()) - 1, keep))
         stay = np.zeros_like(masked)
         np.put_along_axis(stay, order[:, :keep], True, axis=1)
-        reveal = torch.from_numpy(masked & ~stay)[..., None]
+        reveal = torch.as_tensor(masked & ~stay)[..., None]
         tokens = torch.where(reveal, predicted, tokens)
         masked &= stay
     return tokens

@@ -24,9 +24,13 @@ class TextBranch(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, kv_only=i == last) for i in range(config.num_hidden_layers)
         )
-        # on the CPU even where the weights are on the meta device: nothing ever loads these
+        # Real even where the weights are on the meta device: nothing ever loads these. Computed on
+        # the CPU, so that every device rotates by the same numbers.
+        place = torch.get_default_device()
         with torch.device("cpu"):
             cos, sin = rotary_table(config, max_length)
+        if place.type != "meta":
+            cos, sin = cos.to(place), sin.to(place)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
