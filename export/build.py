@@ -43,6 +43,8 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
     Raises:
         BifrostError: the checkpoint, the graph, the parity or the disk; nothing is left behind.
     """
+    if recipe.backend in recipes.COMPILED:
+        return _build_and_compile(recipe, progress)
     # torch and its company take seconds to import: not before the command line is understood
     from export import assemble, graph, memory, parity, precision, stages, text
     from export.checkpoint import Checkpoint
@@ -129,6 +131,32 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
     return output
 
 
+def _build_and_compile(recipe: Recipe, progress: Callable[[str], None] | None) -> Path:
+    """The ONNX set, which is compared with torch and stays beside it, then its engines."""
+    from export.compile import builder as builders
+    from export.compile.compiled_set import check_targets, compile_set
+    from export.precision import PRECISIONS
+
+    # what cannot be compiled is refused before the graphs are built
+    weights = str(PRECISIONS[recipe.precision]).removeprefix("torch.")
+    check_targets(builders.find(recipe.backend), recipe.target, ("float32", weights))
+    output = Path(recipe.output)
+    graphs = output.with_name(f"{output.name}-onnx")
+    limits: dict[str, Any] = {"target": (), "max_images": None, "max_steps": None}  # engines alone
+    build(
+        dataclasses.replace(recipe, backend="onnxruntime", output=str(graphs), **limits), progress
+    )
+    return compile_set(
+        graphs,
+        output,
+        backend=recipe.backend,
+        targets=recipe.target,
+        max_images=recipe.max_images,
+        max_steps=recipe.max_steps,
+        progress=progress,
+    )
+
+
 def _versions() -> dict[str, str]:
     found = {"bifrost-rt": bifrost_rt.__version__, "python": platform.python_version()}
     for name in VERSIONED:
@@ -195,10 +223,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--flux", metavar="DIR", help="the diffusers FLUX pipeline folder")
     parser.add_argument("--output", metavar="DIR", help="the engine set to write")
     parser.add_argument("--precision", metavar="NAME", help="fp32, fp16 or bf16")
-    parser.add_argument("--backend", metavar="NAME", help="onnxruntime")
+    parser.add_argument("--backend", metavar="NAME", help="onnxruntime, or tensorrt-rtx")
     parser.add_argument("--mllm-max-length", type=int, metavar="N", help="tokens of a chat prompt")
     parser.add_argument("--t5-max-length", type=int, metavar="N", help="tokens of T5")
     parser.add_argument("--max-images", type=int, metavar="N", help="images per run; no limit")
+    parser.add_argument(
+        "--target",
+        type=lambda text: tuple(text.split(",")),
+        metavar="NAMES",
+        help="of compiled engines: sm89,sm120 or rtx-4090,rtx-5090 …; default: this machine's GPU",
+    )
+    parser.add_argument(
+        "--max-steps", type=int, metavar="N", help="of compiled engines: steps of a loop"
+    )
     parser.add_argument("--debug", action="store_true", help="show the trace of an error")
     return parser
 

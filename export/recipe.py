@@ -10,7 +10,8 @@ from bifrost_rt import strict
 from export.errors import RecipeError
 from export.precision import PRECISIONS
 
-BACKENDS = ("onnxruntime",)
+COMPILED = ("tensorrt-rtx", "tensorrt")
+BACKENDS = ("onnxruntime", *COMPILED)
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class Recipe:
         output: the set's folder.
         mllm_max_length: tokens of the chat prompt; None takes the checkpoint's max_seq_length.
         t5_max_length: tokens of T5; FLUX pads to exactly this many.
-        max_images: images per run; None sets no limit.
+        max_images: images per run; None sets no limit, which compiled engines cannot do.
+        target: of compiled engines, the GPUs; none means this machine's own.
+        max_steps: of compiled engines, steps of a loop; None takes the set's defaults.
     """
 
     mllm: str
@@ -34,6 +37,8 @@ class Recipe:
     mllm_max_length: int | None = None
     t5_max_length: int = 512
     max_images: int | None = None
+    target: tuple[str, ...] = ()
+    max_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("precision", PRECISIONS), ("backend", BACKENDS)):
@@ -43,10 +48,21 @@ class Recipe:
                     f"{name} {value!r} is unknown{strict.nearest(value, known)}",
                     hint=f"this version builds {', '.join(known)}",
                 )
-        for name in ("mllm_max_length", "t5_max_length", "max_images"):
+        for name in ("mllm_max_length", "t5_max_length", "max_images", "max_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{name} must be at least 1, got {value}")
+        if self.backend in COMPILED and self.max_images is None:
+            raise RecipeError(
+                f"backend {self.backend!r} needs max_images: engines plan memory for their largest "
+                "run",
+                hint="give it, such as --max-images 1",
+            )
+        if self.backend not in COMPILED and (self.target or self.max_steps):
+            raise RecipeError(
+                f"target and max_steps are for compiled engines, not for {self.backend!r}",
+                hint="add --backend tensorrt-rtx, or leave them out",
+            )
 
 
 def read(path: Path, overrides: dict[str, object]) -> Recipe:

@@ -55,7 +55,8 @@ def compile_set(
         )
     if source.resolve() == output.resolve():
         raise CompileError(f"{output}: would replace the set that it is compiled from")
-    architectures = _targets(builder, targets, manifest)
+    dtypes = {d for e in manifest.engines for d in (e.precision.weights, e.precision.compute)}
+    architectures = check_targets(builder, targets, sorted(dtypes))
     bounds = sizes(manifest.dimensions, manifest.defaults, max_images, max_steps)
     for spec in manifest.engines:
         _check_memory(spec, manifest)
@@ -91,7 +92,14 @@ def compile_set(
     return output
 
 
-def _targets(builder: Builder, targets: Sequence[str], manifest: Manifest) -> tuple[str, ...]:
+def check_targets(
+    builder: Builder, targets: Sequence[str], dtypes: Sequence[str]
+) -> tuple[str, ...]:
+    """The architectures to compile for; needs no set, so it can be asked before one is built.
+
+    Raises:
+        CompileError: none named and no GPU here, or one that lacks the builder or a dtype.
+    """
     here = gpu.find()
     if not targets:
         if isinstance(here, str):
@@ -102,8 +110,7 @@ def _targets(builder: Builder, targets: Sequence[str], manifest: Manifest) -> tu
                 else f"{builder.title} compiles on the device itself",
             )
         targets = (here.architecture,)
-    dtypes = {d for e in manifest.engines for d in (e.precision.weights, e.precision.compute)}
-    found = capabilities.check(builder.name, targets, sorted(dtypes))
+    found = capabilities.check(builder.name, targets, dtypes)
     if not builder.ahead_of_time and (isinstance(here, str) or found != (here.architecture,)):
         reason = here if isinstance(here, str) else f"this is {here.name} ({here.architecture})"
         raise CompileError(

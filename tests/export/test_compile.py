@@ -18,12 +18,14 @@ from bifrost_rt.backends import gpu
 from bifrost_rt.backends.tensorrt import TensorRtRtx
 from bifrost_rt.errors import BackendError, IntegrityError
 from bifrost_rt.manifest import Manifest, Range
+from export import build
 from export.compile import __main__ as command
 from export.compile import builder as builders
 from export.compile.compiled_set import compile_set
 from export.compile.profiles import Sizes
 from export.engine_set import describe_files
-from export.errors import CompileError
+from export.errors import CompileError, RecipeError
+from export.recipe import Recipe
 from tests.conftest import alpha_recipe
 from tests.tensorrt_double import HostDevice
 
@@ -241,15 +243,53 @@ def test_the_command_line(
     assert manifest.read(tmp_path / "out").dimensions["steps"] == Range(1, 9)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "tensorrt-rtx"}, "needs max_images"),
+        ({"target": ("sm89",)}, "target and max_steps are for compiled engines"),
+        ({"backend": "tensorrt-rtx", "max_images": 1, "max_steps": 0}, "max_steps must be"),
+    ],
+)
+def test_recipes_of_compiled_sets(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        alpha_recipe(tmp_path / "out", **options)
+
+
+def test_one_command_from_the_checkpoint(
+    alpha_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graphs go beside the engines; what cannot be compiled is refused before they are
+    built."""
+    compiles = {"backend": "tensorrt-rtx", "max_images": 2}
+    recipe = alpha_recipe(tmp_path / "rtx", precision="bf16", target=("sm75",), **compiles)
+    with pytest.raises(CompileError, match="has no bf16"):
+        build.build(recipe)
+    assert list(tmp_path.iterdir()) == []
+    recipe = alpha_recipe(tmp_path / "rtx", target=("sm89",), **compiles)
+    whole, asked = build.build, []
+
+    def graphs(inner: Recipe, progress: Any = None) -> Path:
+        asked.append(inner)
+        return alpha_set
+
+    monkeypatch.setattr(build, "build", graphs)
+    monkeypatch.setattr("export.compile.compiled_set.compile_set", lambda *a, **k: (a, k))
+    places, options = whole(recipe)
+    assert places == (tmp_path / "rtx-onnx", tmp_path / "rtx")
+    assert options["targets"] == ("sm89",)
+    assert (asked[0].backend, asked[0].output) == ("onnxruntime", str(tmp_path / "rtx-onnx"))
+    assert asked[0].max_images is None  # the graphs take any number
+    assert options["max_images"] == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_every_engine_compiles_for_every_generation(
     alpha_set: Path, tmp_path: Path, precision: str
 ) -> None:
-    from export.build import build
-
     source = alpha_set
     if precision != "fp32":
-        source = build(alpha_recipe(tmp_path / "source", precision=precision))
+        source = build.build(alpha_recipe(tmp_path / "source", precision=precision))
     output = compile_set(source, tmp_path / "rtx", targets=("sm86", "sm89", "sm120"), max_images=4)
     assert len(manifest.read(output).engines) == 7
