@@ -197,8 +197,8 @@ def test_the_real_library_refuses_a_foreign_file_in_our_words(
 
 def test_cudas_names_are_the_bindings() -> None:
     runtime = pytest.importorskip("cuda.bindings.runtime")
-    names = ("StreamCreate", "StreamSynchronize", "Malloc", "Free", "MemcpyAsync", "GetErrorString")
-    for name in names:
+    names = ("StreamCreate", "StreamSynchronize", "Malloc", "Free", "MemGetInfo", "MemcpyAsync")
+    for name in (*names, "GetErrorString"):
         assert hasattr(runtime, f"cuda{name}")
     if isinstance(gpu.find(), str):
         with pytest.raises(BackendError, match="CUDA: cudaStreamCreate failed: .*driver"):
