@@ -18,31 +18,35 @@ from bifrost_rt import manifest as manifests
 from bifrost_rt.manifest import File
 from export.errors import BuildError
 
+# With less than this left, a write that failed without a reason failed for want of space.
+LITTLE = 16 << 20
+
 
 @contextlib.contextmanager
 def written_aside(output: Path) -> Iterator[Path]:
     """A folder to build in; on success it takes the place of `output`.
 
     Raises:
-        BuildError: `output` is something other than an engine set, or the disk is full.
+        BuildError: `output` is something other than an engine set, the disk is full, or a file
+            cannot be read or written.
     """
     output = output.absolute()
-    _refuse_foreign(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _clean_up(output)
     aside = _aside(output, os.getpid())
-    aside.mkdir()
     try:
+        _refuse_foreign(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _clean_up(output)
+        aside.mkdir()
         with _terminated_like_interrupted():
             yield aside
             _replace(output, aside)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if _disk_full(output.parent, error):
             raise BuildError(
                 f"{output}: the disk is full; nothing was kept",
                 hint=f"free some space on the disk of {output.parent}",
             ) from error
-        raise
+        raise BuildError(f"{output}: cannot be built: {error}; nothing was kept") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -55,6 +59,12 @@ def describe_files(folder: Path) -> dict[str, File]:
         for path in found
         if path.name != manifests.FILENAME
     }
+
+
+def _disk_full(folder: Path, error: OSError) -> bool:
+    if error.errno is None:  # numpy's writer forgets the reason
+        return shutil.disk_usage(folder).free < LITTLE
+    return error.errno == errno.ENOSPC
 
 
 def _aside(output: Path, pid: int) -> Path:

@@ -178,6 +178,18 @@ def test_a_full_disk_is_said_and_leaves_the_older_set(older: Path) -> None:
     assert untouched(older)
 
 
+def test_a_write_that_fails_for_another_reason_is_said(older: Path) -> None:
+    with pytest.raises(BuildError, match="cannot be built: .*Permission"), written_aside(older):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    assert untouched(older)
+
+
+def test_a_parent_that_is_a_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BuildError, match="cannot be built"), written_aside(tmp_path / "file/set"):
+        pass
+
+
 def test_a_finished_build_takes_the_place_of_the_older_set(older: Path) -> None:
     with written_aside(older) as folder:
         (folder / "manifest.json").write_text("newer")
