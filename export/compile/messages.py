@@ -26,8 +26,8 @@ _ADVICE = (
     ),
     (
         r"(?i)out ?of ?memory|bad_?alloc|MEM_ALLOC_FAILED|insufficient memory",
-        "compiling takes about 2.5 times an engine's weights, and room for its largest run: free "
-        "memory, lower --max-images, or build the set with --precision fp16",
+        "compiling takes about three times an engine's size, and room for its largest run: free "
+        "memory, lower --max-images, or compile on a larger machine",
     ),
     (
         r"violate shape constraints",
