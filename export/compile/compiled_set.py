@@ -152,6 +152,8 @@ def _compile(
         spec,
         graph=name,
         files=(name,),
+        # a 16-bit weight behind a Cast is a constant of the type that it is cast to
+        precision=dataclasses.replace(spec.precision, weights=spec.precision.compute),
         compiled=Compiled(
             builder=builder.name,
             version=builder.version,

@@ -150,17 +150,28 @@ def test_refusals_come_before_the_build_and_leave_the_old_set(
     assert [p.name for p in compiled.parent.iterdir()] == [compiled.name]
 
 
-def test_a_type_that_the_target_lacks(small_set: Path, tmp_path: Path) -> None:
-    def to_bf16(m: Manifest) -> Manifest:
-        engines = []
-        for spec in m.engines:
-            precision = dataclasses.replace(spec.precision, weights="bfloat16")
-            engines.append(dataclasses.replace(spec, precision=precision))
-        return dataclasses.replace(m, engines=tuple(engines))
+def holding(m: Manifest, weights: str) -> Manifest:
+    engines = []
+    for spec in m.engines:
+        precision = dataclasses.replace(spec.precision, weights=weights)
+        engines.append(dataclasses.replace(spec, precision=precision))
+    return dataclasses.replace(m, engines=tuple(engines))
 
-    source = rewritten(shutil.copytree(small_set, tmp_path / "bf16"), to_bf16)
+
+def test_a_type_that_the_target_lacks(small_set: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(small_set, tmp_path / "bf16")
+    rewritten(source, lambda m: holding(m, "bfloat16"))
     with pytest.raises(CompileError, match=r"sm75 \(Turing.*\) has no bf16 arithmetic"):
         compile_set(source, tmp_path / "out", targets=("sm89", "rtx-2080"), max_images=1)
+
+
+def test_the_manifest_says_what_the_engine_holds(small_set: Path, tmp_path: Path) -> None:
+    """16-bit weights are unpacked by the builder."""
+    source = shutil.copytree(small_set, tmp_path / "fp16")
+    rewritten(source, lambda m: holding(m, "float16"))
+    output = compile_set(source, tmp_path / "out", targets=("sm89",), max_images=1)
+    for spec in manifest.read(output).engines:
+        assert (spec.precision.weights, spec.precision.compute) == ("float32", "float32")
 
 
 def test_memory_that_is_not_there(
