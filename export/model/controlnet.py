@@ -8,10 +8,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+class ScaleShift(nn.Module):
+    """What a batch norm does in eval mode."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        self.register_buffer("scale", scale[:, None, None])
+        self.register_buffer("shift", (norm.bias - norm.running_mean * scale)[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, h, w]"""
+        return x * self.scale + self.shift
 
 
 class UpSamplingBlock(nn.Module):
@@ -34,16 +48,14 @@ class UpSamplingBlock(nn.Module):
         x = F.relu(self.bn2(self.conv(x)) + near)
         return x.flatten(2).transpose(1, 2)
 
-    def fold_norms(self) -> None:
-        """Put the batch norms into the convolutions before them, in place and once.
+    def spell_out_norms(self) -> None:
+        """Put a scale and a shift in the place of each batch norm, once.
 
-        The exporter would do it after the weights are rounded, and what it makes of them would not
-        be 16 bit any more: a third of a gigabyte at the release's width.
+        The exporter folds a batch norm into the convolution before it, and the product of a 16-bit
+        weight with anything is not 16 bit any more: a third of a gigabyte at the release's width.
         """
         if isinstance(self.bn1, nn.BatchNorm2d):
-            self.upconv = fuse_conv_bn_eval(self.upconv, self.bn1, transpose=True)
-            self.conv = fuse_conv_bn_eval(self.conv, self.bn2)
-            self.bn1, self.bn2 = nn.Identity(), nn.Identity()
+            self.bn1, self.bn2 = ScaleShift(self.bn1), ScaleShift(self.bn2)
 
 
 class LatentControlNet(FluxControlNetModel):

@@ -23,7 +23,7 @@ class Conditioning(nn.Module):
         transformer_modulation: Modulation,
     ) -> None:
         super().__init__()
-        controlnet.up_sampling_block.fold_norms()
+        controlnet.up_sampling_block.spell_out_norms()
         self.up_sampling_block = controlnet.up_sampling_block
         self.controlnet_x_embedder = controlnet.controlnet_x_embedder
         self.controlnet_context_embedder = controlnet.context_embedder

@@ -218,6 +218,8 @@ def test_a_real_build_that_is_signalled_leaves_nothing(
         cwd=Path(__file__).parents[2],
         stderr=subprocess.PIPE,
         text=True,
+        # a shell's background jobs ignore Ctrl-C, and so would their children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".set.*.partial/*.onnx")):  # one engine is written
