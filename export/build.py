@@ -115,7 +115,7 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
             report[name]["parity"] = record
         document = {
             "recipe": dataclasses.asdict(recipe),
-            "prompts": list(parity.PROMPTS),
+            "prompts": parity.prompts(manifest),
             "ignored_files": checkpoint.ignored_files,
             "engines": report,
         }

@@ -22,7 +22,7 @@ from bifrost_rt.engines import Engines
 from bifrost_rt.manifest import EngineSpec, Manifest, Range
 from bifrost_rt.text import Tokenizers
 from export.errors import ParityError
-from export.stages import Stage
+from export.stages import IMAGES, Stage
 
 # Long, short, beyond ASCII and with a lead-in: different lengths in one batch, and guidance on, so
 # that every input of every engine takes part.
@@ -31,6 +31,11 @@ PROMPTS = (
     "The image shows three cats sleeping on a wooden bridge over a quiet river at dusk",
     "café 猫",
 )
+
+
+def prompts(manifest: Manifest) -> list[str]:
+    """As many of `PROMPTS` as the set takes in one run."""
+    return list(PROMPTS[: manifest.dimensions[IMAGES].max])
 
 
 @dataclass
@@ -61,7 +66,7 @@ def compare(
     steps = min(4, manifest.model.num_visual_tokens)
     checked = request.check(
         manifest,
-        prompt=PROMPTS,
+        prompt=prompts(manifest),
         seed=0,
         num_images_per_prompt=1,
         num_inference_steps=3,

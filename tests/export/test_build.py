@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 
-from bifrost_rt import Generator, manifest
+from bifrost_rt import Generator, StageInputError, manifest
 from export import build, recipe
 from export.engine_set import written_aside
 from export.errors import BuildError, CheckpointError, ExportError, RecipeError
@@ -55,7 +55,7 @@ def test_every_file_of_the_set_is_in_the_manifest(alpha_set: Path) -> None:
 @pytest.fixture(scope="module", params=["bf16", "fp16"])
 def half_set(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("half") / request.param
-    return build.build(alpha_recipe(output, precision=request.param))
+    return build.build(alpha_recipe(output, precision=request.param, max_images=1))
 
 
 def test_16_bit_weights_are_half_the_bytes_and_close(half_set: Path, alpha_set: Path) -> None:
@@ -75,6 +75,14 @@ def test_16_bit_weights_are_half_the_bytes_and_close(half_set: Path, alpha_set: 
     assert 0 < error < 0.05 * scale
     mean = np.abs(result.images.astype(int) - case.tensors["flux.image_u8"]).mean()
     assert mean < 4
+
+
+def test_a_set_for_one_image_refuses_two(half_set: Path) -> None:
+    with (
+        Generator(half_set) as generator,
+        pytest.raises(StageInputError, match="1 <= images <= 1"),
+    ):
+        generator.run(["a", "b"], num_inference_steps=1, decoding_steps=1)
 
 
 def test_fp16_refuses_what_it_cannot_hold() -> None:
