@@ -34,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     from bifrost_rt.generator import Generator
+    from bifrost_rt.result import picture_path
 
+    picture_path(options.output)  # before minutes are spent on a picture that has no place
     request, image = _request(options)
     with Generator(
         options.engines, backend=options.backend, memory_budget=options.memory_budget

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,45 @@ from bifrost_rt.errors import RequestError
 
 # The text chunk of a PNG that holds its parameters, as JSON.
 PNG_KEY = "bifrost-rt"
+
+
+def picture_path(path: str | Path) -> tuple[Path, str]:
+    """The path with its suffix, and the format that the suffix names; tries that the folder takes a
+    file, so that it can be asked before anything is drawn.
+
+    Raises:
+        RequestError: no picture format, or a file cannot be written there.
+    """
+    path = Path(path)
+    if path.suffix == "":
+        path = path.with_suffix(".png")
+    file_format = Image.registered_extensions().get(path.suffix.lower())
+    if file_format is None or file_format not in Image.SAVE:
+        raise RequestError(
+            f"{path}: {path.suffix!r} is not a picture format that Pillow writes",
+            hint="use .png, .jpg or .webp",
+        )
+    with _written_aside(path, keep=False) as aside:
+        aside.touch()
+    return path, file_format
+
+
+@contextlib.contextmanager
+def _written_aside(target: Path, keep: bool = True) -> Iterator[Path]:
+    """A file to write that takes the place of `target` when it is complete."""
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        if keep:
+            aside.replace(target)
+    except OSError as error:
+        raise RequestError(
+            f"{target}: cannot be written: {error.strerror or error}", hint="choose another place"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:
@@ -72,7 +113,8 @@ class Result:
             The paths written.
 
         Raises:
-            RequestError: the run ended at the latents, or the suffix names no picture format.
+            RequestError: the run ended at the latents, the suffix names no picture format, or the
+                file cannot be written.
         """
         pictures = [
             image if isinstance(image, Image.Image) else Image.fromarray(image)
@@ -83,26 +125,13 @@ class Result:
                 "this result has no pixels to save",
                 hint="run with output_type='pil', or keep `result.latents`",
             )
-        path = Path(path)
-        if path.suffix == "":
-            path = path.with_suffix(".png")
-        file_format = Image.registered_extensions().get(path.suffix.lower())
-        if file_format not in Image.SAVE:
-            raise RequestError(
-                f"{path}: {path.suffix!r} is not a picture format that Pillow writes",
-                hint="use .png, .jpg or .webp",
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path, file_format = picture_path(path)
         paths = []
         for i, picture in enumerate(pictures):
             target = path if len(pictures) == 1 else path.with_stem(f"{path.stem}-{i}")
-            aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-            try:
-                about = {"pnginfo": self._about(i)} if file_format == "PNG" else {}
+            about = {"pnginfo": self._about(i)} if file_format == "PNG" else {}
+            with _written_aside(target) as aside:
                 picture.save(aside, format=file_format, **about)
-                aside.replace(target)
-            finally:
-                aside.unlink(missing_ok=True)
             paths.append(target)
         return paths
 

@@ -95,6 +95,16 @@ def test_like_refuses_foreign_pictures(tmp_path: Path, capsys: pytest.CaptureFix
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["file/a.png", "a.xyz"])
+def test_a_place_that_takes_no_picture_is_said_before_drawing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "file").write_text("x")
+    assert main(["generate", "a", "--engines", "nowhere", "-o", str(tmp_path / name)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / name}: ")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 def test_no_prompt_at_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--engines", "e"]) == 1
     assert capsys.readouterr().err.startswith("error: no prompt\nhint:")
