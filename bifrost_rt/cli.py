@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bifrost_rt.errors import BifrostError, RequestError
+from bifrost_rt import command
+from bifrost_rt.errors import RequestError
 
 # Options of `generate` that are arguments of `Generator.run`.
 ARGUMENTS = (
@@ -20,16 +21,7 @@ ARGUMENTS = (
 def main(arguments: list[str] | None = None) -> int:
     """Run `bifrost-rt`. Returns the exit status: 0, 1 for an error, 130 when interrupted."""
     options = _parser().parse_args(arguments)
-    try:
-        return int(options.command(options))
-    except BifrostError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return command.run(lambda: int(options.command(options)), debug=options.debug)
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -21,15 +21,15 @@ from typing import Any
 from PIL import Image
 
 import bifrost_rt
-from bifrost_rt import backends, selftest
+from bifrost_rt import backends, command, selftest
 from bifrost_rt import manifest as manifests
-from bifrost_rt.errors import BifrostError
 from bifrost_rt.generator import Generator
 from bifrost_rt.manifest import Defaults, EngineSpec, Manifest, Precision
 from export import recipe as recipes
 from export.engine_set import describe_files, written_aside
 from export.recipe import Recipe
 
+INTERRUPTED = "interrupted; nothing was written"
 DEFAULT_RECIPE = Path(__file__).parent.parent / "engines" / "default.toml"
 VERSIONED = (
     *("torch", "transformers", "diffusers", "onnx", "onnxscript"),
@@ -184,18 +184,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if not options.debug:
         _quiet_libraries()
-    try:
-        folder = build(_recipe(options), Progress())
-    except BifrostError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    print(folder)
-    return 0
+
+    def built() -> int:
+        print(build(_recipe(options), Progress()))
+        return 0
+
+    return command.run(built, debug=options.debug, interrupted=INTERRUPTED)
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bifrost_rt import strict
-from bifrost_rt.errors import BifrostError
+from bifrost_rt import command, strict
+from export.build import INTERRUPTED
 from export.errors import BuildError, RecipeError
 from export.synthetic.shapes import DTYPES, PRESETS, Shapes
 
@@ -85,20 +85,15 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     options = _parser().parse_args(arguments)
-    try:
-        written = synthesize(_shapes(options), options.output, options.seed)
-    except BifrostError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    for name, size in written.items():
-        print(f"{size / 1e9:9.3f} GB  {name}", file=sys.stderr)
-    print(options.output)
-    return 0
+
+    def written() -> int:
+        sizes = synthesize(_shapes(options), options.output, options.seed)
+        for name, size in sizes.items():
+            print(f"{size / 1e9:9.3f} GB  {name}", file=sys.stderr)
+        print(options.output)
+        return 0
+
+    return command.run(written, debug=options.debug, interrupted=INTERRUPTED)
 
 
 def _shapes(options: argparse.Namespace) -> Shapes:

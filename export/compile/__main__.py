@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from bifrost_rt.errors import BifrostError
-from export.build import Progress
+from bifrost_rt import command
+from export.build import INTERRUPTED, Progress
 from export.compile.builder import TITLES
 from export.compile.compiled_set import compile_set
 
@@ -15,7 +14,8 @@ from export.compile.compiled_set import compile_set
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     options = _parser().parse_args(arguments)
-    try:
+
+    def compiled() -> int:
         folder = compile_set(
             options.set,
             options.output,
@@ -25,16 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
             max_steps=options.max_steps,
             progress=Progress(),
         )
-    except BifrostError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    print(folder)
-    return 0
+        print(folder)
+        return 0
+
+    return command.run(compiled, debug=options.debug, interrupted=INTERRUPTED)
 
 
 def targets(text: str) -> tuple[str, ...]:

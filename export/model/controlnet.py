@@ -66,8 +66,3 @@ class LatentControlNet(FluxControlNetModel):
         super().__init__(**config)
         self.up_sampling_block = UpSamplingBlock(cond_dim)
         self.controlnet_x_embedder = nn.Linear(cond_dim, self.inner_dim)
-
-    def condition(self, tokens: Tensor) -> Tensor:
-        """What is added to `x_embedder(latents)`: [B, N, D] -> [B, 4N, inner].
-        It does not depend on the denoising step."""
-        return self.controlnet_x_embedder(self.up_sampling_block(tokens))
