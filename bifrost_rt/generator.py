@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from bifrost_rt import backends, engines, manifest, pipeline, request, residency
+from bifrost_rt import backends, engines, handover, manifest, pipeline, request, residency
 from bifrost_rt.backends.base import Backend
 from bifrost_rt.engines import Loop
-from bifrost_rt.errors import EngineSetError, RequestError, RequestTypeError
+from bifrost_rt.errors import BudgetError, EngineSetError, RequestError, RequestTypeError
+from bifrost_rt.previews import Previews
 from bifrost_rt.result import Result
 from bifrost_rt.text import Tokenizers
 
@@ -82,6 +83,7 @@ class Generator:
         tokens: ArrayLike | None = None,
         output_type: request.OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
+        preview_every: int | None = None,
     ) -> Result:
         """Draw one prompt or several. Names and meanings follow diffusers' FluxPipeline; a value of
         None takes the set's default.
@@ -108,10 +110,14 @@ class Generator:
                 both loops: decoding with `{"tokens": [n, N, D]}` and timestep None, then denoising
                 with `{"latents": [n, S, C]}`. The arrays are copies and may be kept; a returned
                 dict replaces them. An exception ends the run and leaves the generator usable.
+            preview_every: after every so many denoising steps the callback's dict also has
+                `"preview"`, uint8 [n, H, W, 3]: what the picture will be, estimated from the step,
+                for the price of one VAE decode.
 
         Raises:
             RequestError, RequestTypeError: an argument that cannot be served.
-            BudgetError: so many pictures do not fit into the memory budget.
+            BudgetError: so many pictures do not fit into the memory budget, or previews need
+                engines that it does not keep.
         """
         checked = request.check(
             self.manifest,
@@ -135,16 +141,28 @@ class Generator:
                 "guidance_scale=%s has no effect: this model has no guidance embedding",
                 guidance_scale,
             )
-        on_step_end = self._adapter(callback_on_step_end) if callback_on_step_end else None
+        on_step_end = None
+        if callback_on_step_end:
+            previews = None if preview_every is None else self._previews(checked, preview_every)
+            on_step_end = self._adapter(callback_on_step_end, previews)
+        elif preview_every is not None:
+            raise RequestError("preview_every without callback_on_step_end: nobody would see them")
         out = pipeline.generate(
             self._engines, self._tokenizers, self.manifest, checked, on_step_end
         )
+        if on_step_end is not None and previews is not None:
+            out.timings["preview"] = previews.seconds
         images: Any = out.latents if out.images is None else out.images
         if checked.output_type == "pil":
             images = [Image.fromarray(image) for image in images]
         parameters = self._parameters(checked, prompt, num_images_per_prompt)
-        if order is not None or latents is not None or tokens is not None:
-            parameters["injected"] = True
+        passed = {"order": order, "latents": latents, "tokens": tokens}
+        if injected := {
+            name: handover.digest(getattr(checked, name))
+            for name, given in passed.items()
+            if given is not None
+        }:
+            parameters["injected"] = injected
         return Result(images, out.tokens, out.latents, out.timings, checked.seed, parameters)
 
     def _parameters(
@@ -161,10 +179,28 @@ class Generator:
             "cfg_weight": checked.cfg_weight,
         }
 
-    def _adapter(self, callback: StepCallback) -> pipeline.StepEnd:
+    def _previews(self, checked: request.Request, every: int) -> Previews:
+        if reason := self.no_previews():
+            raise BudgetError(reason, hint="leave previews out, or give a larger memory budget")
+        return Previews(self._engines, self.manifest, checked, every)
+
+    def no_previews(self) -> str | None:
+        """Why `preview_every` cannot be served, or None where it can."""
+        if {spec.name for spec in self.manifest.engines} <= set(self._engines.resident):
+            return None
+        return "previews need every engine in memory at once, and the memory budget is smaller"
+
+    def _adapter(self, callback: StepCallback, previews: Previews | None) -> pipeline.StepEnd:
         def on_step_end(name: str, step: int, timestep: float | None, loop: Loop) -> None:
             current = loop.copy(name)
-            returned = callback(self, step, timestep, {name: current})
+            tensors: dict[str, Any] = {name: current}
+            if (
+                previews
+                and name == "latents"
+                and (picture := previews.after(step, current)) is not None
+            ):
+                tensors["preview"] = picture
+            returned = callback(self, step, timestep, tensors)
             if returned is None:
                 return
             if not isinstance(returned, Mapping):
@@ -185,6 +221,8 @@ class Generator:
                         f"expected {list(current.shape)}"
                     )
                 loop.replace(name, new.astype(current.dtype))
+                if previews and name == "latents":
+                    previews.replaced(new.astype(current.dtype))
 
         return on_step_end
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import io
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from bifrost_rt.errors import RequestError
+from bifrost_rt.files import written_aside
 
 # The text chunk of a PNG that holds its parameters, as JSON.
 PNG_KEY = "bifrost-rt"
@@ -36,27 +35,9 @@ def picture_path(path: str | Path) -> tuple[Path, str]:
             f"{path}: {path.suffix!r} is not a picture format that Pillow writes",
             hint="use .png, .jpg or .webp",
         )
-    with _written_aside(path, keep=False) as aside:
+    with written_aside(path, keep=False) as aside:
         aside.touch()
     return path, file_format
-
-
-@contextlib.contextmanager
-def _written_aside(target: Path, keep: bool = True) -> Iterator[Path]:
-    """A file to write that takes the place of `target` when it is complete."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        if keep:
-            aside.replace(target)
-    except OSError as error:
-        raise RequestError(
-            f"{target}: cannot be written: {error.strerror or error}", hint="choose another place"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:
@@ -86,8 +67,9 @@ class Result:
         latents: float32 [n, S, C], final and packed, as the VAE engine takes them.
         timings: seconds per engine, and `total` for the whole run.
         seed: passed to `run` again, it gives the same images.
-        parameters: the arguments of `run` that make these images again; with `injected` true, the
-            order, noise or tokens that were passed in are needed too.
+        parameters: the arguments of `run` that make these images again. Where order, latents or
+            tokens were passed in, `injected` names them with the sha256 of their values: they are
+            needed too.
     """
 
     images: Any
@@ -116,29 +98,37 @@ class Result:
             RequestError: the run ended at the latents, the suffix names no picture format, or the
                 file cannot be written.
         """
-        pictures = [
-            image if isinstance(image, Image.Image) else Image.fromarray(image)
-            for image in (self.images if self._has_pixels() else ())
-        ]
-        if not pictures:
+        self._needs_pixels()
+        path, file_format = picture_path(path)
+        paths = []
+        for i in range(len(self.images)):
+            target = path if len(self.images) == 1 else path.with_stem(f"{path.stem}-{i}")
+            with written_aside(target) as aside:
+                aside.write_bytes(self.encode(i, file_format))
+            paths.append(target)
+        return paths
+
+    def encode(self, image: int, file_format: str = "PNG") -> bytes:
+        """The bytes of one picture's file, in a format that Pillow writes.
+
+        Raises:
+            RequestError: the run ended at the latents.
+        """
+        self._needs_pixels()
+        picture = self.images[image]
+        if not isinstance(picture, Image.Image):
+            picture = Image.fromarray(picture)
+        about = PngImagePlugin.PngInfo()
+        about.add_itxt(PNG_KEY, json.dumps({"image": image, **self.parameters}))
+        file = io.BytesIO()
+        picture.save(
+            file, format=file_format, **({"pnginfo": about} if file_format == "PNG" else {})
+        )
+        return file.getvalue()
+
+    def _needs_pixels(self) -> None:
+        if not isinstance(self.images, list) and self.images.dtype != np.uint8:
             raise RequestError(
                 "this result has no pixels to save",
                 hint="run with output_type='pil', or keep `result.latents`",
             )
-        path, file_format = picture_path(path)
-        paths = []
-        for i, picture in enumerate(pictures):
-            target = path if len(pictures) == 1 else path.with_stem(f"{path.stem}-{i}")
-            about = {"pnginfo": self._about(i)} if file_format == "PNG" else {}
-            with _written_aside(target) as aside:
-                picture.save(aside, format=file_format, **about)
-            paths.append(target)
-        return paths
-
-    def _about(self, image: int) -> PngImagePlugin.PngInfo:
-        about = PngImagePlugin.PngInfo()
-        about.add_itxt(PNG_KEY, json.dumps({"image": image, **self.parameters}))
-        return about
-
-    def _has_pixels(self) -> bool:
-        return isinstance(self.images, list) or self.images.dtype == np.uint8

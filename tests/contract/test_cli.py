@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from safetensors.numpy import save_file
 
-from bifrost_rt import backends
+from bifrost_rt import Generator, backends, cli, handover
 from bifrost_rt.cli import main
 
 
@@ -103,6 +108,147 @@ def test_a_place_that_takes_no_picture_is_said_before_drawing(
     assert main(["generate", "a", "--engines", "nowhere", "-o", str(tmp_path / name)]) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / name}: ")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_prompts_of_a_file_are_drawn_one_after_another(
+    alpha_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each as it would be alone, so that a line can be drawn again by itself."""
+    (tmp_path / "prompts.txt").write_text("a cow\n\n  a dog \n", encoding="utf-8")
+    common = ["generate", "--engines", str(alpha_set), "--steps", "1", "--seed", "3"]
+    file = ["--prompts", str(tmp_path / "prompts.txt"), "--save-tokens", str(tmp_path / "t.st")]
+    assert main([*common, *file, "-o", str(tmp_path / "p.png"), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["a cow", "a dog"]
+    assert [line["path"] for line in lines] == [str(tmp_path / f"p-{i}.png") for i in range(2)]
+    assert {line["seed"] for line in lines} == {3}
+    assert lines[0]["seconds"]["denoise"] > 0
+    assert main([*common, "a dog", "-o", str(tmp_path / "alone.png")]) == 0
+    assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "p-1.png").read_bytes()
+    assert {p.name for p in tmp_path.glob("t*")} == {"t-0.st", "t-1.st"}
+
+
+def test_tokens_go_from_one_run_to_another(alpha_set: Path, tmp_path: Path) -> None:
+    tokens, common = str(tmp_path / "t.safetensors"), ["generate", "--engines", str(alpha_set)]
+
+    def draw(name: str, *arguments: str) -> bytes:
+        path = tmp_path / f"{name}.png"
+        assert main([*common, "-o", str(path), *arguments]) == 0
+        return path.read_bytes()
+
+    def pixels(name: str) -> bytes:
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            return picture.tobytes()
+
+    draw("first", "a cow", "--seed", "1", "--steps", "2", "--save-tokens", tokens)
+    draw("again", "--tokens", tokens)
+    assert pixels("again") == pixels("first")
+    draw("other", "--tokens", tokens, "--seed", "9", "--controlnet-conditioning-scale", "0.2")
+    assert pixels("other") != pixels("first")
+    # a picture of tokens is made again from itself and them
+    like = ["--like", str(tmp_path / "other.png")]
+    assert draw("like", *like, "--tokens", tokens) == (tmp_path / "other.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--like", "drawn.png"], "was made from tokens of its own"),
+        (["--like", "drawn.png", "--tokens", "b.st"], "other tokens than those of --tokens"),
+        (["--like", "plain.png", "--tokens", "a.st"], "was not made from a file of tokens"),
+        (["--tokens", "plain.png"], "cannot be read as tokens"),
+        (["--tokens", "nowhere"], "cannot be read as tokens"),
+        (["--tokens", "two.st"], "expected one tensor `tokens`, found a, tokens"),
+        (["--tokens", "wide.st"], "expected tokens float32[images, places, width], all finite"),
+        (["--tokens", "bare.st"], "does not say which prompts its tokens are of"),
+        (["--tokens", "a.st", "x", "y"], "tokens must have the shape [2, 16, 64]"),
+        (["--prompts", "empty.txt"], "holds no prompt"),
+        (["--prompts", "nowhere"], "cannot be read as prompts"),
+        (["--prompts", "plain.png"], "cannot be read as prompts"),
+        (["--prompts", "empty.txt", "x"], "--prompts does not go with a prompt"),
+        (["x", "--size", "64x128"], "width=64: the set 'alpha' was built for 128x128"),
+    ],
+)
+def test_hand_over_refuses_what_it_cannot_draw(
+    alpha_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = {"prompt": "a", "num_images_per_prompt": 1, "seed": 1}
+    for name, seed in (("a", 0), ("b", 1)):
+        values = np.random.default_rng(seed).standard_normal((1, 16, 64), np.float32)
+        handover.save(f"{name}.st", values, made)
+    save_file({"tokens": values, "a": values}, "two.st")
+    save_file({"tokens": values[0]}, "wide.st")
+    save_file({"tokens": values}, "bare.st")
+    Path("empty.txt").write_text("\n\n")
+    with Generator(alpha_set) as generator:
+        few = {"seed": 1, "num_inference_steps": 1}
+        generator.run("a", **few).save("plain.png")
+        generator.run("a", **few, tokens=handover.load("a.st").tokens).save("drawn.png")
+    command = ["generate", "--engines", str(alpha_set), "-o", "out.png", *arguments]
+    assert main(command) == 1
+    assert message in capsys.readouterr().err
+    assert not Path("out.png").exists()
+
+
+def test_a_picture_that_asks_for_unknown_arguments_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = PngImagePlugin.PngInfo()
+    about.add_itxt("bifrost-rt", json.dumps({"prompt": "a", "image": 0, "style": "x"}))
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=about)
+    assert main(["generate", "--like", str(tmp_path / "a.png"), "--engines", "e"]) == 1
+    assert "with other parameters" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_sees_both_loops(alpha_set: Path, tmp_path: Path) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = ["generate", "a cow", "--engines", str(alpha_set), "--steps", "2", "--seed", "4"]
+    done = subprocess.Popen(
+        [sys.executable, "-m", "bifrost_rt", *command, "-o", str(tmp_path / "a.png")],
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+    )
+    assert done.wait(timeout=60) == 0
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours), os.close(theirs)
+    assert "decoding  [###" in shown
+    assert "denoising [############------------] 1/2" in shown
+    assert shown.endswith("seed 4\r\n")
+
+
+@pytest.mark.parametrize(("name", "module"), [("plan", "export.plan"), ("bench", "benchmarks.lat")])
+def test_commands_of_the_checkout(
+    name: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: python -m {module}" in capfd.readouterr().out
+    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)  # as in an installed wheel
+    assert main([name, "--help"]) == 1
+    assert "which the wheel does not carry\nhint: run it from a checkout" in capfd.readouterr().err
+
+
+def test_help_is_there_at_once() -> None:
+    """Processor time of the whole process: what else the machine does is not counted."""
+    code = (
+        "import sys, time\n"
+        "from bifrost_rt.cli import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit:\n    print(time.process_time(), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "COMMAND" in done.stdout
+    assert float(done.stderr) < 0.3
 
 
 def test_no_prompt_at_all(capsys: pytest.CaptureFixture[str]) -> None:

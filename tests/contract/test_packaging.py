@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "diffusers", "onnx")
 # The wheel's dependencies, what they need themselves, and one backend.
 BARE = (
-    *("numpy", "numpy.libs", "PIL", "pillow.libs", "tokenizers", "ftfy", "wcwidth"),
+    *("numpy", "numpy.libs", "PIL", "pillow.libs", "tokenizers", "ftfy", "wcwidth", "safetensors"),
     *("onnxruntime", "flatbuffers", "google", "packaging"),
 )
 
@@ -144,7 +144,7 @@ def test_the_wheel_is_bifrost_rt_alone(tmp_path: Path) -> None:
     assert "bifrost_rt/py.typed" in names
     requires = [line.split(": ")[1] for line in text.splitlines() if line.startswith("Requires-D")]
     always = {r.partition(">")[0] for r in requires if "extra ==" not in r}
-    assert always == {"numpy", "pillow", "tokenizers", "ftfy"}
+    assert always == {"numpy", "pillow", "tokenizers", "ftfy", "safetensors"}
 
 
 def test_public_names_are_frozen() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
+import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bifrost_rt import Generator, RequestError, RequestTypeError
+from bifrost_rt import BudgetError, Generator, RequestError, RequestTypeError, handover, residency
 
 FEW = {"num_inference_steps": 2, "decoding_steps": 4}
 
@@ -144,6 +148,81 @@ def test_a_callback_that_raises_leaves_the_generator_usable(generator: Generator
     assert np.array_equal(run(generator).latents, expected)
 
 
+def test_fifty_cancels_leave_nothing_behind(generator: Generator) -> None:
+    """At any step of both loops: the same picture afterwards, and every buffer is free."""
+    rng = random.Random(0)
+    expected = run(generator).latents
+    memory = []
+    tracemalloc.start()
+    for i in range(51):
+        last = rng.randrange(FEW["decoding_steps"] + FEW["num_inference_steps"])
+        calls = itertools.count()
+
+        def stop(*_: Any, last: int = last, calls: Any = calls) -> None:
+            if next(calls) == last:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(generator, callback_on_step_end=stop)
+        if i % 25 == 0:  # the first fill Python's own caches
+            gc.collect()
+            memory.append(tracemalloc.get_traced_memory()[0])  # numpy's buffers among it
+    tracemalloc.stop()
+    # one run's text keys and values alone are more
+    assert memory[2] - memory[1] < 10_000
+    assert np.array_equal(run(generator).latents, expected)
+
+
+def test_previews_approach_the_picture(generator: Generator) -> None:
+    seen = {}
+
+    def look(g: Any, step: int, timestep: float | None, tensors: dict[str, Any]) -> None:
+        if "preview" in tensors:
+            seen[step] = tensors["preview"]
+
+    result = run(
+        generator,
+        num_inference_steps=8,
+        preview_every=2,
+        callback_on_step_end=look,
+        output_type="np",
+    )
+    assert list(seen) == [1, 3, 5]  # the last one would be the picture itself
+    assert result.timings["preview"] > 0
+    picture = result.images.astype(int)
+    assert all(preview.shape == picture.shape for preview in seen.values())
+    errors = [float(np.abs(preview - picture).mean()) for preview in seen.values()]
+    assert errors == sorted(errors, reverse=True)
+    plain = run(generator, num_inference_steps=8, output_type="np")
+    assert np.array_equal(plain.images, result.images)
+
+
+def test_previews_that_nobody_sees_or_that_do_not_fit(generator: Generator) -> None:
+    with pytest.raises(RequestError, match="without callback_on_step_end"):
+        run(generator, preview_every=1)
+    for wrong, error in ((0, RequestError), (1.5, RequestTypeError), (True, RequestTypeError)):
+        with pytest.raises(error, match="preview_every"):
+            run(generator, preview_every=wrong, callback_on_step_end=lambda *_: None)
+
+
+def test_previews_need_engines_that_stay(generator: Generator) -> None:
+    largest = max(
+        residency.needs(
+            generator.manifest,
+            [spec.name for spec in generator.manifest.engines],
+            residency.sizes(generator.manifest),
+            generator._engines.backend.weights_in_memory,
+        ),
+        key=lambda need: need.total,
+    )
+    with Generator(generator.path, memory_budget=largest.total) as tight:
+        assert tight.no_previews() is not None
+        with pytest.raises(BudgetError, match="previews need every engine in memory"):
+            run(tight, preview_every=1, callback_on_step_end=lambda *_: None)
+        run(tight)
+    assert generator.no_previews() is None
+
+
 @pytest.mark.parametrize(
     ("returned", "error"),
     [
@@ -161,9 +240,11 @@ def test_a_callback_that_returns_nonsense(
 
 def test_tokens_of_an_earlier_run_are_drawn_without_the_mllm(generator: Generator) -> None:
     first = run(generator, ["a cow", "a dog"], num_images_per_prompt=2)
+    assert "injected" not in first.parameters
     again = run(generator, ["a cow", "a dog"], num_images_per_prompt=2, tokens=first.tokens)
     assert np.array_equal(again.latents, first.latents)
     assert not {"text_prefill", "visual_decode"} & again.timings.keys()
+    assert again.parameters["injected"] == {"tokens": handover.digest(first.tokens)}
     with pytest.raises(RequestError, match=r"tokens must have the shape \[1, 16, 64\]"):
         run(generator, tokens=first.tokens)
 

@@ -1,0 +1,86 @@
+"""The command line: data on stdout, everything else on stderr, one line and a hint per error."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from bifrost_rt import command
+from bifrost_rt.cli.options import CHECKOUT_COMMANDS, parser
+from bifrost_rt.errors import BifrostError
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `bifrost-rt`. Returns the exit status: 0, 1 for an error, 130 when interrupted."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in CHECKOUT_COMMANDS:  # with options of their own, --help among them
+        return command.run(lambda: _of_checkout(given[0], given[1:]), debug=False)
+    options = parser().parse_args(given)
+    return command.run(lambda: _COMMANDS[options.command](options), debug=options.debug)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from bifrost_rt.cli import generate
+
+    return generate.run(options)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from bifrost_rt import inspect, manifest
+
+    print(inspect.describe(manifest.read(Path(options.engines))))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from bifrost_rt import selftest
+    from bifrost_rt.generator import Generator
+
+    with Generator(options.engines, backend=options.backend) as generator:
+        files, engines = len(generator.manifest.files), len(generator.manifest.engines)
+        difference = selftest.check(generator)
+    print(
+        f"{options.engines}: {files} files as built, {engines} engines load, "
+        f"self-test picture within {difference} of 255"
+    )
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from bifrost_rt import doctor
+
+    print(doctor.report())
+    return 0
+
+
+_COMMANDS = {
+    "generate": _generate,
+    "inspect": _inspect,
+    "verify": _verify,
+    "doctor": _doctor,
+}
+
+
+def _of_checkout(name: str, arguments: list[str]) -> int:
+    """`plan` and `bench` need torch and what else builds sets: they are the source's, not the
+    wheel's."""
+    module = CHECKOUT_COMMANDS[name].module
+    if not (CHECKOUT / module.replace(".", "/")).with_suffix(".py").is_file():
+        raise BifrostError(
+            f"`bifrost-rt {name}` is `python -m {module}`, which the wheel does not carry",
+            hint="run it from a checkout of the source: pip install -e '.[export,benchmarks]'",
+        )
+    if str(CHECKOUT) not in sys.path:
+        sys.path.insert(0, str(CHECKOUT))
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise BifrostError(
+            f"`bifrost-rt {name}` needs the Python package `{error.name}`, which is not installed",
+            hint="in the checkout: pip install -e '.[export,benchmarks]'",
+        ) from error
+    return int(found.main(arguments))

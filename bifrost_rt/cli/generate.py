@@ -1,0 +1,152 @@
+"""`bifrost-rt generate`: from what was typed to arguments of `Generator.run`, and out to files."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bifrost_rt import handover
+from bifrost_rt.cli.progress import Progress
+from bifrost_rt.errors import RequestError
+from bifrost_rt.files import written_aside
+from bifrost_rt.generator import Generator
+from bifrost_rt.result import Result, picture_path, read_parameters
+
+# Options that are arguments of `run` under the same name.
+ARGUMENTS = (
+    *("seed", "num_images_per_prompt", "num_inference_steps", "decoding_steps"),
+    *("guidance_scale", "cfg_weight", "controlnet_conditioning_scale"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One run, and where its pictures go. `image` is the one that is wanted; None wants all."""
+
+    request: dict[str, Any]
+    output: Path
+    tokens: Path | None
+    image: int | None = None
+    prefix: str = ""
+
+
+def run(options: argparse.Namespace) -> int:
+    """Draw what was asked for. Pictures appear as they are done."""
+    picture_path(options.output)  # before minutes are spent on a picture that has no place
+    if options.save_tokens:
+        with written_aside(Path(options.save_tokens), keep=False) as aside:
+            aside.touch()
+    tasks = list(_tasks(options))
+    with Generator(
+        options.engines, backend=options.backend, memory_budget=options.memory_budget
+    ) as generator:
+        for task in tasks:
+            _draw(generator, task, options.json)
+    return 0
+
+
+def _draw(generator: Generator, task: Task, as_json: bool) -> None:
+    progress = None
+    if sys.stderr.isatty():
+        progress = Progress(task.request, generator.manifest.defaults, task.prefix)
+    result = generator.run(**task.request, callback_on_step_end=progress)
+    if progress:
+        progress.close(result.timings, result.seed)
+    if task.tokens:
+        handover.save(task.tokens, result.tokens, result.parameters)
+    if task.image is not None:
+        about = {**result.parameters, "image": task.image}
+        images = [result.images[task.image]]
+        result = dataclasses.replace(result, images=images, parameters=about)
+    for i, path in enumerate(result.save(task.output)):
+        print(_line(result, path, i) if as_json else path, flush=True)
+
+
+def _line(result: Result, path: Path, image: int) -> str:
+    seconds = {name: round(value, 4) for name, value in result.timings.items()}
+    return json.dumps(
+        {"path": str(path), "image": image, **result.parameters, "seconds": seconds},
+        ensure_ascii=False,
+    )
+
+
+def _tasks(options: argparse.Namespace) -> Iterator[Task]:
+    given = {name: getattr(options, name) for name in ARGUMENTS}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.size:
+        given["width"], given["height"] = options.size
+    output = Path(options.output)
+    tokens = Path(options.save_tokens) if options.save_tokens else None
+    if options.prompts is not None:
+        if options.prompt or options.like or options.tokens:
+            raise RequestError("--prompts does not go with a prompt, --like or --tokens")
+        prompts = _lines(options.prompts)
+        for i, prompt in enumerate(prompts):
+            request = {"prompt": prompt, **given}
+            prefix = f"{i + 1}/{len(prompts)} "
+            yield Task(request, _numbered(output, i), tokens and _numbered(tokens, i), None, prefix)
+        return
+    request, image = _base(options)
+    if options.prompt:
+        request["prompt"] = options.prompt[0] if len(options.prompt) == 1 else options.prompt
+        image = None
+    yield Task({**request, **given}, output, tokens, image)
+
+
+def _base(options: argparse.Namespace) -> tuple[dict[str, Any], int | None]:
+    """What an older picture or file of tokens asks for, and which image of it is wanted."""
+    made = handover.load(options.tokens) if options.tokens else None
+    if options.like is not None:
+        return _like(options.like, made)
+    if made is not None:
+        return made.request(), None
+    if not options.prompt:
+        raise RequestError("no prompt", hint='bifrost-rt generate "a red circle" …')
+    return {}, None
+
+
+def _like(path: str, made: handover.Handover | None) -> tuple[dict[str, Any], int]:
+    parameters = read_parameters(path)
+    injected = parameters.pop("injected", {})
+    image = parameters.pop("image", None)
+    if not isinstance(image, int) or set(parameters) != {"prompt", *ARGUMENTS}:
+        raise RequestError(f"{path}: was made by a version of bifrost-rt with other parameters")
+    if injected and set(injected) != {"tokens"}:
+        raise RequestError(
+            f"{path}: was made with order, latents or tokens passed in, which a picture does not "
+            "hold"
+        )
+    if bool(injected) != (made is not None):
+        raise RequestError(
+            f"{path}: was made from tokens of its own"
+            if injected
+            else f"{path}: was not made from a file of tokens",
+            hint="--tokens FILE, the file that it was made from"
+            if injected
+            else "leave out --tokens",
+        )
+    if made is None:
+        return parameters, image
+    if handover.digest(made.tokens) != injected["tokens"]:
+        raise RequestError(f"{path}: was made from other tokens than those of --tokens")
+    return {**parameters, "tokens": made.tokens}, image
+
+
+def _lines(name: str) -> list[str]:
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{name}: cannot be read as prompts: {error}") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise RequestError(f"{name}: holds no prompt", hint="one prompt per line")
+    return lines
+
+
+def _numbered(path: Path, i: int) -> Path:
+    return path.with_stem(f"{path.stem}-{i}")

@@ -1,0 +1,78 @@
+"""What the command line understands. `docs/commands.md` is made from this."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CheckoutCommand:
+    """A command of the source, which has a parser of its own."""
+
+    module: str
+    help: str
+
+
+CHECKOUT_COMMANDS = {
+    "plan": CheckoutCommand("export.plan", "say what a device will do, before anything is built"),
+    "bench": CheckoutCommand("benchmarks.latency", "time sets, backends and the official loop"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser; every command sets `command` to its name."""
+    root = argparse.ArgumentParser(
+        prog="bifrost-rt", description="Run Bifrost-1 engine sets: prompts to pictures."
+    )
+    root.add_argument("--debug", action="store_true", help="show the trace of an error")
+    commands = root.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    _generate(commands.add_parser("generate", help="draw prompts"))
+
+    inspect = commands.add_parser("inspect", help="say what an engine set holds")
+    inspect.add_argument("engines", metavar="DIR", help="the engine set")
+
+    verify = commands.add_parser("verify", help="check a set: hashes, engines, a test picture")
+    verify.add_argument("engines", metavar="DIR", help="the engine set")
+    verify.add_argument("--backend", metavar="NAME", help="default: the set's own")
+
+    commands.add_parser("doctor", help="say what this machine can run, and why not the rest")
+    for name, command in CHECKOUT_COMMANDS.items():
+        text = f"{command.help} (python -m {command.module})"
+        commands.add_parser(name, help=text, add_help=False)
+    return root
+
+
+def _generate(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("prompt", nargs="*", help="one text, or several that are drawn together")
+    add("--prompts", metavar="FILE", help="a prompt per line, drawn one after another; - is stdin")
+    add("--engines", metavar="DIR", help="the engine set; default: the default model's")
+    add("-o", "--output", default="out.png", metavar="FILE", help="picture to write (out.png)")
+    add("--like", metavar="PNG", help="make a picture again; other options on top of its own")
+    add("--tokens", metavar="FILE", help="draw the CLIP latents of --save-tokens, without the MLLM")
+    add("--save-tokens", metavar="FILE", help="write the CLIP latents (safetensors)")
+    add("--seed", type=int, help="of reveal order and noise; default: random")
+    add("-n", "--num-images-per-prompt", type=int, metavar="N", help="pictures (1)")
+    add("--num-inference-steps", "--steps", type=int, metavar="N", help="denoising steps")
+    add("--decoding-steps", type=int, metavar="N", help="masked decoding steps")
+    add("--guidance-scale", type=float, metavar="X", help="embedded guidance")
+    add("--cfg-weight", type=float, metavar="X", help="guidance of the MLLM")
+    add("--controlnet-conditioning-scale", type=float, metavar="X", help="weight of the latents")
+    add("--size", type=size, metavar="WxH", help="refused where it is not the set's own")
+    add("--json", action="store_true", help="one line of JSON per picture, instead of its path")
+    _runs_a_set(command)
+
+
+def _runs_a_set(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--backend", metavar="NAME", help="default: the set's own")
+    add("--memory-budget", metavar="SIZE", help="for engines, like 8GiB; default: what is free")
+
+
+def size(text: str) -> tuple[int, int]:
+    """`512x512` as (width, height)."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT, like 512x512, got {text!r}")
+    return int(width), int(height)

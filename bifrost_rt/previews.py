@@ -1,0 +1,77 @@
+"""What the picture will be, seen from the middle of denoising.
+
+An Euler step leaves its velocity behind: v = (x' - x) / (sigma' - sigma). Followed to the end it
+arrives at x' - sigma' v, and the VAE makes that visible. The estimate costs nothing; the VAE costs
+what it costs at the end.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bifrost_rt import schedules
+from bifrost_rt.engines import Engines
+from bifrost_rt.errors import BudgetError, RequestError, RequestTypeError
+from bifrost_rt.manifest import Manifest
+from bifrost_rt.request import Request
+
+
+class Previews:
+    """The previews of one run. `seconds` is what they have taken.
+
+    Args:
+        every: a preview after so many denoising steps, but not after the last.
+
+    Raises:
+        RequestError, RequestTypeError: `every` is not a number of steps.
+    """
+
+    def __init__(self, engines: Engines, manifest: Manifest, request: Request, every: int) -> None:
+        if isinstance(every, bool) or not isinstance(every, int):
+            raise RequestTypeError(f"preview_every must be a whole number, got {every!r}")
+        if every < 1:
+            raise RequestError(f"preview_every must be at least 1, got {every}")
+        self.seconds = 0.0
+        self._engines = engines
+        self._every = every
+        self._x_t: NDArray[np.float32] = request.latents
+        self._sigmas = schedules.sigmas(
+            request.num_inference_steps, manifest.model.num_image_tokens, manifest.scheduler
+        )
+
+    def replaced(self, latents: NDArray[np.float32]) -> None:
+        """The next step starts from these latents."""
+        self._x_t = latents.copy()
+
+    def after(self, step: int, latents: NDArray[Any]) -> NDArray[np.uint8] | None:
+        """The preview after this step, uint8 [n, H, W, 3], or None where none is due.
+
+        Args:
+            latents: [n, S, C] after the step.
+
+        Raises:
+            BudgetError: the schedule of this many pictures had the VAE leave.
+        """
+        x_t, self._x_t = self._x_t, latents.copy()
+        if (step + 1) % self._every or step + 2 == len(self._sigmas):
+            return None
+        if "vae_decode" not in self._engines.resident:
+            raise BudgetError(
+                "previews need `vae_decode` in memory beside `denoise`, and the memory budget is "
+                "too small for that with so many pictures",
+                hint="leave previews out, or draw fewer pictures at a time",
+            )
+        began = time.perf_counter()
+        sigma, sigma_next = self._sigmas[step], self._sigmas[step + 1]
+        x_0 = latents - sigma_next * ((latents - x_t) / (sigma_next - sigma))
+        backend = self._engines.backend
+        decoded = self._engines.run(
+            "vae_decode", {"latents": backend.upload(x_0.astype(np.float32))}, {}
+        )
+        picture: NDArray[np.uint8] = backend.download(decoded["images"]).copy()
+        self.seconds += time.perf_counter() - began
+        return picture
