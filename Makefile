@@ -32,5 +32,5 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "torch==2.13.0"
-	$(BIN)/pip install --quiet --editable ".[cpu,openvino,export,benchmarks,test]"
+	$(BIN)/pip install --quiet --editable ".[cpu,openvino,export,benchmarks,serve,ray,test]"
 	touch $@

@@ -141,21 +141,11 @@ class Generator:
                 "guidance_scale=%s has no effect: this model has no guidance embedding",
                 guidance_scale,
             )
-        on_step_end = None
-        if callback_on_step_end:
-            previews = None if preview_every is None else self._previews(checked, preview_every)
-            on_step_end = self._adapter(callback_on_step_end, previews)
-        elif preview_every is not None:
-            raise RequestError("preview_every without callback_on_step_end: nobody would see them")
-        out = pipeline.generate(
-            self._engines, self._tokenizers, self.manifest, checked, on_step_end
-        )
-        if on_step_end is not None and previews is not None:
-            out.timings["preview"] = previews.seconds
+        out = self.draw(checked, callback_on_step_end, preview_every)
         images: Any = out.latents if out.images is None else out.images
         if checked.output_type == "pil":
             images = [Image.fromarray(image) for image in images]
-        parameters = self._parameters(checked, prompt, num_images_per_prompt)
+        parameters = request.parameters(checked, prompt, num_images_per_prompt)
         passed = {"order": order, "latents": latents, "tokens": tokens}
         if injected := {
             name: handover.digest(getattr(checked, name))
@@ -165,19 +155,25 @@ class Generator:
             parameters["injected"] = injected
         return Result(images, out.tokens, out.latents, out.timings, checked.seed, parameters)
 
-    def _parameters(
-        self, checked: request.Request, prompt: str | Sequence[str], per_prompt: int
-    ) -> dict[str, Any]:
-        return {
-            "prompt": prompt if isinstance(prompt, str) else list(prompt),
-            "seed": checked.seed,
-            "num_images_per_prompt": per_prompt,
-            "num_inference_steps": checked.num_inference_steps,
-            "guidance_scale": checked.guidance_scale,
-            "controlnet_conditioning_scale": checked.controlnet_conditioning_scale,
-            "decoding_steps": checked.decoding_steps,
-            "cfg_weight": checked.cfg_weight,
-        }
+    def draw(
+        self,
+        checked: request.Request,
+        callback_on_step_end: StepCallback | None = None,
+        preview_every: int | None = None,
+    ) -> pipeline.Output:
+        """Draw a request that `request.check` or `request.merge` made; the rest is as in `run`."""
+        previews = on_step_end = None
+        if callback_on_step_end:
+            previews = None if preview_every is None else self._previews(checked, preview_every)
+            on_step_end = self._adapter(callback_on_step_end, previews)
+        elif preview_every is not None:
+            raise RequestError("preview_every without callback_on_step_end: nobody would see them")
+        out = pipeline.generate(
+            self._engines, self._tokenizers, self.manifest, checked, on_step_end
+        )
+        if previews is not None:
+            out.timings["preview"] = previews.seconds
+        return out
 
     def _previews(self, checked: request.Request, every: int) -> Previews:
         if reason := self.no_previews():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from bifrost_rt import schedules
 from bifrost_rt.errors import RequestError, RequestTypeError
 from bifrost_rt.manifest import Manifest
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 OutputType = Literal["pil", "np", "latent"]
 
@@ -39,6 +41,36 @@ class Request:
     def images(self) -> int:
         """How many images."""
         return len(self.prompt_index)
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """What all images of one run share; requests that agree in it can be merged."""
+        return (
+            *(self.num_inference_steps, self.decoding_steps, self.output_type),
+            *(self.guidance_scale, self.cfg_weight, self.controlnet_conditioning_scale),
+            self.tokens is None,
+        )
+
+
+def merge(requests: Sequence[Request]) -> Request:
+    """One request for the images of several with the same settings, in their order. Every image
+    keeps its reveal order and noise, and so its picture."""
+    first, *others = requests
+    assert all(other.settings == first.settings for other in others)
+    if not others:
+        return first
+    prompts = tuple(dict.fromkeys(text for one in requests for text in one.prompts))
+    index = {text: i for i, text in enumerate(prompts)}
+    places = [index[one.prompts[i]] for one in requests for i in one.prompt_index]
+    tokens = [one.tokens for one in requests if one.tokens is not None]
+    return dataclasses.replace(
+        first,
+        prompts=prompts,
+        prompt_index=np.array(places, np.int64),
+        order=np.concatenate([one.order for one in requests]),
+        latents=np.concatenate([one.latents for one in requests]),
+        tokens=np.concatenate(tokens) if tokens else None,
+    )
 
 
 def check(
@@ -113,6 +145,20 @@ def check(
     )
 
 
+def parameters(checked: Request, prompt: str | Sequence[str], per_prompt: int) -> dict[str, Any]:
+    """The arguments of `Generator.run` that make these images again, defaults filled in."""
+    return {
+        "prompt": prompt if isinstance(prompt, str) else list(prompt),
+        "seed": checked.seed,
+        "num_images_per_prompt": per_prompt,
+        "num_inference_steps": checked.num_inference_steps,
+        "guidance_scale": checked.guidance_scale,
+        "controlnet_conditioning_scale": checked.controlnet_conditioning_scale,
+        "decoding_steps": checked.decoding_steps,
+        "cfg_weight": checked.cfg_weight,
+    }
+
+
 def _prompts(prompt: Any) -> list[str]:
     asked = [prompt] if isinstance(prompt, str) else prompt
     if isinstance(asked, (bytes, dict)) or not isinstance(asked, Sequence):
@@ -150,8 +196,8 @@ def _number(name: str, value: Any, default: float) -> float:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         raise RequestTypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise RequestError(f"{name} must be finite, got {value}")
+    if not -_LARGEST <= value <= _LARGEST:  # nor is NaN
+        raise RequestError(f"{name} must be finite in float32, got {value}")
     return float(value)
 
 

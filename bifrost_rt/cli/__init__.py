@@ -57,11 +57,18 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0
 
 
+def _serve(options: argparse.Namespace) -> int:
+    from bifrost_rt import serve
+
+    return serve.run(options)
+
+
 _COMMANDS = {
     "generate": _generate,
     "inspect": _inspect,
     "verify": _verify,
     "doctor": _doctor,
+    "serve": _serve,
 }
 
 

@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--backend", metavar="NAME", help="default: the set's own")
 
     commands.add_parser("doctor", help="say what this machine can run, and why not the rest")
+    _serve(commands.add_parser("serve", help="serve pictures over HTTP, with a page"))
     for name, command in CHECKOUT_COMMANDS.items():
         text = f"{command.help} (python -m {command.module})"
         commands.add_parser(name, help=text, add_help=False)
@@ -61,6 +62,24 @@ def _generate(command: argparse.ArgumentParser) -> None:
     add("--controlnet-conditioning-scale", type=float, metavar="X", help="weight of the latents")
     add("--size", type=size, metavar="WxH", help="refused where it is not the set's own")
     add("--json", action="store_true", help="one line of JSON per picture, instead of its path")
+    _runs_a_set(command)
+
+
+def _serve(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--engines", metavar="DIR", help="the engine set; default: the default model's")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (127.0.0.1)")
+    add("--port", type=int, default=8000, metavar="N", help="to listen on (8000); 0 takes a free")
+    add("--token-file", metavar="FILE", help="requests must carry this bearer token")
+    add("--max-batch", type=int, default=4, metavar="N", help="pictures drawn together (4)")
+    add("--max-waiting", type=int, default=64, metavar="N", help="pictures in the queue (64)")
+    add("--max-images", type=int, default=8, metavar="N", help="pictures of one request (8)")
+    add("--max-prompt", type=int, default=4000, metavar="N", help="characters of a prompt (4000)")
+    add("--max-steps", type=int, default=200, metavar="N", help="denoising steps (200)")
+    add("--max-body", type=int, default=65536, metavar="N", help="bytes of a request (65536)")
+    add("--keep", type=int, default=64, metavar="N", help="finished jobs to remember (64)")
+    add("--preview-every", type=int, default=4, metavar="N", help="previews of jobs; 0: none (4)")
+    add("--grace", type=int, default=300, metavar="S", help="to finish what runs, on SIGTERM (300)")
     _runs_a_set(command)
 
 

@@ -88,6 +88,7 @@ def test_a_prompt_that_is_not_text(prompt: Any) -> None:
         ({"num_inference_steps": "4"}, "whole number"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"cfg_weight": float("nan")}, "cfg_weight must be finite"),
+        ({"cfg_weight": 1e39}, "cfg_weight must be finite in float32"),
         ({"guidance_scale": "3"}, "guidance_scale must be a number"),
         ({"height": 512}, "built for 128x128"),
         ({"width": 64}, "built for 128x128"),
@@ -110,3 +111,19 @@ def test_arrays_of_other_widths_are_taken() -> None:
         order=np.arange(16, dtype=np.int32)[None], latents=np.zeros((1, 64, 16), np.float64)
     )
     assert (checked.order.dtype, checked.latents.dtype) == (np.int64, np.float32)
+
+
+def test_merged_images_keep_their_prompts_orders_and_noise() -> None:
+    parts = [
+        check(prompt="a", seed=1, num_images_per_prompt=2),
+        check(prompt="b", seed=2),
+        check(prompt="a", seed=3),
+    ]
+    merged = request.merge(parts)
+    assert merged.prompts == ("a", "b")
+    assert merged.prompt_index.tolist() == [0, 0, 1, 0]
+    for name in ("order", "latents"):
+        alone = np.concatenate([getattr(part, name) for part in parts])
+        assert np.array_equal(getattr(merged, name), alone)
+    assert request.merge(parts[:1]) is parts[0]
+    assert check(num_inference_steps=3).settings != check().settings

@@ -1,0 +1,113 @@
+"""A job: what was asked, how far it is, what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from bifrost_rt.request import Request
+
+State = Literal["queued", "running", "done", "failed", "cancelled"]
+Stage = Literal["decoding", "denoising"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job has no pictures, in words for the client, and the HTTP status that says so."""
+
+    message: str
+    status: int
+
+
+@dataclass(eq=False)
+class Job:
+    """One request on its way. Its fields change under the studio's lock; `watch` is for any thread
+    with an event loop.
+
+    Attributes:
+        request: checked; its images are drawn in one run, alone or with those of other jobs.
+        parameters: what the pictures will say of themselves.
+        file_format: of the pictures, as Pillow calls it.
+        previews: whether someone wants to see it become.
+        preview: (denoising step, WebP) of the first picture.
+        pictures: the files, when it is done.
+        version: grows with every change.
+    """
+
+    request: Request
+    parameters: dict[str, Any]
+    file_format: str = "PNG"
+    previews: bool = False
+    id: str = field(default_factory=lambda: secrets.token_hex(16))
+    created: float = field(default_factory=time.time)
+    state: State = "queued"
+    stage: Stage | None = None
+    step: int = 0
+    preview: tuple[int, bytes] | None = None
+    pictures: list[bytes] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    failure: Failure | None = None
+    version: int = 0
+    _watchers: set[_Watcher] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.state in ("done", "failed", "cancelled")
+
+    @property
+    def steps(self) -> int:
+        """How many steps its present stage has."""
+        decoding = self.stage == "decoding"
+        return self.request.decoding_steps if decoding else self.request.num_inference_steps
+
+    def changed(self) -> None:
+        """Wake everyone who watches."""
+        self.version += 1
+        with self._lock:
+            for watcher in self._watchers:
+                watcher.wake()
+
+    async def watch(self) -> AsyncIterator[int]:
+        """The job's version now and after every change, until it is finished. Who reads slowly
+        misses versions between; none are kept."""
+        watcher = _Watcher(asyncio.get_running_loop(), asyncio.Event())
+        with self._lock:
+            self._watchers.add(watcher)
+        try:
+            seen = -1
+            while True:
+                watcher.event.clear()
+                if self.version != seen:
+                    seen = self.version
+                    finished = self.finished
+                    yield seen
+                    if finished:
+                        return
+                else:
+                    await watcher.event.wait()
+        finally:
+            with self._lock:
+                self._watchers.discard(watcher)
+
+    async def wait(self) -> None:
+        """Return when the job is finished."""
+        async for _ in self.watch():
+            pass
+
+
+@dataclass(frozen=True, eq=False)
+class _Watcher:
+    loop: asyncio.AbstractEventLoop
+    event: asyncio.Event
+
+    def wake(self) -> None:
+        with contextlib.suppress(RuntimeError):  # its loop has ended
+            self.loop.call_soon_threadsafe(self.event.set)

@@ -1,0 +1,84 @@
+"""What Prometheus is told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Summary,
+    generate_latest,
+)
+
+from bifrost_rt.serve.jobs import Job
+
+MEDIA_TYPE = CONTENT_TYPE_LATEST
+_SECONDS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
+_PICTURES = (1, 2, 4, 8, 16)
+
+
+class Metrics:
+    """One server's figures, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "bifrost_requests",
+            "HTTP answers",
+            ["method", "route", "status"],
+            registry=self._registry,
+        )
+        self._jobs = Counter("bifrost_jobs", "Ended jobs", ["state"], registry=self._registry)
+        self._pictures = Counter("bifrost_pictures", "Pictures drawn", registry=self._registry)
+        self._job_seconds = Histogram(
+            "bifrost_job_seconds",
+            "From a request to its pictures, waiting included",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._batch = Histogram(
+            "bifrost_batch_pictures", "Pictures per run", buckets=_PICTURES, registry=self._registry
+        )
+        self._stages = Summary(
+            "bifrost_stage_seconds",
+            "Seconds of an engine per run",
+            ["stage"],
+            registry=self._registry,
+        )
+        self._waiting = Gauge(
+            "bifrost_waiting_pictures", "Pictures in the queue", registry=self._registry
+        )
+        self._running = Gauge("bifrost_running_jobs", "Jobs being drawn", registry=self._registry)
+
+    def watch(self, waiting: Callable[[], int], running: Callable[[], int]) -> None:
+        """Read these numbers whenever the figures are asked for."""
+        self._waiting.set_function(waiting)
+        self._running.set_function(running)
+
+    def answered(self, method: str, route: str, status: int) -> None:
+        """One HTTP answer; `route` is the pattern, so that clients cannot make new series."""
+        self._requests.labels(method, route, str(status)).inc()
+
+    def batch(self, pictures: int) -> None:
+        """A run begins."""
+        self._batch.observe(pictures)
+
+    def stage(self, name: str, seconds: float) -> None:
+        """An engine's share of a run."""
+        self._stages.labels(name).observe(seconds)
+
+    def finished(self, job: Job) -> None:
+        """A job ended."""
+        self._jobs.labels(job.state).inc()
+        if job.state == "done":
+            self._pictures.inc(job.request.images)
+            self._job_seconds.observe(time.time() - job.created)
+
+    def text(self) -> bytes:
+        """Everything, in Prometheus' format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,288 @@
+"""Waiting jobs, and the painters that draw them. No HTTP in here.
+
+Every painter has a thread. It takes the job that has waited longest, and with it the next ones that
+share its settings, as many as a batch may hold: their pictures come out of one run and are those
+that each would have got alone.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from bifrost_rt import request as requests
+from bifrost_rt.errors import BackendError, BifrostError, BudgetError, RequestError
+from bifrost_rt.pipeline import Output
+from bifrost_rt.result import Result
+from bifrost_rt.serve.jobs import Failure, Job, Stage, State
+from bifrost_rt.serve.metrics import Metrics
+from bifrost_rt.serve.painter import Painter
+from bifrost_rt.serve.settings import Limits
+
+log = logging.getLogger("bifrost_rt.serve")
+# How much the newest picture counts in the estimate behind Retry-After.
+NEWEST = 0.2
+STOPPING = Failure("the server is shutting down; try again", 503)
+
+
+class FullError(BifrostError):
+    """Too many pictures wait. `retry_after` is in whole seconds."""
+
+    def __init__(self, waiting: int, retry_after: int) -> None:
+        super().__init__(f"{waiting} pictures are waiting already; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class StoppingError(BifrostError):
+    """The server takes nothing new."""
+
+    def __init__(self) -> None:
+        super().__init__(STOPPING.message)
+
+
+class _CancelledError(Exception):
+    """Nobody wants the pictures of this run any more."""
+
+
+class Studio:
+    """Takes jobs, and has them drawn. Every method may be called from any thread.
+
+    Attributes:
+        no_previews: why jobs cannot be seen becoming, or None where they can.
+    """
+
+    def __init__(self, painters: Sequence[Painter], limits: Limits, metrics: Metrics) -> None:
+        self.limits = limits
+        self.metrics = metrics
+        self.stopping = False
+        self.no_previews = next((why for p in painters if (why := p.no_previews())), None)
+        if limits.preview_every is None:
+            self.no_previews = "the server was started without previews"
+        self._painters = painters
+        self._changed = threading.Condition()
+        self._waiting: list[Job] = []
+        self._running: set[str] = set()
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._seconds_per_picture = 1.0
+        metrics.watch(self.waiting_pictures, lambda: len(self._running))
+        self._threads = [
+            threading.Thread(target=self._work, args=(painter,), name=f"painter-{i}", daemon=True)
+            for i, painter in enumerate(painters)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Put a job at the end of the queue.
+
+        Raises:
+            FullError: no room for its pictures.
+            StoppingError: the server is shutting down.
+        """
+        with self._changed:
+            if self.stopping:
+                raise StoppingError
+            waiting = self.waiting_pictures()
+            if waiting and waiting + job.request.images > self.limits.waiting:
+                raise FullError(waiting, self._retry_after(waiting))
+            self._jobs[job.id] = job
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def get(self, job_id: str) -> Job | None:
+        """The job, as long as it is remembered."""
+        return self._jobs.get(job_id)
+
+    def position(self, job: Job) -> int | None:
+        """How many jobs are before it; None where it does not wait."""
+        with self._changed:
+            return self._waiting.index(job) if job in self._waiting else None
+
+    def cancel(self, job: Job) -> None:
+        """End a job. One that runs alone ends at its next step; in a batch the others go on, and
+        its pictures are dropped."""
+        self._finish(job, "cancelled")
+
+    def forget(self, job: Job) -> None:
+        """Let go of a finished job's pictures."""
+        with self._changed:
+            self._jobs.pop(job.id, None)
+
+    def waiting_pictures(self) -> int:
+        """Pictures in the queue."""
+        return sum(job.request.images for job in self._waiting)
+
+    def stop(self) -> None:
+        """Take nothing new; what waits fails, what runs is finished."""
+        with self._changed:
+            self.stopping = True
+            waiting, self._waiting = self._waiting, []
+            self._changed.notify_all()
+        for job in waiting:
+            self._finish(job, "failed", STOPPING)
+
+    def close(self, grace: float) -> None:
+        """Stop, wait for what runs, and free the painters.
+
+        Args:
+            grace: seconds after which what still runs is cancelled.
+        """
+        self.stop()
+        until = time.monotonic() + grace
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        for job in list(self._jobs.values()):
+            self.cancel(job)
+        for thread in self._threads:
+            thread.join()
+        for painter in self._painters:
+            painter.close()
+
+    def _retry_after(self, waiting: int) -> int:
+        return max(1, math.ceil(waiting * self._seconds_per_picture / len(self._painters)))
+
+    def _work(self, painter: Painter) -> None:
+        while batch := self._next_batch():
+            try:
+                self._draw(painter, batch)
+            except BudgetError:
+                # together they are too large; each alone may fit, and else is told so
+                for job in batch:
+                    if not job.finished:
+                        self._draw_alone(painter, job)
+
+    def _next_batch(self) -> list[Job]:
+        """Wait for work. Empty when there will be none."""
+        with self._changed:
+            while not self._waiting:
+                if self.stopping:
+                    return []
+                self._changed.wait()
+            batch, pictures = [self._waiting[0]], self._waiting[0].request.images
+            for job in self._waiting[1:]:
+                images = job.request.images
+                same = job.request.settings == batch[0].request.settings
+                if same and pictures + images <= self.limits.batch:
+                    batch.append(job)
+                    pictures += images
+            self._waiting = [job for job in self._waiting if job not in batch]
+            for job in batch:
+                job.state = "running"
+                self._running.add(job.id)
+        for job in batch:
+            job.changed()
+        self.metrics.batch(pictures)
+        return batch
+
+    def _draw_alone(self, painter: Painter, job: Job) -> None:
+        try:
+            self._draw(painter, [job])
+        except BudgetError as error:
+            self._finish(job, "failed", Failure(str(error), 400))
+
+    def _draw(self, painter: Painter, batch: list[Job]) -> None:
+        """Draw jobs in one run.
+
+        Raises:
+            BudgetError: they do not fit into the memory budget.
+        """
+        merged = requests.merge([job.request for job in batch])
+        wanted = self.no_previews is None and any(job.previews for job in batch)
+        every = self.limits.preview_every if wanted else None
+        began = time.monotonic()
+        try:
+            out = painter.paint(merged, lambda *step: self._step(batch, *step), every)
+            self._deliver(batch, out)
+        except _CancelledError:
+            return
+        except BudgetError:
+            raise
+        except RequestError as error:
+            self._fail(batch, Failure(str(error), 400))
+        except BackendError as error:
+            log.error("%s", error)
+            self._fail(batch, Failure(str(error), 500))
+        except Exception:  # a client never sees the trace, and the next job gets its chance
+            log.exception("drawing failed")
+            self._fail(batch, Failure("internal error; the server's log says more", 500))
+        else:
+            each = (time.monotonic() - began) / merged.images
+            self._seconds_per_picture += NEWEST * (each - self._seconds_per_picture)
+
+    def _step(
+        self, batch: list[Job], stage: Stage, step: int, preview: NDArray[np.uint8] | None
+    ) -> None:
+        if all(job.finished for job in batch):
+            raise _CancelledError
+        first = 0
+        for job in batch:
+            if not job.finished:
+                if preview is not None and job.previews:
+                    job.preview = (step, _webp(preview[first]))
+                job.stage, job.step = stage, step
+                job.changed()
+            first += job.request.images
+
+    def _deliver(self, batch: list[Job], out: Output) -> None:
+        assert out.images is not None
+        for name, seconds in out.timings.items():
+            self.metrics.stage(name, seconds)
+        first = 0
+        for job in batch:
+            part = slice(first, first + job.request.images)
+            first = part.stop
+            if job.finished:
+                continue
+            result = Result(
+                out.images[part],
+                out.tokens[part],
+                out.latents[part],
+                out.timings,
+                job.request.seed,
+                job.parameters,
+            )
+            pictures = [result.encode(i, job.file_format) for i in range(job.request.images)]
+            self._finish(job, "done", pictures=pictures, seconds=out.timings)
+
+    def _fail(self, batch: list[Job], failure: Failure) -> None:
+        for job in batch:
+            self._finish(job, "failed", failure)
+
+    def _finish(
+        self,
+        job: Job,
+        state: State,
+        failure: Failure | None = None,
+        pictures: Sequence[bytes] = (),
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
+        """The first end of a job counts."""
+        with self._changed:
+            if job.finished:
+                return
+            if job in self._waiting:
+                self._waiting.remove(job)
+            self._running.discard(job.id)
+            job.failure, job.preview = failure, None
+            job.pictures, job.seconds = list(pictures), dict(seconds or {})
+            job.state = state
+            over = [known for known in self._jobs.values() if known.finished]
+            for known in over[: max(0, len(over) - self.limits.keep)]:
+                del self._jobs[known.id]
+        self.metrics.finished(job)
+        job.changed()
+
+
+def _webp(picture: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="WEBP", quality=80)
+    return file.getvalue()

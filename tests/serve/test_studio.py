@@ -1,0 +1,181 @@
+"""The queue without HTTP: what is drawn together, in which order, and what goes wrong."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import FEW, pixels
+
+from bifrost_rt import BudgetError, Generator, request
+from bifrost_rt.pipeline import Output
+from bifrost_rt.serve.jobs import Job
+from bifrost_rt.serve.metrics import Metrics
+from bifrost_rt.serve.painter import Local, OnStep
+from bifrost_rt.serve.settings import Limits
+from bifrost_rt.serve.studio import FullError, StoppingError, Studio
+
+
+class Watched(Local):
+    """The real painter; it waits for `go`, notes what it is asked, and raises what it is told."""
+
+    def __init__(self, generator: Generator) -> None:
+        super().__init__(generator)
+        self.go = threading.Event()
+        self.asked: list[request.Request] = []
+        self.raises: Callable[[request.Request], Exception | None] = lambda _: None
+
+    def paint(self, asked: request.Request, on_step: OnStep, preview_every: int | None) -> Output:
+        self.go.wait()
+        self.asked.append(asked)
+        if error := self.raises(asked):
+            raise error
+        return super().paint(asked, on_step, preview_every)
+
+    def close(self) -> None:
+        """The generator is the session's."""
+
+
+@pytest.fixture
+def painter(generator: Generator) -> Watched:
+    return Watched(generator)
+
+
+@pytest.fixture
+def studio(painter: Watched) -> Iterator[Studio]:
+    opened = Studio([painter], Limits(batch=4, waiting=6, keep=8), Metrics())
+    yield opened
+    painter.go.set()
+    opened.close(grace=30)
+
+
+@pytest.fixture
+def job(generator: Generator) -> Callable[..., Job]:
+    def make(prompt: str = "a cow", seed: int = 0, n: int = 1, **changes: Any) -> Job:
+        nothing = dict.fromkeys(
+            ("guidance_scale", "controlnet_conditioning_scale", "cfg_weight", "height", "width")
+        )
+        given = {**nothing, **FEW, "order": None, "latents": None, "output_type": "np", **changes}
+        checked = request.check(
+            generator.manifest, prompt=prompt, seed=seed, num_images_per_prompt=n, **given
+        )
+        return Job(checked, request.parameters(checked, prompt, n))
+
+    return make
+
+
+def finished(*jobs: Job) -> list[str]:
+    until = time.monotonic() + 30
+    while not all(job.finished for job in jobs):
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    return [job.state for job in jobs]
+
+
+def test_waiting_jobs_are_drawn_together_and_get_their_own_pictures(
+    studio: Studio, painter: Watched, job: Callable[..., Job], generator: Generator
+) -> None:
+    first = job("first")
+    studio.submit(first)  # the painter has it, and waits
+    while first.state == "queued":
+        time.sleep(0.005)
+    jobs = [
+        job("a cow", seed=1),
+        job("a dog", seed=2, n=2),
+        job("other", seed=3, num_inference_steps=2),
+        job("a photo of four purple suitcases below a tiny white refrigerator", seed=1),
+        job("no room in that batch", seed=4),
+    ]
+    for one in jobs:
+        studio.submit(one)
+    assert [studio.position(one) for one in jobs] == [0, 1, 2, 3, 4]
+    painter.go.set()
+    assert finished(first, *jobs) == ["done"] * 6
+    assert [asked.images for asked in painter.asked] == [1, 4, 1, 1]
+    for one in jobs:
+        expected = generator.draw(one.request).images
+        assert expected is not None
+        found = np.stack([pixels(file) for file in one.pictures])
+        # another batch size rounds differently in float32, so a value between two may fall apart
+        assert int(np.abs(found.astype(int) - expected).max()) <= 1
+
+
+def test_a_batch_ends_when_nobody_wants_it(
+    studio: Studio, painter: Watched, job: Callable[..., Job]
+) -> None:
+    first = job("first")
+    long = {"num_inference_steps": 2000, "decoding_steps": 1}
+    batch = [job("a", **long), job("b", **long)]
+    for one in (first, *batch):
+        studio.submit(one)
+    painter.go.set()
+    finished(first)
+    while batch[0].step < 3:
+        time.sleep(0.005)
+    studio.cancel(batch[0])
+    assert batch[0].state == "cancelled"
+    step = batch[1].step
+    while batch[1].step < step + 3:  # the other goes on
+        time.sleep(0.005)
+    studio.cancel(batch[1])
+    after = job("after")
+    studio.submit(after)
+    assert finished(after) == ["done"]
+    assert batch[1].step < 2000
+    assert not batch[0].pictures
+
+
+def test_a_full_queue_and_a_stopped_one(
+    studio: Studio, painter: Watched, job: Callable[..., Job]
+) -> None:
+    running = job()
+    studio.submit(running)
+    while running.state == "queued":
+        time.sleep(0.005)
+    waiting = [job(n=3), job(n=3)]
+    for one in waiting:
+        studio.submit(one)
+    with pytest.raises(FullError, match="6 pictures are waiting") as raised:
+        studio.submit(job())
+    assert raised.value.retry_after >= 1
+    studio.cancel(waiting[0])
+    studio.submit(job())
+    studio.stop()
+    with pytest.raises(StoppingError):
+        studio.submit(job())
+    painter.go.set()
+    assert finished(running, waiting[1]) == ["done", "failed"]
+    assert waiting[1].failure is not None
+    assert waiting[1].failure.status == 503
+
+
+def test_what_does_not_fit_together_is_drawn_alone(
+    studio: Studio, painter: Watched, job: Callable[..., Job]
+) -> None:
+    painter.raises = lambda asked: BudgetError("too large") if asked.images > 1 else None
+    jobs = [job(seed=1), job(seed=2), job(seed=3), job(seed=4, n=2)]
+    for one in jobs:
+        studio.submit(one)
+    painter.go.set()
+    assert finished(*jobs) == ["done", "done", "done", "failed"]
+    assert jobs[3].failure is not None
+    assert (jobs[3].failure.status, jobs[3].failure.message) == (400, "too large")
+
+
+def test_an_accident_fails_one_batch_and_says_nothing_of_itself(
+    studio: Studio, painter: Watched, job: Callable[..., Job], caplog: pytest.LogCaptureFixture
+) -> None:
+    accident = ZeroDivisionError("secret")
+    painter.raises = lambda asked: accident if asked.prompts == ("bad",) else None
+    bad, good = job("bad"), job("good", num_inference_steps=2)
+    for one in (bad, good):
+        studio.submit(one)
+    painter.go.set()
+    assert finished(bad, good) == ["failed", "done"]
+    assert bad.failure is not None
+    assert "secret" not in bad.failure.message
+    assert "ZeroDivisionError: secret" in caplog.text
