@@ -110,9 +110,8 @@ def stages(
     visual = checkpoint.visual_branch()
     text = checkpoint.text_branch(mllm_max_length)
     checkpoint.refuse_left_overs()
-    mask_token = visual.mask_token.data
     places = model.num_visual_tokens
-    yield text_prefill.stage(text, mask_token, places, checkpoint.decoder)
+    yield text_prefill.stage(text, visual, checkpoint.decoder)
     yield visual_decode.stage(visual, checkpoint.decoder)
     yield clip_text.stage(checkpoint.clip, clip_length)
     yield t5_text.stage(checkpoint.t5, t5_length)

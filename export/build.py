@@ -53,7 +53,7 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
     driver = backends.load(recipe.backend)
     output = Path(recipe.output)
     say("reading the checkpoint")
-    checkpoint = Checkpoint(Path(recipe.mllm), Path(recipe.bifrost), Path(recipe.flux))
+    checkpoint = Checkpoint(Path(recipe.mllm), Path(recipe.bifrost), Path(recipe.flux), read=False)
     model = assemble.facts(checkpoint)
     mllm_max_length = recipe.mllm_max_length or checkpoint.max_seq_length
     with written_aside(output) as folder:

@@ -73,11 +73,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Checkpoint:
-    """Three folders, opened. Networks are read when they are asked for.
+    """Three folders, opened. Networks are made when they are asked for.
 
     Args:
-        read: False leaves every network on the meta device, after checking that the folders hold
-            its tensors in its shapes: a checkpoint's outline, from the headers of its files.
+        read: whether their tensors are read then, in float32. False leaves every network on the
+            meta device, after checking that the folders hold its tensors in its shapes; each
+            tensor has its source (`export.sources`).
 
     Raises:
         CheckpointError: a folder or file is missing, damaged or of an unsupported variant.

@@ -1,4 +1,9 @@
-"""A stage's torch module -> an ONNX graph, checked against what the stage promised."""
+"""A stage's torch module -> an ONNX graph, checked against what the stage promised.
+
+No weight is needed for it: the module is traced on the meta device, and the graph's initializers
+are read from their sources when they are written, one by one. They carry the names that the
+module's parameters have.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +11,23 @@ import inspect
 import logging
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import DeduplicateInitializersPass
+from onnxscript.optimizer import optimize_ir
+from onnxscript.rewriter import onnx_fusions
 
 from bifrost_rt.manifest import TensorSpec
+from export import sources
 from export.errors import ExportError
+from export.initializers import Weight
+from export.quantize import operators
+from export.sources import Source
 from export.stages import BRANCHES, IMAGES, PROMPTS, STEPS, TEXT_TOKENS, TEXTS, Stage
 
-TABLE = 1 << 20  # elements; what is larger is a weight matrix, and no two of those are equal
 OPSET = 23  # the first with Attention and RMSNormalization, the last that all consumers load
 
 # Sizes of the example inputs. All differ and none is 0 or 1, so that torch.export cannot mistake
@@ -33,22 +43,23 @@ def to_graph(stage: Stage, *, weights: bool = True) -> ir.Model:
     """Trace and optimise one stage.
 
     Args:
-        weights: False for a module on the meta device, whose graph is wanted for its shape alone.
+        weights: False for a graph that is wanted for its shape alone, of a module whose tensors
+            have no source; it is not optimised.
 
     Raises:
         ExportError: torch cannot trace it, or the graph's door is not the stage's.
     """
-    device = "cpu" if weights else "meta"
-    inputs = [_example(spec).to(device) for spec in stage.inputs]
+    found = sources.named(stage.module) if weights else {}
+    inputs = [_example(spec).to("meta") for spec in stage.inputs]
     dynamic = [
         {i: torch.export.Dim.DYNAMIC for i, d in enumerate(spec.shape) if isinstance(d, str)}
         for spec in stage.inputs
     ]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), sources.on_meta(stage.module):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                stage.module if weights else stage.module.to(device),
+                stage.module,
                 tuple(inputs),
                 input_names=[spec.name for spec in stage.inputs],
                 output_names=[spec.name for spec in stage.outputs],
@@ -56,19 +67,95 @@ def to_graph(stage: Stage, *, weights: bool = True) -> ir.Model:
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
-                optimize=weights,  # folds constants, for which it must have them
+                optimize=False,  # folds constants, for which it must have them
+                custom_translation_table=operators.TRANSLATIONS,
             )
     except Exception as error:  # torch.onnx wraps failures in many types
         raise ExportError(f"stage `{stage.name}`: torch could not trace it: {error}") from error
     assert program is not None
     model = program.model
     if weights:
-        # FLUX's rotary tables become four constants in every block: 180 MB at its real size
-        DeduplicateInitializersPass(size_limit=TABLE)(model)
+        _name_weights(model, found)
+        _optimise(model)
+    operators.add_functions(model)
+    operators.pack(model)
     _name_symbols(model, stage)
     _strip_metadata(model)
     _check_door(model, stage)
     return model
+
+
+def _name_weights(model: ir.Model, found: Mapping[str, Source]) -> None:
+    """Give every initializer its source."""
+    for name, value in model.graph.initializers.items():
+        if name in found:
+            assert value.dtype is not None
+            value.const_value = Weight(found[name], value.dtype, name)
+
+
+def _optimise(model: ir.Model) -> None:
+    """What torch.onnx does with `optimize=True`, except that no large weight is read for it, and
+    none loses its name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # T5's buckets take the logarithm of 0, and do not use it
+        optimize_ir(model, should_fold=_should_fold)
+        onnx_fusions.fuse(model)
+    _merge_constants(model.graph)
+    _transpose_weights(model.graph)
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """None leaves it to the optimiser, which computes with small values alone."""
+    return False if _transposed_weight(node) is not None else None
+
+
+def _merge_constants(graph: ir.Graph) -> None:
+    """What the optimiser has computed, once each: FLUX's rotary tables become four constants in
+    every block."""
+    first: dict[tuple[object, ...], ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or isinstance(tensor, Weight):
+            continue
+        same = first.setdefault((tensor.dtype, tuple(tensor.shape), tensor.tobytes()), value)
+        if same is not value:
+            value.replace_all_uses_with(same)
+            del graph.initializers[name]
+
+
+def _transposed_weight(node: ir.Node) -> ir.Value | None:
+    value = node.inputs[0] if node.op_type == "Transpose" else None
+    return value if value is not None and isinstance(value.const_value, Weight) else None
+
+
+def _transpose_weights(graph: ir.Graph) -> None:
+    """torch keeps the weight of a linear layer as [N, K] and ONNX multiplies by [K, N]: it is
+    stored that way."""
+    for node in list(graph):
+        value = _transposed_weight(node)
+        if value is None:
+            continue
+        weight, order = value.const_value, node.attributes.get_ints("perm")
+        assert isinstance(weight, Weight)
+        assert value.name is not None
+        alone = len(value.uses()) == 1
+        name = value.name if alone else f"{value.name}.transposed"
+        source = weight.source.map(
+            f"permuted {order}",
+            lambda values, order=order: values.permute(order),
+            shape=[weight.source.shape[i] for i in order],
+        )
+        stored = ir.Value(
+            name=name,
+            shape=ir.Shape(source.shape),
+            type=ir.TensorType(weight.dtype),
+            const_value=Weight(source, weight.dtype, name),
+        )
+        node.outputs[0].replace_all_uses_with(stored)
+        graph.remove(node, safe=True)
+        if alone:
+            del graph.initializers[value.name]
+        graph.register_initializer(stored)
 
 
 def save(model: ir.Model, path: Path) -> list[Path]:

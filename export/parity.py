@@ -8,6 +8,7 @@ values that flow between its engines.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from bifrost_rt.manifest import EngineSpec, Manifest, Range
 from bifrost_rt.text import Tokenizers
 from export.errors import ParityError
 from export.stages import IMAGES, Stage
+from export.streaming import streamed
 
 # Long, short, beyond ASCII and with a lead-in: different lengths in one batch, and guidance on, so
 # that every input of every engine takes part.
@@ -150,6 +152,8 @@ class PairedEngine:
     def __init__(self, engine: Engine, stage: Stage, record: Comparison) -> None:
         self.spec = engine.spec
         self._engine, self._stage, self._record = engine, stage, record
+        self._weights = ExitStack()
+        self._weights.enter_context(streamed(stage.module))
 
     def bind(
         self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
@@ -178,5 +182,6 @@ class PairedEngine:
         record.largest_value = max(record.largest_value, wide.abs().max().item())
 
     def close(self) -> None:
-        """Close the driver's engine."""
+        """Close the driver's engine, and let go of torch's weights."""
         self._engine.close()
+        self._weights.close()

@@ -1,19 +1,23 @@
 """16-bit weights.
 
 onnxruntime's CPU provider has no 16-bit kernels for these graphs, so a 16-bit set for it stores
-its weights in 16 bit and computes in float32; the manifest says both. Rounding happens in the torch
-module, before it is traced, so parity compares the engine with exactly what it holds; the graph
+its weights in 16 bit and computes in float32; the manifest says both. Rounding happens between the
+checkpoint and the torch module, so parity compares the engine with exactly what it holds; the graph
 then stores without loss what fits.
 """
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from export import sources
 from export.errors import ExportError
+from export.initializers import Weight
 
 PRECISIONS: dict[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -28,29 +32,33 @@ SMALL = 4096  # bytes; not worth a node
 
 
 def round_weights(module: nn.Module, precision: str) -> None:
-    """Round the weights of the linear, convolution and embedding layers, in place.
+    """Round the weights of the linear, convolution and embedding layers, when they are read.
 
     Raises:
-        ExportError: a weight does not fit the range of fp16.
+        ExportError: then, of a weight that does not fit the range of fp16.
     """
     dtype = PRECISIONS[precision]
     if dtype == torch.float32:
         return
     for name, layer in module.named_modules():
         if isinstance(layer, ROUNDED):
-            rounded = layer.weight.to(dtype).to(torch.float32)
-            if not torch.isfinite(rounded).all():
-                largest = layer.weight.abs().max().item()
-                raise ExportError(
-                    f"{name}.weight reaches {largest:.3g}, beyond the range of {precision}",
-                    hint="build with --precision bf16",
-                )
-            layer.weight.data = rounded
+            rounded = functools.partial(_rounded, f"{name}.weight", precision)
+            source = sources.of(layer, "weight").map(precision, rounded, dtype=dtype)
+            sources.attach(layer, "weight", source)
+
+
+def _rounded(name: str, precision: str, weight: Tensor) -> Tensor:
+    rounded = weight.to(PRECISIONS[precision])
+    if rounded is not weight and not torch.isfinite(rounded).all():
+        raise ExportError(
+            f"{name} reaches {weight.abs().max().item():.3g}, beyond the range of {precision}",
+            hint="build with --precision bf16",
+        )
+    return rounded
 
 
 def store(model: ir.Model, precision: str) -> None:
-    """Store in 16 bit every float32 initializer that 16 bit holds without loss, with a Cast behind
-    it."""
+    """Store in 16 bit what is rounded to 16 bit, or was never more, with a Cast behind it."""
     dtype = PRECISIONS[precision]
     if dtype == torch.float32:
         return
@@ -59,24 +67,29 @@ def store(model: ir.Model, precision: str) -> None:
         tensor = value.const_value
         if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.nbytes < SMALL:
             continue
-        exact = torch.from_numpy(np.array(tensor.numpy()))
-        half = exact.to(dtype)
-        if not torch.equal(half.to(torch.float32), exact):
-            continue
         name = str(value.name)
+        half = _half(tensor, dtype, name)
+        if half is None:
+            continue
         stored = ir.Value(
-            name=f"{name}.{precision}",
-            shape=value.shape,
-            type=ir.TensorType(_IR[dtype]),
-            const_value=ir.tensor(half, name=f"{name}.{precision}"),
+            name=name, shape=value.shape, type=ir.TensorType(_IR[dtype]), const_value=half
         )
         cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value}, num_outputs=1)
         del graph.initializers[name]
         graph.register_initializer(stored)
-        cast.outputs[0].name = name
+        cast.outputs[0].name = f"{name}.float32"
         cast.outputs[0].shape, cast.outputs[0].type = value.shape, value.type
         value.replace_all_uses_with(cast.outputs[0])
         graph.insert_before(graph[0], cast)
+
+
+def _half(tensor: ir.TensorProtocol, dtype: torch.dtype, name: str) -> ir.TensorProtocol | None:
+    """The tensor in 16 bit, where that loses nothing."""
+    if isinstance(tensor, Weight):
+        return Weight(tensor.source, _IR[dtype], name) if tensor.source.dtype == dtype else None
+    exact = torch.from_numpy(np.array(tensor.numpy()))  # what the optimiser has computed
+    half = exact.to(dtype)
+    return ir.tensor(half, name=name) if torch.equal(half.to(torch.float32), exact) else None
 
 
 def weight_bytes(model: ir.Model) -> dict[str, int]:

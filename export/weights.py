@@ -4,6 +4,7 @@ what is missing, damaged or left over is named."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from export import sources
 from export.errors import CheckpointError
+from export.sources import Source
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What other tools leave in a checkpoint folder. Not read: pickles can run code when they are
 # opened, and FSDP shards are training state.
 FOREIGN = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.gguf", "pytorch_model_fsdp*")
+BLOCK = 1 << 24  # elements: a check of a whole embedding would take as much memory again
 
 
 @dataclass(frozen=True)
@@ -76,23 +80,20 @@ class Weights:
             raise CheckpointError(f"{self.folder}: missing tensor {name}")
         return self.entries[name].shape
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in float32.
+    def source(self, name: str) -> Source:
+        """One tensor, in its file's dtype, read when it is asked for.
 
         Raises:
-            CheckpointError: not there, not floating point, or not finite.
+            CheckpointError: not floating point; when it is read, not finite.
         """
         entry = self.entries[name]
         if entry.dtype not in FLOATS:
             raise CheckpointError(
                 f"{entry.file}: tensor {name} is {entry.dtype}, expected " + ", ".join(FLOATS)
             )
-        with safe_open(entry.file, framework="pt") as stream:
-            tensor: Tensor = stream.get_tensor(name).to(torch.float32)
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{entry.file}: tensor {name} holds NaN or infinite values")
         self.used.add(name)
-        return tensor
+        identity = f"{file_identity(entry.file)}:{name}"
+        return Source(entry.shape, FLOATS[entry.dtype], identity, lambda: _read(entry.file, name))
 
     def unused(self, allowed: Iterable[str] = ()) -> list[str]:
         """Tensors that nobody read, apart from those whose name starts with an allowed prefix."""
@@ -100,6 +101,21 @@ class Weights:
         return sorted(
             n for n in self.entries if n not in self.used and not n.startswith(prefixes or "\0")
         )
+
+
+def file_identity(file: Path) -> str:
+    """Changes whenever the file's bytes may have: the system gives a new change time to whatever is
+    written, moved or linked, and no tool sets it back."""
+    found = file.stat()
+    return f"{os.path.realpath(file)}:{found.st_ino}:{found.st_size}:{found.st_ctime_ns}"
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as stream:
+        tensor: Tensor = stream.get_tensor(name)
+    if not all(torch.isfinite(block).all() for block in tensor.flatten().split(BLOCK)):
+        raise CheckpointError(f"{file}: tensor {name} holds NaN or infinite values")
+    return tensor
 
 
 def _entries(file: Path) -> dict[str, Entry]:
@@ -148,12 +164,13 @@ def fill(
     *,
     read: bool = True,
 ) -> None:
-    """Give a module on the meta device its weights, tensor by tensor, in float32.
+    """Give every tensor of a module on the meta device its source.
 
     Args:
         what: how errors call the module.
         find: a parameter's name -> the folder that should hold it, and its key there.
-        read: False checks names and shapes alone; the module stays on the meta device.
+        read: whether to read them all at once, in float32. Otherwise the module stays on the meta
+            device; names and shapes are checked.
 
     Raises:
         CheckpointError: listing every tensor that is missing or has another shape.
@@ -177,16 +194,12 @@ def fill(
             f"{what}: tensors of a wrong shape: {_listed(misshapen)}",
             hint="the weights do not belong to the config.json beside them",
         )
-    found: dict[tuple[Path, str], Tensor] = {}
     for name in wanted:
         weights, key = find(name)
-        at = (weights.folder, key)
-        if not read:
-            weights.used.add(key)
-            continue
-        if at not in found:
-            found[at] = weights.read(key)
-        _assign(module, name, found[at])
+        prefix, _, leaf = name.rpartition(".")
+        sources.attach(module.get_submodule(prefix), leaf, weights.source(key))
+    if read:
+        sources.load(module)
     module.eval().requires_grad_(False)
 
 
@@ -209,15 +222,6 @@ def _persistent_buffers(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
         # a batch norm counts its training batches; inference never reads the count
         if name in kept and not name.endswith("num_batches_tracked"):
             yield name, buffer
-
-
-def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
-    owner = module.get_submodule(name.rpartition(".")[0])
-    leaf = name.rpartition(".")[2]
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[leaf] = tensor
 
 
 def _listed(names: list[str], limit: int = 12) -> str:

@@ -13,15 +13,30 @@ import torch.nn.functional as F
 from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
 from torch import Tensor, nn
 
+from export import sources
+
 
 class ScaleShift(nn.Module):
     """What a batch norm does in eval mode."""
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
-        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-        self.register_buffer("scale", scale[:, None, None])
-        self.register_buffer("shift", (norm.bias - norm.running_mean * scale)[:, None, None])
+        shape = (norm.num_features, 1, 1)
+        parts = [sources.of(norm, n) for n in ("weight", "bias", "running_mean", "running_var")]
+
+        def scale(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+            return (weight.float() / torch.sqrt(var.float() + norm.eps)).reshape(shape)
+
+        def shift(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+            scaled = mean.float().reshape(shape) * scale(weight, bias, mean, var)
+            return bias.float().reshape(shape) - scaled
+
+        for name, change in (("scale", scale), ("shift", shift)):
+            self.register_buffer(name, torch.empty(shape, device="meta"))
+            what = f"{name} of a batch norm, {norm.eps}"
+            sources.attach(self, name, sources.join(what, parts, change, shape=shape))
+        if not norm.weight.is_meta:
+            sources.load(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, h, w]"""

@@ -5,19 +5,24 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from bifrost_rt.manifest import TensorSpec
+from export import sources
 from export.model.decoder import DecoderConfig
 from export.model.text_branch import TextBranch
+from export.model.visual_branch import VisualBranch
 from export.stages import BRANCHES, IMAGES, TEXT_TOKENS, TEXTS, Stage
 
 
 class TextPrefill(nn.Module):
-    """Each distinct text is computed once; images that share it share the computation."""
+    """Each distinct text is computed once; images that share it share the computation. Of the
+    visual branch it holds the mask token."""
 
-    def __init__(self, branch: TextBranch, mask_token: Tensor, num_tokens: int) -> None:
+    def __init__(self, branch: TextBranch, visual: VisualBranch) -> None:
         super().__init__()
         self.branch = branch
-        self.register_buffer("mask_token", mask_token)
-        self.num_tokens = num_tokens
+        self.mask_token = visual.mask_token
+        if source := sources.lazy(visual).get("mask_token"):
+            sources.attach(self, "mask_token", source)
+        self.num_tokens = visual.learnable_pos_emb.shape[1]
 
     def forward(self, input_ids: Tensor, text_index: Tensor) -> tuple[Tensor, ...]:
         """input_ids [U, S]; text_index [G, B]: which text each image of each branch reads."""
@@ -42,17 +47,18 @@ def cache_specs(c: DecoderConfig) -> tuple[TensorSpec, ...]:
     )
 
 
-def stage(branch: TextBranch, mask_token: Tensor, num_tokens: int, c: DecoderConfig) -> Stage:
+def stage(branch: TextBranch, visual: VisualBranch, c: DecoderConfig) -> Stage:
     """ids [U, S] -> masked tokens [B, N, D] and the cache [G, B, kv_heads, S, head_dim]"""
+    module = TextPrefill(branch, visual)
     return Stage(
         name="text_prefill",
-        module=TextPrefill(branch, mask_token, num_tokens),
+        module=module,
         inputs=(
             TensorSpec("input_ids", "int64", (TEXTS, TEXT_TOKENS)),
             TensorSpec("text_index", "int64", (BRANCHES, IMAGES)),
         ),
         outputs=(
-            TensorSpec("tokens", "float32", (IMAGES, num_tokens, c.hidden_size)),
+            TensorSpec("tokens", "float32", (IMAGES, module.num_tokens, c.hidden_size)),
             *cache_specs(c),
         ),
         tolerance=1e-4,

@@ -28,7 +28,7 @@ def ours(layers: int) -> int:
     c = config(layers)
     with torch.device("meta"):
         text, visual = TextBranch(c, MAX_LENGTH).eval(), VisualBranch(c, TOKENS).eval()
-    prefill = text_prefill.stage(text, visual.mask_token.data, TOKENS, c)
+    prefill = text_prefill.stage(text, visual, c)
     once = flops.count(graph.to_graph(prefill, weights=False), SIZES)
     step = flops.count(graph.to_graph(visual_decode.stage(visual, c), weights=False), SIZES)
     return once + STEPS * step

@@ -1,0 +1,27 @@
+"""A graph's weights, without their values: read when the graph is written, one by one."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
+
+from export.sources import Source
+
+
+class Weight(ir.LazyTensor):
+    """An initializer that is read when it is written.
+
+    Attributes:
+        source: its values, in the type in which they exist; the initializer's own may be wider.
+    """
+
+    __slots__ = ("source",)
+
+    def __init__(self, source: Source, dtype: ir.DataType, name: str) -> None:
+        wanted = source.cast(to_torch_dtype(dtype))
+
+        def read() -> TorchTensor:
+            return TorchTensor(wanted.read().contiguous(), name)
+
+        super().__init__(read, dtype, ir.Shape(source.shape), name=name)
+        self.source = source
