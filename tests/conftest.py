@@ -123,3 +123,7 @@ def difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
     """Largest absolute difference, in float64. Shapes must agree: nothing is broadcast."""
     assert found.shape == expected.shape
     return float(np.abs(found.astype(np.float64) - expected.astype(np.float64)).max())
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", metavar="DIR", help="keep what browser tests looked like")

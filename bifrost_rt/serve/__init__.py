@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     settings = Settings(
         host=options.host,
         port=options.port,
-        token=None if options.token_file is None else _token(options.token_file),
+        token=None if options.token_file is None else read_token(options.token_file),
         max_images=options.max_images,
         max_prompt=options.max_prompt,
         max_steps=options.max_steps,
@@ -47,7 +47,12 @@ def run(options: argparse.Namespace) -> int:
     return server.run(options.engines, options.backend, options.memory_budget, settings)
 
 
-def _token(path: str) -> str:
+def read_token(path: str) -> str:
+    """The token of a file.
+
+    Raises:
+        RequestError: it cannot be read.
+    """
     try:
         return Path(path).read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -141,7 +141,7 @@ def test_the_wheel_is_bifrost_rt_alone(tmp_path: Path) -> None:
         text = archive.read(about).decode()
     folders = {name.partition("/")[0] for name in names}
     assert {f for f in folders if not f.endswith(".dist-info")} == {"bifrost_rt"}
-    assert "bifrost_rt/py.typed" in names
+    assert {"bifrost_rt/py.typed", "bifrost_rt/serve/page/page.html"} <= set(names)
     requires = [line.split(": ")[1] for line in text.splitlines() if line.startswith("Requires-D")]
     always = {r.partition(">")[0] for r in requires if "extra ==" not in r}
     assert always == {"numpy", "pillow", "tokenizers", "ftfy", "safetensors"}

@@ -1,0 +1,168 @@
+"""The same service on many devices, with Ray Serve.
+
+    serve run bifrost_rt.serve.scaled:app engines=engines/sets/default replicas=2
+    serve run bifrost_rt.serve.scaled:app engines=… replicas=4 gpus=0.5 token_file=/etc/token
+
+One door keeps queue, jobs and limits; replicas draw, each with an opened set of its own. A replica
+takes one batch at a time, and what the door hears of a batch that nobody wants is cancelled there.
+Requests therefore never meet a door that does not know their job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from bifrost_rt import manifest
+from bifrost_rt.generator import Generator
+from bifrost_rt.pipeline import Output
+from bifrost_rt.request import Request
+from bifrost_rt.serve import read_token
+from bifrost_rt.serve.app import create_app
+from bifrost_rt.serve.jobs import Stage
+from bifrost_rt.serve.metrics import Metrics
+from bifrost_rt.serve.painter import Local, OnStep
+from bifrost_rt.serve.settings import Limits, Settings
+from bifrost_rt.serve.studio import Studio
+
+Step = tuple[Stage, int, NDArray[np.uint8] | None]
+
+
+class Arguments(BaseModel):
+    """What `serve run` or its YAML file says. Paths are as the workers see them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    engines: str
+    replicas: int = Field(1, ge=1)
+    cpus: float = Field(1, ge=0, description="of Ray's, for each replica")
+    gpus: float = Field(0, ge=0, description="of each replica; 0.5 puts two on one device")
+    backend: str | None = None
+    memory_budget: str | None = None
+    host: str = Field("127.0.0.1", description="where Ray's proxy listens")
+    token_file: str | None = None
+    max_batch: int = 4
+    max_waiting: int = 64
+    preview_every: int = 4
+
+
+class _StoppedError(Exception):
+    """The door no longer listens."""
+
+
+class Replica:
+    """An opened engine set on one device, or a part of one."""
+
+    def __init__(self, engines: str, backend: str | None, memory_budget: str | None) -> None:
+        self._generator = Generator(engines, backend=backend, memory_budget=memory_budget)
+        self._painter = Local(self._generator)
+        self._thread = ThreadPoolExecutor(1)
+
+    def no_previews(self) -> str | None:
+        """The generator's own reason."""
+        return self._painter.no_previews()
+
+    async def paint(
+        self, request: Request, preview_every: int | None
+    ) -> AsyncIterator[Step | Output]:
+        """Draw: every step as it is done, and the output at last. Ends when nobody listens."""
+        loop, steps = asyncio.get_running_loop(), asyncio.Queue[Step | None]()
+        stopped = threading.Event()
+
+        def on_step(*step: Any) -> None:
+            if stopped.is_set():
+                raise _StoppedError
+            loop.call_soon_threadsafe(steps.put_nowait, step)
+
+        def draw() -> Output:
+            try:
+                return self._painter.paint(request, on_step, preview_every)
+            finally:
+                loop.call_soon_threadsafe(steps.put_nowait, None)
+
+        drawn = loop.run_in_executor(self._thread, draw)
+        try:
+            while (step := await steps.get()) is not None:
+                yield step
+            yield await drawn
+        finally:
+            stopped.set()
+            await asyncio.wait([drawn])
+            drawn.exception()  # has been raised above, or nobody is left to hear of it
+
+
+class Remote:
+    """A painter that is a replica somewhere. Which one, Ray decides for each batch."""
+
+    def __init__(self, replicas: DeploymentHandle[Any]) -> None:
+        self._replicas = replicas
+
+    def paint(self, request: Request, on_step: OnStep, preview_every: int | None) -> Output:
+        """Have it drawn."""
+        answers: Any = self._replicas.options(stream=True).paint.remote(request, preview_every)
+        try:
+            for answer in answers:
+                if isinstance(answer, Output):
+                    return answer
+                on_step(*answer)
+        finally:
+            answers.cancel()  # without effect where it has ended
+        raise AssertionError("a replica ended without pictures")
+
+    def no_previews(self) -> str | None:
+        """A replica's reason: all have the same set and budget."""
+        reason: str | None = self._replicas.no_previews.remote().result()
+        return reason
+
+    def close(self) -> None:
+        """Ray ends the replicas."""
+
+
+class Door:
+    """HTTP, the queue and the jobs."""
+
+    def __init__(self, given: Arguments, replicas: DeploymentHandle[Any]) -> None:
+        self._manifest = manifest.read(Path(given.engines))
+        self._settings = Settings(
+            host=given.host,
+            token=None if given.token_file is None else read_token(given.token_file),
+            limits=Limits(
+                batch=given.max_batch,
+                waiting=given.max_waiting,
+                preview_every=given.preview_every or None,
+            ),
+        )
+        painters = [Remote(replicas)] * given.replicas
+        self._replicas, self._painters = replicas, painters
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        """Ray asks for it once, before the first request."""
+        studio = await asyncio.to_thread(Studio, self._painters, self._settings.limits, Metrics())
+        return create_app(studio, self._manifest, self._settings)
+
+
+_Replica: Any = serve.deployment(max_ongoing_requests=1)(Replica)
+_Door: Any = serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})(
+    serve.ingress()(Door)
+)
+
+
+def app(arguments: dict[str, Any]) -> Any:
+    """The application that `serve run` deploys; see `Arguments`."""
+    given = Arguments.model_validate(arguments)
+    replicas = _Replica.options(
+        num_replicas=given.replicas,
+        ray_actor_options={"num_cpus": given.cpus, "num_gpus": given.gpus},
+    ).bind(given.engines, given.backend, given.memory_budget)
+    return _Door.bind(given, replicas)

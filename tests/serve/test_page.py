@@ -1,0 +1,175 @@
+"""The page in a real browser, without a mouse. `--screenshots DIR` keeps what it looked like."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Server, pixels
+
+from bifrost_rt import Generator
+
+playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+
+STEPS = {"num_inference_steps": 40, "decoding_steps": 8}
+# what a browser asks of its maker is of no use here, and a container has no sandbox for root
+QUIET = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None:
+        reason = "no Chromium here: apt-get install chromium"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=found, args=list(QUIET))
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(
+    browser: Any, server: Server, request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[Any]:
+    context = browser.new_context(viewport={"width": 900, "height": 900})
+    opened = context.new_page()
+    errors: list[str] = []
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    opened.on("console", lambda said: said.type == "error" and errors.append(said.text))
+    opened.goto(server.url)
+    opened.get_by_text("alpha, 128x128 px").wait_for()
+    yield opened
+    folder = request.config.getoption("--screenshots")
+    if folder:
+        opened.screenshot(path=Path(folder) / f"{request.node.name}.png", full_page=True)
+    context.close()
+    assert errors == getattr(request, "param", [])
+
+
+def focused(page: Any) -> str:
+    script = "() => document.activeElement.name || document.activeElement.id"
+    return str(page.evaluate(script))
+
+
+def fill_options(page: Any, **values: int) -> None:
+    """By keyboard alone: Tab from field to field."""
+    page.locator("summary").focus()
+    if page.locator("details").get_attribute("open") is None:
+        page.keyboard.press("Enter")
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        if focused(page) in values:
+            page.keyboard.press("Control+A")
+            page.keyboard.type(str(values.pop(focused(page))))
+        if not values:
+            return
+    raise AssertionError(f"never reached {values}")
+
+
+def test_a_picture_by_keyboard(page: Any, generator: Generator, tmp_path: Path) -> None:
+    assert focused(page) == "prompt"
+    page.keyboard.type("a red circle")
+    fill_options(page, seed=5, **STEPS)
+    page.locator("#prompt").focus()
+    page.keyboard.press("Control+Enter")
+    page.locator("img.preview[data-step]").wait_for()
+    page.get_by_text("Drawn in").wait_for()
+    assert page.locator("#pictures img:not(.preview)").count() == 1
+    # what is shown is what the generator draws, and the file says how it was made
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download").focus()
+        page.keyboard.press("Enter")
+    assert download.value.suggested_filename == "bifrost-5.png"
+    download.value.save_as(tmp_path / "a.png")
+    expected = generator.run("a red circle", seed=5, **STEPS)
+    file = (tmp_path / "a.png").read_bytes()
+    assert np.array_equal(pixels(file), np.asarray(expected.image))
+    assert json.dumps(expected.parameters)[1:].encode() in file
+    assert page.locator("#facts").inner_text().split("\n")[:4] == [
+        *("Prompt", "a red circle", "Seed", "5")
+    ]
+
+
+def test_escape_cancels(page: Any, server: Server) -> None:
+    page.keyboard.type("a cow")
+    fill_options(page, num_inference_steps=2000)
+    page.keyboard.press("Enter")
+    page.get_by_text("Denoising, step").wait_for()
+    assert page.locator("#draw").is_disabled()
+    page.keyboard.press("Escape")
+    page.get_by_text("Cancelled.").wait_for()
+    assert server.figure("bifrost_running_jobs") == 0
+    assert page.locator("#draw").is_enabled()
+
+
+def test_history_draws_the_same_again(page: Any) -> None:
+    page.keyboard.type("a dog")
+    fill_options(page, **STEPS)
+    page.keyboard.press("Enter")
+    page.get_by_text("Drawn in").wait_for()
+    seed = page.locator("#facts dd").nth(1).inner_text()
+    page.reload()
+    page.get_by_role("button", name="a dog").focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("Draw makes the same picture").wait_for()
+    assert page.locator("[name=seed]").input_value() == seed
+    page.locator("#prompt").focus()
+    page.keyboard.press("Control+Enter")
+    page.get_by_text("Drawn in").wait_for()
+    thumbs = [image.get_attribute("src") for image in page.locator("#history img").all()]
+    assert len(thumbs) == 2
+    assert thumbs[0] == thumbs[1]
+    page.get_by_role("button", name="Forget history").click()
+    assert page.locator("#history img").count() == 0
+    page.reload()
+    assert page.locator("#history img").count() == 0
+
+
+def test_a_prompt_is_never_markup(page: Any) -> None:
+    page.keyboard.type("<img src=x onerror=alert(1)><b>bold</b>")
+    fill_options(page, **STEPS)
+    page.keyboard.press("Enter")
+    page.get_by_text("Drawn in").wait_for()
+    assert page.locator("#facts b").count() == 0
+    assert page.locator("#facts dd").first.inner_text().startswith("<img src=x")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [["Failed to load resource: the server responded with a status of 400 (Bad Request)"]],
+    indirect=True,
+    ids=["refusal"],
+)
+def test_a_refusal_is_said(page: Any) -> None:
+    page.keyboard.type("   a")
+    page.evaluate("document.querySelector('[name=num_inference_steps]').removeAttribute('max')")
+    fill_options(page, num_inference_steps=99999)
+    page.keyboard.press("Enter")
+    page.locator("#status.error").wait_for()
+    assert "num_inference_steps: is at most 2000 here" in page.locator("#status").inner_text()
+
+
+def test_a_token_is_asked_for(browser: Any, serving: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("correct-horse-battery")
+    with serving("--token-file", str(tmp_path / "token")) as locked:
+        opened = browser.new_page()
+        opened.goto(locked.url)
+        opened.locator("#token").wait_for()
+        opened.keyboard.type("correct-horse-battery")
+        opened.locator("#prompt").fill("a cow")
+        opened.keyboard.press("Control+Enter")
+        opened.get_by_text("Drawn in").wait_for()
+        assert opened.locator("#pictures img").count() == 1
+        opened.close()

@@ -1,0 +1,122 @@
+"""The same service as an application of Ray Serve: two replicas on a local Ray, for real."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from conftest import FEW, LONG, Server, pixels
+
+from bifrost_rt import Generator
+
+pytest.importorskip("ray.serve", reason="pip install 'bifrost-rt[ray]'")
+
+
+class Scaled(Server):
+    """`serve run`, as a user types it, with a configuration that has a port of its own."""
+
+    def __init__(self, engines: Path, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        config = {
+            "http_options": {"host": "127.0.0.1", "port": port},
+            "applications": [
+                {
+                    "import_path": "bifrost_rt.serve.scaled:app",
+                    "args": {"engines": str(engines), "replicas": 2, "cpus": 0.5, "max_batch": 1},
+                }
+            ],
+        }
+        (folder / "scaled.yaml").write_text(json.dumps(config))  # JSON is YAML
+        with (folder / "log").open("w") as log:
+            self.process = subprocess.Popen(
+                [Path(sys.executable).with_name("serve"), "run", str(folder / "scaled.yaml")],
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+            )
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+        for _ in range(600):
+            assert self.process.poll() is None, (folder / "log").read_text()
+            try:
+                if self.client.get("/readyz").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise AssertionError((folder / "log").read_text())
+
+
+@pytest.fixture(scope="module")
+def scaled(alpha_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scaled]:
+    server = Scaled(alpha_set, tmp_path_factory.mktemp("scaled"))
+    yield server
+    server.client.close()
+    server.process.send_signal(signal.SIGINT)
+    server.process.wait(timeout=60)
+
+
+def test_a_picture_is_that_of_the_generator(scaled: Scaled, generator: Generator) -> None:
+    answer = scaled.draw(prompt="a dog", seed=3, n=2).json()
+    expected = generator.run("a dog", seed=3, num_images_per_prompt=2, **FEW).images
+    for found, image in zip(answer["data"], expected, strict=True):
+        assert np.array_equal(pixels(base64.b64decode(found["b64_json"])), np.asarray(image))
+
+
+def test_two_replicas_draw_at_once_and_stop_when_they_are_told(scaled: Scaled) -> None:
+    """A replica draws one batch at a time, so two that go on are two replicas."""
+    long = {**LONG, "num_inference_steps": 200}
+    jobs = [scaled.start(previews=True, n=4, **long) for _ in range(2)]
+    for job in jobs:
+        scaled.until(job, "running")
+    for _ in range(500):
+        steps = [scaled.job(job)["step"] for job in jobs]
+        if min(steps) > 5:
+            break
+        time.sleep(0.02)
+    assert 5 < min(steps) <= max(steps) < 200
+    for job in jobs:
+        assert scaled.client.delete(f"/v1/jobs/{job}").json()["state"] == "cancelled"
+    # both are free again: neither waits for a long job's end
+    began = time.monotonic()
+    assert [scaled.draw(seed=i).status_code for i in range(3)] == [200] * 3
+    assert time.monotonic() - began < 10
+
+
+def test_progress_comes_through(scaled: Scaled) -> None:
+    job = scaled.start(num_inference_steps=40, decoding_steps=2, previews=True)
+    text = scaled.client.get(f"/v1/jobs/{job}/events").text
+    names = [line[7:] for line in text.splitlines() if line.startswith("event: ")]
+    assert names[-1] == "done"
+    assert {"progress", "preview"} <= set(names)
+
+
+def test_a_client_that_hangs_up_cancels(scaled: Scaled) -> None:
+    before = scaled.figure('bifrost_jobs_total{state="cancelled"}')
+    body = {"prompt": "a cow", **LONG, "num_inference_steps": 200, "n": 8}
+    with pytest.raises(httpx.ReadTimeout):
+        scaled.client.post("/v1/images/generations", json=body, timeout=0.5)
+    for _ in range(300):
+        if scaled.figure('bifrost_jobs_total{state="cancelled"}') == before + 1:
+            return
+        time.sleep(0.02)
+    raise AssertionError("it still runs")
+
+
+def test_refusals_are_the_same(scaled: Scaled) -> None:
+    assert scaled.draw(n=99).status_code == 400
+    assert scaled.client.get("/v1/jobs/none").status_code == 404
+    assert scaled.client.get("/", headers={"Host": "evil.example"}).status_code == 403
