@@ -52,10 +52,23 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class BoundWeight:
+    """An input that is a weight: `size` bytes at `offset` of a file of the set, as they are."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Compiled:
     """How an engine was compiled. It runs with this version of this library on these GPUs alone.
 
-    `source_sha256` is that of the ONNX graph that it was compiled from.
+    `source_sha256` is that of the ONNX graph that it was compiled from. `weights` are those that
+    the engine does not hold: it gets their addresses when it is opened.
     """
 
     builder: str
@@ -63,6 +76,7 @@ class Compiled:
     targets: tuple[str, ...]
     flags: tuple[str, ...]
     source_sha256: str
+    weights: tuple[BoundWeight, ...] = ()
 
 
 @dataclass(frozen=True)

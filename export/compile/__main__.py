@@ -8,7 +8,7 @@ from pathlib import Path
 from bifrost_rt import command
 from export.build import INTERRUPTED, Progress
 from export.compile.builder import TITLES
-from export.compile.compiled_set import compile_set
+from export.compile.compiled_set import COMPUTE, WEIGHTS, compile_set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,6 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
             targets=options.target,
             max_images=options.max_images,
             max_steps=options.max_steps,
+            compute=options.compute,
+            weights=options.weights,
+            measure=options.measure,
             progress=Progress(),
         )
         print(folder)
@@ -65,6 +68,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-images", metavar="N", type=positive, help="pictures per run")
     parser.add_argument(
         "--max-steps", metavar="N", type=positive, help="steps of a loop; default: the set's own"
+    )
+    parser.add_argument(
+        "--compute",
+        choices=tuple(COMPUTE),
+        help="arithmetic of what is not quantised; default: the set's precision",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="baked into the engines, or bound at run time; default: bound from 1 GiB an engine",
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="compute 16-bit graphs here, beside the float32 ones, and refuse what differs by more "
+        "than it should",
     )
     parser.add_argument("--debug", action="store_true", help="show the trace of an error")
     return parser

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+import onnx_ir as ir
 
 from bifrost_rt.backends.tensorrt_log import logger
 from bifrost_rt.manifest import EngineSpec
-from export.compile import messages
+from export.compile import graphs, messages, network
+from export.compile.network import Arithmetic
 from export.compile.profiles import Sizes, symbolic_inputs
 from export.errors import CompileError
 
@@ -55,16 +57,30 @@ def find(name: str) -> Builder:
     return Builder(name, TITLES[name], module, str(importlib.import_module(module).__version__))
 
 
+@dataclass(frozen=True)
+class Built:
+    """One compiled engine: its bytes, as a buffer, the flags that it was built with, and what its
+    network computes in."""
+
+    engine: Any
+    flags: tuple[str, ...]
+    arithmetic: Arithmetic
+
+
 def compile_graph(
-    builder: Builder, path: Path, spec: EngineSpec, sizes: Sizes, targets: Sequence[str]
-) -> tuple[Any, tuple[str, ...]]:
-    """Compile one graph of a set.
+    builder: Builder,
+    graph: ir.Model,
+    spec: EngineSpec,
+    sizes: Sizes,
+    targets: Sequence[str],
+    weights: Collection[str] = (),
+) -> Built:
+    """Compile one graph of a set; `graph` is used up.
 
     Args:
+        spec: the graph's doors.
         targets: architectures; one engine serves all of them.
-
-    Returns:
-        The engine's bytes, as a buffer, and the flags that it was built with.
+        weights: inputs beside those of the doors, which are weights.
 
     Raises:
         CompileError: naming stage, layer and what to do.
@@ -73,14 +89,15 @@ def compile_graph(
     log = logger(builder.module)
     log.take()
     maker = trt.Builder(log)
-    network = maker.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(path)):  # a path, because the weights lie beside it
+    parsed = maker.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(parsed, log)
+    held = graphs.feed(parser, graph)
+    if held is None:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         raise messages.parser_error(spec.name, builder.title, errors)
-    _check_door(network, spec)
+    _check_door(parsed, spec, weights)
     flags = ["strongly_typed"]
-    if _mark_attention(trt, network):
+    if _mark_attention(trt, parsed):
         flags.append("decomposable_attention")
     config = maker.create_builder_config()
     # float32 means float32: TF32 keeps 10 bits of mantissa and is on unless it is cleared
@@ -96,21 +113,21 @@ def compile_graph(
             profile.set_shape(tensor.name, *sizes.of(tensor))
         config.add_optimization_profile(profile)
     try:
-        engine = maker.build_serialized_network(network, config)
+        engine = maker.build_serialized_network(parsed, config)
     except (MemoryError, RuntimeError) as error:  # a C++ exception arrives as one of these
         logged = [str(error) or type(error).__name__, *log.take()]
         raise messages.builder_error(spec.name, builder.title, logged) from error
     if engine is None:
         raise messages.builder_error(spec.name, builder.title, log.take())
-    return engine, tuple(flags)
+    return Built(engine, tuple(flags), network.read(trt, parsed, weights))
 
 
-def _mark_attention(trt: Any, network: Any) -> int:
+def _mark_attention(trt: Any, parsed: Any) -> int:
     """Let every attention layer be taken apart where no kernel fits: in float32 none does, and in
     16 bit it depends on the head's width. Returns how many there are."""
     marked = 0
-    for i in range(network.num_layers):
-        layer = network.get_layer(i)
+    for i in range(parsed.num_layers):
+        layer = parsed.get_layer(i)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer  # the bindings' way to a derived type
             layer.attention.decomposable = True
@@ -118,10 +135,11 @@ def _mark_attention(trt: Any, network: Any) -> int:
     return marked
 
 
-def _check_door(network: Any, spec: EngineSpec) -> None:
+def _check_door(parsed: Any, spec: EngineSpec, weights: Collection[str]) -> None:
     """The driver binds by the manifest's names, and device memory only."""
-    inputs = [network.get_input(i) for i in range(network.num_inputs)]
-    outputs = [network.get_output(i) for i in range(network.num_outputs)]
+    inputs = [parsed.get_input(i) for i in range(parsed.num_inputs)]
+    inputs = [tensor for tensor in inputs if tensor.name not in weights]
+    outputs = [parsed.get_output(i) for i in range(parsed.num_outputs)]
     for kind, found, promised in (
         ("inputs", inputs, spec.inputs),
         ("outputs", outputs, spec.outputs),

@@ -10,20 +10,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from bifrost_rt import engines, residency
 from bifrost_rt import manifest as manifests
 from bifrost_rt.backends import gpu
-from bifrost_rt.manifest import Compiled, EngineSpec, Manifest
+from bifrost_rt.manifest import Compiled, EngineSpec
+from export.compile import bound, capabilities, graphs, half
 from export.compile import builder as builders
-from export.compile import capabilities
 from export.compile.builder import Builder
+from export.compile.capabilities import ARCHITECTURES
+from export.compile.network import Arithmetic
 from export.compile.profiles import Sizes, sizes
 from export.engine_set import describe_files, written_aside
 from export.errors import CompileError
 
-# Most memory while compiling, over the bytes of a graph with its weights: measured on a layer of
-# the 7B model at 3.1 in float32 and 5.2 in 16 bit, which the builder unpacks to float32.
-PEAK, PEAK_16_BIT = 3.3, 5.5
+# Most memory while compiling over the bytes of the graph's weights, and what the library takes
+# beside them: benchmarks/results/compile.md.
+PEAK, FIXED = 3.3, 1 << 30
+# Weights of this many bytes are not compiled into the engine: see DESIGN.
+BOUND_FROM = 1 << 30
+COMPUTE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+WEIGHTS = ("baked", "bound")
 
 
 def compile_set(
@@ -34,6 +42,9 @@ def compile_set(
     targets: Sequence[str] = (),
     max_images: int | None = None,
     max_steps: int | None = None,
+    compute: str | None = None,
+    weights: str | None = None,
+    measure: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Compile every engine of a set, and return the new set's folder.
@@ -42,6 +53,11 @@ def compile_set(
         source: a set as `python -m export.build` writes it for onnxruntime.
         targets: architectures or cards' names; none means this machine's own GPU.
         max_images, max_steps: see `profiles.sizes`.
+        compute: "fp32", "fp16" or "bf16"; None follows the set's precision.
+        weights: "baked" into the engines or "bound" at run time; None bakes those of engines that
+            hold less than `BOUND_FROM`.
+        measure: whether to compute the 16-bit graphs here, beside the float32 ones, and to refuse
+            what differs by more than `half.TOLERANCE`.
 
     Raises:
         BifrostError: what is refused is refused before the first engine is compiled; nothing is
@@ -57,27 +73,39 @@ def compile_set(
         )
     if source.resolve() == output.resolve():
         raise CompileError(f"{output}: would replace the set that it is compiled from")
-    dtypes = {d for e in manifest.engines for d in (e.precision.weights, e.precision.compute)}
-    architectures = check_targets(builder, targets, sorted(dtypes))
+    stored = {spec.precision.weights for spec in manifest.engines}
+    architectures = check_targets(builder, targets, sorted(stored))
+    types = {spec.name: compute_type(spec, compute, architectures) for spec in manifest.engines}
+    check_targets(builder, architectures, sorted({*types.values(), "float32"}))
     bounds = sizes(manifest.dimensions, manifest.defaults, max_images, max_steps)
-    for spec in manifest.engines:
-        _check_memory(spec, manifest)
     say("checking the set's files")
     engines.verify(source, manifest)
-    graphs = {name for spec in manifest.engines for name in spec.files}
+    jobs = [_Job.prepare(source, spec, types[spec.name], weights) for spec in manifest.engines]
+    errors: dict[str, dict[str, Any]] = {}
+    if measure:
+        from export.compile import error  # torch lives behind it, which compiling does not need
+
+        say("computing the 16-bit graphs beside the float32 ones")
+        errors = error.measure(source, manifest, types)
+    used = {name for spec in manifest.engines for name in spec.files}
     with written_aside(output) as folder:
-        for name in manifest.files.keys() - graphs:
+        for name in manifest.files.keys() - used:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)
         compiled: list[EngineSpec] = []
         record: dict[str, dict[str, Any]] = {}
-        for spec in manifest.engines:
-            say(f"compiling {spec.name} for {', '.join(architectures)}")
+        for job in jobs:
+            name = job.spec.name
+            say(f"compiling {name} for {', '.join(architectures)}")
             start = time.perf_counter()
-            compiled.append(_compile(builder, source, folder, spec, bounds, architectures))
-            record[spec.name] = {
+            spec, arithmetic = job.run(builder, source, folder, bounds, architectures)
+            compiled.append(spec)
+            record[name] = {
                 "seconds": round(time.perf_counter() - start, 3),
-                "bytes": (folder / compiled[-1].graph).stat().st_size,
+                "bytes": (folder / spec.graph).stat().st_size,
+                "products": arithmetic.products,
+                "weight_bytes": arithmetic.weights,
+                **({"sixteen_bit": errors[name]} if name in errors else {}),
             }
         _write_report(folder, record)
         new = dataclasses.replace(
@@ -92,6 +120,19 @@ def compile_set(
         (folder / manifests.FILENAME).write_bytes(new.dumps())
         assert manifests.read(folder) == new
     return output
+
+
+def compute_type(spec: EngineSpec, compute: str | None, architectures: Sequence[str]) -> str:
+    """What an engine's layers that are not quantised compute in.
+
+    A set in 16 bit says it; beside 8 and 4 bit it is bfloat16, which has float32's range, where
+    every target has it.
+    """
+    asked = compute or spec.precision.requested
+    if asked in COMPUTE:
+        return COMPUTE[asked]
+    everywhere = all("bf16" in ARCHITECTURES[name].precisions for name in architectures)
+    return "bfloat16" if everywhere else "float16"
 
 
 def check_targets(
@@ -123,45 +164,74 @@ def check_targets(
     return found
 
 
-def _check_memory(spec: EngineSpec, manifest: Manifest) -> None:
-    """Refuse what the system would kill the process for."""
-    stored = sum(manifest.files[name].size for name in spec.files)
-    peak = PEAK_16_BIT if spec.precision.weights in ("float16", "bfloat16") else PEAK
-    needed, available = int(peak * stored), residency.available()
-    if available is not None and needed > available:
-        raise CompileError(
-            f"stage `{spec.name}`: compiling needs about {residency.size_text(needed, up=True)} of "
-            f"memory, this machine has {residency.size_text(available)} available",
-            hint="free memory, or compile on a larger machine: it needs no GPU",
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One engine to compile: its graph as it will be compiled, and the weights that stay out."""
+
+    spec: EngineSpec
+    graph: ir.Model
+    weights: tuple[bound.Tensor, ...]
+
+    @classmethod
+    def prepare(cls, source: Path, spec: EngineSpec, compute: str, weights: str | None) -> _Job:
+        """Read and rewrite the graph.
+
+        Raises:
+            CompileError: this machine's memory does not hold what compiling takes.
+        """
+        graph = graphs.read(source / spec.graph, spec.name)
+        if compute != "float32":
+            half.convert(graph, spec.name, compute)
+        held = graphs.weight_bytes(graph)
+        if weights == "bound" or (weights is None and held >= BOUND_FROM):
+            return cls(spec, graph, tuple(bound.bind(graph)))
+        _check_memory(spec.name, held)
+        return cls(spec, graph, ())
+
+    def run(
+        self,
+        builder: Builder,
+        source: Path,
+        folder: Path,
+        bounds: Sizes,
+        architectures: tuple[str, ...],
+    ) -> tuple[EngineSpec, Arithmetic]:
+        """Compile, and write the engine and its weights into `folder`."""
+        spec, names = self.spec, {str(tensor.name) for tensor in self.weights}
+        built = builders.compile_graph(builder, self.graph, spec, bounds, architectures, names)
+        engine = f"{spec.name}.engine"
+        (folder / engine).write_bytes(built.engine)
+        weights = folder / f"{spec.name}.weights"
+        stored = bound.store(self.weights, weights) if self.weights else ()
+        precision = dataclasses.replace(
+            spec.precision, weights=built.arithmetic.stored, compute=built.arithmetic.compute
         )
-
-
-def _compile(
-    builder: Builder,
-    source: Path,
-    folder: Path,
-    spec: EngineSpec,
-    bounds: Sizes,
-    architectures: tuple[str, ...],
-) -> EngineSpec:
-    graph = source / spec.graph
-    engine, flags = builders.compile_graph(builder, graph, spec, bounds, architectures)
-    name = f"{spec.name}.engine"
-    (folder / name).write_bytes(engine)
-    return dataclasses.replace(
-        spec,
-        graph=name,
-        files=(name,),
-        # a 16-bit weight behind a Cast is a constant of the type that it is cast to
-        precision=dataclasses.replace(spec.precision, weights=spec.precision.compute),
-        compiled=Compiled(
+        about = Compiled(
             builder=builder.name,
             version=builder.version,
             targets=architectures,
-            flags=flags,
-            source_sha256=manifests.sha256(graph),
-        ),
-    )
+            flags=(*built.flags, *(("bound_weights",) if stored else ())),
+            source_sha256=manifests.sha256(source / spec.graph),
+            weights=stored,
+        )
+        files = (engine, weights.name) if stored else (engine,)
+        made = dataclasses.replace(
+            spec, graph=engine, files=files, precision=precision, compiled=about
+        )
+        return made, built.arithmetic
+
+
+def _check_memory(stage: str, weights: int) -> None:
+    """Refuse what the system would kill the process for."""
+    needed, available = int(PEAK * weights) + FIXED, residency.available()
+    if available is not None and needed > available:
+        raise CompileError(
+            f"stage `{stage}`: compiling its weights into the engine needs about "
+            f"{residency.size_text(needed, up=True)} of memory, this machine has "
+            f"{residency.size_text(available)} available",
+            hint="leave them out with --weights bound, free memory, or compile on a larger "
+            "machine: it needs no GPU",
+        )
 
 
 def _write_report(folder: Path, record: dict[str, dict[str, Any]]) -> None:
@@ -169,7 +239,8 @@ def _write_report(folder: Path, record: dict[str, dict[str, Any]]) -> None:
     path = folder / "report.json"
     report = json.loads(path.read_text()) if path.exists() else {}
     report["compiled"] = {
-        "note": "the parity figures are of the ONNX graphs; compiling does not run an engine",
+        "note": "the parity figures are of the ONNX graphs, those of 16 bit of a simulation on the "
+        "CPU; compiling does not run an engine",
         "engines": record,
     }
     path.write_text(json.dumps(report, indent=1) + "\n")

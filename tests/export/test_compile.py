@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-from onnx import load, save
+from numpy.typing import NDArray
+from onnx import load, numpy_helper, save
 
 from bifrost_rt import Generator, backends, manifest, residency
 from bifrost_rt.backends import gpu
@@ -20,6 +22,7 @@ from bifrost_rt.errors import BackendError, IntegrityError
 from bifrost_rt.manifest import Manifest, Range
 from export import build
 from export.compile import __main__ as command
+from export.compile import bound, graphs
 from export.compile import builder as builders
 from export.compile.compiled_set import compile_set
 from export.compile.profiles import Sizes
@@ -150,36 +153,89 @@ def test_refusals_come_before_the_build_and_leave_the_old_set(
     assert [p.name for p in compiled.parent.iterdir()] == [compiled.name]
 
 
-def holding(m: Manifest, weights: str) -> Manifest:
+def holding(m: Manifest, **precision: str) -> Manifest:
     engines = []
     for spec in m.engines:
-        precision = dataclasses.replace(spec.precision, weights=weights)
-        engines.append(dataclasses.replace(spec, precision=precision))
+        changed = dataclasses.replace(spec.precision, **precision)
+        engines.append(dataclasses.replace(spec, precision=changed))
     return dataclasses.replace(m, engines=tuple(engines))
 
 
 def test_a_type_that_the_target_lacks(small_set: Path, tmp_path: Path) -> None:
     source = shutil.copytree(small_set, tmp_path / "bf16")
-    rewritten(source, lambda m: holding(m, "bfloat16"))
+    rewritten(source, lambda m: holding(m, weights="bfloat16"))
+    targets = ("sm89", "rtx-2080")
     with pytest.raises(CompileError, match=r"sm75 \(Turing.*\) has no bf16 arithmetic"):
-        compile_set(source, tmp_path / "out", targets=("sm89", "rtx-2080"), max_images=1)
+        compile_set(source, tmp_path / "out", targets=targets, max_images=1)
+    with pytest.raises(CompileError, match="has no bf16"):  # asked for, and not stored
+        compile_set(small_set, tmp_path / "out", targets=targets, max_images=1, compute="bf16")
 
 
-def test_the_manifest_says_what_the_engine_holds(small_set: Path, tmp_path: Path) -> None:
-    """16-bit weights are unpacked by the builder."""
-    source = shutil.copytree(small_set, tmp_path / "fp16")
-    rewritten(source, lambda m: holding(m, "float16"))
+@pytest.mark.parametrize(("asked", "found"), [("fp16", "float16"), ("bf16", "bfloat16")])
+def test_a_16_bit_set_computes_in_16_bit(
+    small_set: Path, compiled: Path, tmp_path: Path, asked: str, found: str
+) -> None:
+    """Read back from the network: the manifest's word on the graphs was float32."""
+    source = shutil.copytree(small_set, tmp_path / asked)
+    rewritten(source, lambda m: holding(m, requested=asked))
     output = compile_set(source, tmp_path / "out", targets=("sm89",), max_images=1)
+    report = json.loads((output / "report.json").read_text())["compiled"]["engines"]
+    before = json.loads((compiled / "report.json").read_text())["compiled"]["engines"]
     for spec in manifest.read(output).engines:
-        assert (spec.precision.weights, spec.precision.compute) == ("float32", "float32")
+        assert (spec.precision.weights, spec.precision.compute) == (found, found)
+        assert report[spec.name]["products"].keys() == {found}
+        exact = manifest.read(compiled).engine(spec.name)
+        assert (exact.precision.weights, exact.precision.compute) == ("float32", "float32")
+        assert exact.inputs == spec.inputs  # doors stay
+        held, whole = report[spec.name]["weight_bytes"], before[spec.name]["weight_bytes"]
+        assert held[found] == pytest.approx(whole["float32"] / 2, rel=0.1)  # norms stay
+
+
+@pytest.mark.parametrize(("compute", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16")])
+def test_weights_bound_at_run_time_lie_beside_the_engine(
+    small_set: Path,
+    compiled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compute: str,
+    dtype: str,
+) -> None:
+    monkeypatch.setattr(bound, "SMALLEST", 1 << 12)  # the networks are tiny
+    output = compile_set(
+        small_set, tmp_path / "out", targets=TARGETS, max_images=1, compute=compute, weights="bound"
+    )
+    for spec in manifest.read(output).engines:
+        assert spec.compiled is not None
+        assert "bound_weights" in spec.compiled.flags
+        assert spec.precision.weights == dtype
+        assert spec.files == (f"{spec.name}.engine", f"{spec.name}.weights")
+        assert spec.inputs == manifest.read(compiled).engine(spec.name).inputs
+        assert len(spec.compiled.weights) > 1
+        stored = dict(initializers(small_set / f"{spec.name}.onnx"))
+        content = (output / f"{spec.name}.weights").read_bytes()
+        for weight in spec.compiled.weights:
+            found = np.frombuffer(content, weight.dtype, offset=weight.offset)
+            found = found[: weight.size // found.itemsize].reshape(weight.shape)
+            expected = stored[weight.name.removesuffix(".bfloat16")]
+            assert np.array_equal(found, expected.astype(weight.dtype))
+            assert weight.offset % 256 == 0
+        engine = (compiled / spec.graph).stat().st_size
+        assert (output / spec.graph).stat().st_size < engine
+
+
+def initializers(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
+    model = load(path)
+    for tensor in model.graph.initializer:
+        yield tensor.name, numpy_helper.to_array(tensor)
 
 
 def test_memory_that_is_not_there(
     small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(residency, "available", lambda: 1000)
-    with pytest.raises(CompileError, match=r"`clip_text`: compiling needs about .* KiB"):
+    with pytest.raises(CompileError, match=r"`clip_text`: compiling its weights .* GiB") as error:
         compile_set(small_set, tmp_path / "out", targets=("sm89",), max_images=1)
+    assert "--weights bound" in str(error.value.hint)
 
 
 def test_no_target_means_this_machines_gpu(small_set: Path, tmp_path: Path) -> None:
@@ -214,7 +270,7 @@ def broken_graph(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message", "hint"),
     [
-        ("foreign", "stage `t5_text`: TensorRT-RTX cannot read the graph", "not an ONNX graph"),
+        ("foreign", r"stage `t5_text`: t5_text\.onnx is not an ONNX graph", "export.build"),
         ("operator", r"stage `t5_text`, layer `.+` \(Unheard\): ", "does not know the operator"),
         ("door", r"stage `t5_text`: the graph's outputs are \['embeds'\]", "export.build"),
     ],
@@ -236,7 +292,8 @@ def test_what_no_machine_can_hold_is_one_error_of_the_builder(alpha_set: Path) -
     spec = manifest.read(alpha_set).engine("vae_decode")
     builder, sizes = builders.find("tensorrt-rtx"), Sizes({"images": (1, 99_999_999_999)})
     with pytest.raises(CompileError, match="`vae_decode`: .* cannot compile.*OutOfMemory") as error:
-        builders.compile_graph(builder, alpha_set / spec.graph, spec, sizes, ("sm89",))
+        graph = graphs.read(alpha_set / spec.graph, spec.name)
+        builders.compile_graph(builder, graph, spec, sizes, ("sm89",))
     assert "lower --max-images" in str(error.value.hint)
 
 

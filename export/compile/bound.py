@@ -1,0 +1,56 @@
+"""Weights that an engine gets at run time, by address, instead of holding them.
+
+The large constants of a graph become inputs. The engine is then a few megabytes and is compiled in
+seconds and little memory, whatever the model's size; the weights lie beside it in a plain file, one
+after another, as they are computed with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from bifrost_rt.manifest import BoundWeight
+
+Tensor = ir.ExternalTensor | ir.LazyTensor | ir.Tensor
+SMALLEST = 1 << 16  # bytes; what is smaller is held by the engine
+ALIGNMENT = 256  # of device memory: the file can be uploaded in one piece
+
+
+def bind(model: ir.Model) -> list[Tensor]:
+    """Turn the large constants into inputs of the same names, in place, and return them."""
+    graph, taken = model.graph, []
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        assert tensor is not None, name
+        if tensor.nbytes >= SMALLEST:
+            tensor.name = name
+            taken.append(tensor)
+            del graph.initializers[name]
+            value.const_value = None
+            value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape)
+            graph.inputs.append(value)
+    return taken
+
+
+def store(tensors: Sequence[Tensor], path: Path) -> tuple[BoundWeight, ...]:
+    """Write weights to a file, one at a time."""
+    found = []
+    with path.open("wb") as stream:
+        for tensor in tensors:
+            stream.write(bytes(-stream.tell() % ALIGNMENT))
+            offset = stream.tell()
+            tensor.tofile(stream)
+            found.append(
+                BoundWeight(
+                    name=str(tensor.name),
+                    dtype=tensor.dtype.numpy().name,
+                    shape=tuple(int(size) for size in tensor.shape),
+                    file=path.name,
+                    offset=offset,
+                    size=tensor.nbytes,
+                )
+            )
+    return tuple(found)

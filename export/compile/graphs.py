@@ -1,0 +1,71 @@
+"""A set's ONNX graph, read for a builder and handed to its parser.
+
+The graph is changed in memory (types, weights as inputs), so the parser gets it as bytes, and the
+large constants by address: those that stay as they are stored are pages of the set's own file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from export.errors import CompileError
+
+INLINE = 1024  # bytes; what is smaller travels inside the graph
+REBUILD = "rebuild the set with `python -m export.build`"
+
+
+def read(path: Path, stage: str) -> ir.Model:
+    """A graph of a set; its weights stay in their file.
+
+    Raises:
+        CompileError: the file is not an ONNX graph.
+    """
+    try:
+        return ir.load(path)
+    except (OSError, DecodeError, ValueError) as error:
+        raise CompileError(
+            f"stage `{stage}`: {path.name} is not an ONNX graph: {error}", hint=REBUILD
+        ) from None
+
+
+def feed(parser: Any, model: ir.Model) -> list[NDArray[Any]] | None:
+    """Parse a graph.
+
+    Returns:
+        The constants that the network now points at, to be kept until the engine is built; None
+        where the parser has errors to tell.
+    """
+    held: dict[str, NDArray[Any]] = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None, name
+        if tensor.nbytes > INLINE:
+            held[name] = _bytes(tensor)
+            value.const_value = ir.ExternalTensor(
+                "weights", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
+            )
+        elif isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
+    if not parser.load_model_proto(ir.to_proto(model).SerializeToString()):
+        return None
+    for name, array in held.items():
+        if not parser.load_initializer(name, array.ctypes.data, array.nbytes):
+            return None
+    return list(held.values()) if parser.parse_model_proto() else None
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Of all constants that the nodes read."""
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+
+
+def _bytes(tensor: ir.TensorProtocol) -> NDArray[Any]:
+    if tensor.dtype.itemsize < 1:  # two numbers to a byte, which numpy would take apart
+        return np.frombuffer(tensor.tobytes(), np.uint8)
+    return np.ascontiguousarray(tensor.numpy())

@@ -1,0 +1,296 @@
+"""A float32 graph -> one that computes in 16 bit where that is safe.
+
+A strongly typed builder computes what the graph says, so the graph must say it. Matrix products,
+convolutions and attention take and give 16 bit, and so do embeddings and what only moves such data
+or follows it elementwise. Float32 stay, because 16 bit would lose range or add up:
+
+- norms, softmax, powers, sines and everything else that is not named here;
+- the sum of two computed values: residual streams, whose values grow from block to block;
+- whatever meets a float32 value: modulations, rotary tables, sigmas;
+- transposed convolutions, for which TensorRT-RTX has no bfloat16 kernels;
+- the layers that a stage names (`FLOAT32_LAYERS`);
+- the doors, so that a set has one interface in every precision. The largest of them, the K/V cache
+  and the modulations, are less than a hundredth of the weights that the same step reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from export.errors import CompileError
+
+FLOAT = ir.DataType.FLOAT
+TYPES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+_NUMPY = {ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
+
+# Layers whose parameters' names begin with one of these. They are thousandths of a stage's work,
+# and their rounding would meet everything behind them: timesteps reach 1000 as phases of sines,
+# latents enter a step and velocities leave it, the last convolution makes the pixels.
+FLOAT32_LAYERS = {
+    "conditioning": ("controlnet_embedding.", "transformer_embedding."),
+    "denoise": ("controlnet_x_embedder.", "transformer_x_embedder.", "proj_out."),
+    "vae_decode": ("vae.decoder.conv_in.", "vae.decoder.conv_out."),
+}
+# A gated product (SwiGLU, T5's gated GELU) can reach beyond float16, whose largest number is 65504.
+# Its matrix product runs on a 64th of it, which costs only the last bits of values below 0.004.
+GATE_SHIFT = 64.0
+
+# Largest difference to float32 on real inputs, absolute up to 1 and relative to the largest value
+# above; of 255 for pixels. About four times what the model in the box and the golden one show:
+# their networks have three to nine blocks, and errors of more blocks add up as a square root.
+_STAGES = ("text_prefill", "visual_decode", "clip_text", "t5_text", "conditioning", "denoise")
+TOLERANCE = {
+    "float32": {**dict.fromkeys(_STAGES, 1e-6), "vae_decode": 0.0},
+    "bfloat16": {**dict.fromkeys(_STAGES, 0.04), "vae_decode": 4.0},
+    "float16": {**dict.fromkeys(_STAGES, 0.008), "vae_decode": 1.0},
+}
+
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
+_MOVES = ("Reshape", "Transpose", "Slice", "Split", "Gather", "Expand", "Squeeze", "Unsqueeze")
+_MOVES = (*_MOVES, "Concat", "Identity", "Flatten", "Resize")
+_FOLLOW = ("Add", "Sub", "Mul", "Div", "Neg", "Relu", "Gelu", "Sigmoid", "Tanh")
+_BOUNDED = ("Sigmoid", "Tanh")
+_QUANTIZE = ("QuantizeLinear", "DequantizeLinear", "TRT_FP4DynamicQuantize")
+
+
+def convert(model: ir.Model, stage: str, compute: str) -> None:
+    """Rewrite a stage's graph in place. Its doors keep their names and types.
+
+    Args:
+        compute: "float16" or "bfloat16".
+
+    Raises:
+        CompileError: when the constants are read: one is beyond the range of float16.
+    """
+    _Converter(model.graph, stage, TYPES[compute]).run()
+    RemoveUnusedNodesPass()(model)
+
+
+def constant(value: ir.Value | None) -> ir.Value | None:
+    """The initializer that a value is, maybe behind a Cast; None where it is computed."""
+    if value is None:
+        return None
+    node = value.producer()
+    if node is not None:
+        return constant(node.inputs[0]) if node.op_type == "Cast" else None
+    return value if value.const_value is not None else None
+
+
+class _Converter:
+    """Which values are 16 bit is written in their dtype, node by node."""
+
+    def __init__(self, graph: ir.Graph, stage: str, half: ir.DataType) -> None:
+        self.graph, self.half = graph, half
+        self.names = FLOAT32_LAYERS.get(stage, ())
+        self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self.wanted: set[ir.Value] = set()  # read by 16-bit products alone
+        self.products: set[ir.Node] = set()
+        self.unshifted: set[ir.Node] = set()
+
+    def run(self) -> None:
+        self.products = {
+            node
+            for node in self.graph
+            if node.op_type in _PRODUCTS and _is_float(node.outputs[0]) and not self._kept(node)
+        }
+        if self.half == ir.DataType.FLOAT16:
+            self._shift_gates()
+        for node in reversed(list(self.graph)):
+            self._want(node)
+        for node in list(self.graph):
+            self._convert(node)
+        for index, value in enumerate(self.graph.outputs):
+            if value.dtype == self.half:
+                self.graph.outputs[index] = self._door(value)
+
+    def _kept(self, node: ir.Node) -> bool:
+        """Whether the stage names this layer, by its weight or by the bias that is added to it."""
+        near = list(node.inputs)
+        for user in node.outputs[0].consumers():
+            near += user.inputs if user.op_type == "Add" else ()
+        stored = (constant(value) for value in near)
+        return any(str(c.name).startswith(self.names) for c in stored if c is not None)
+
+    def _shift_gates(self) -> None:
+        for node in list(self.products):
+            if node.op_type == "MatMul" and _is_gated(node.inputs[0]):
+                self._scale_before(node, 1 / GATE_SHIFT)
+                self.unshifted.add(self._scale_after(node, GATE_SHIFT))
+
+    def _scale_before(self, node: ir.Node, factor: float) -> None:
+        value = node.inputs[0]
+        assert value is not None
+        scaled = self._scale(value, factor)
+        node.replace_input_with(0, scaled.outputs[0])
+        self.graph.insert_before(node, scaled)
+
+    def _scale_after(self, node: ir.Node, factor: float) -> ir.Node:
+        value = node.outputs[0]
+        scaled = self._scale(value, factor)
+        value.replace_all_uses_with(scaled.outputs[0], replace_graph_outputs=True)
+        scaled.replace_input_with(0, value)  # its own use was replaced too
+        self.graph.insert_after(node, scaled)
+        return scaled
+
+    def _scale(self, value: ir.Value, factor: float) -> ir.Node:
+        name = f"{value.name}.times_{factor:g}"
+        number = ir.Value(
+            name=f"{name}.factor",
+            shape=ir.Shape([]),
+            type=ir.TensorType(FLOAT),
+            const_value=ir.tensor(np.float32(factor)),
+        )
+        self.graph.register_initializer(number)
+        node = ir.node("Mul", [value, number], name=f"node_{name}")
+        node.outputs[0].name, node.outputs[0].shape = name, value.shape
+        node.outputs[0].type = ir.TensorType(FLOAT)
+        return node
+
+    def _want(self, node: ir.Node) -> None:
+        """Mark what only products read, through whatever moves it: a value is rounded where it is
+        made, and half as much is moved."""
+        if node in self.products or (self._passes(node) and self._all_wanted(node)):
+            self.wanted |= {value for value in _data(node) if self._for_products(value)}
+
+    def _for_products(self, value: ir.Value) -> bool:
+        return not value.is_graph_output() and all(
+            user in self.products
+            or (self._passes(user) and value in _data(user) and self._all_wanted(user))
+            for user in value.consumers()
+        )
+
+    def _passes(self, node: ir.Node) -> bool:
+        return node.op_type in _MOVES or node.op_type in _QUANTIZE
+
+    def _all_wanted(self, node: ir.Node) -> bool:
+        return all(output in self.wanted for output in node.outputs)
+
+    def _convert(self, node: ir.Node) -> None:
+        if not self._in_half(node):
+            if node.op_type != "Shape":
+                self._take(node, list(node.inputs), FLOAT)
+            return
+        self._take(node, list(_data(node)), self.half)
+        for output in node.outputs:
+            if _is_float(output):
+                output.dtype = self.half
+        if "output_dtype" in node.attributes:
+            node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", self.half.value)
+
+    def _in_half(self, node: ir.Node) -> bool:
+        if node in self.products:
+            return True
+        data = [value for value in _data(node) if value.dtype in (FLOAT, self.half)]
+        computed = [value for value in data if constant(value) is None]
+        if node.op_type in _QUANTIZE:
+            return self._all_wanted(node)
+        if node.op_type in _MOVES:
+            looked_up = node.op_type == "Gather" and not computed  # embeddings
+            rounded = looked_up or all(value.dtype == self.half for value in data)
+            return bool(data) and (rounded or self._all_wanted(node))
+        if node.op_type not in _FOLLOW or node in self.unshifted or not computed:
+            return False
+        summed = node.op_type in ("Add", "Sub") and len(computed) > 1
+        gated = self.half == TYPES["float16"] and _is_gated(node.outputs[0])
+        return not (summed or gated) and all(
+            value.dtype == self.half if constant(value) is None else _is_vector(value)
+            for value in data
+        )
+
+    def _take(self, node: ir.Node, values: list[ir.Value | None], dtype: ir.DataType) -> None:
+        for index, value in enumerate(node.inputs):
+            if value in values and value is not None and value.dtype in (FLOAT, self.half):
+                node.replace_input_with(index, self._as(value, dtype, node))
+
+    def _as(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
+        """The value in a type: a constant becomes another constant, the rest is cast, once."""
+        if value.dtype == dtype:
+            return value
+        if (value, dtype) not in self.casts:
+            stored = constant(value)
+            if stored is not None and dtype == self.half:
+                self.casts[value, dtype] = self._rounded(stored)
+            else:
+                node = _cast(value, dtype, f"{value.name}.{dtype.name.lower()}")
+                self.graph.insert_before(before, node)
+                self.casts[value, dtype] = node.outputs[0]
+        return self.casts[value, dtype]
+
+    def _rounded(self, stored: ir.Value) -> ir.Value:
+        if stored.dtype == self.half:  # 16 bit behind a Cast: as it is
+            return stored
+        assert stored.const_value is not None
+        name = f"{stored.name}.{self.half.name.lower()}"
+        value = ir.Value(name=name, shape=stored.shape, type=ir.TensorType(self.half))
+        value.const_value = ir.LazyTensor(
+            _rounder(stored.const_value, str(stored.name), self.half),
+            dtype=self.half,
+            shape=stored.const_value.shape,
+            name=name,
+        )
+        self.graph.register_initializer(value)
+        return value
+
+    def _door(self, value: ir.Value) -> ir.Value:
+        name, value.name = value.name, f"{value.name}.{self.half.name.lower()}"
+        node = _cast(value, FLOAT, str(name))
+        producer = value.producer()
+        assert producer is not None
+        self.graph.insert_after(producer, node)
+        return node.outputs[0]
+
+
+def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
+    node = ir.node("Cast", [value], {"to": dtype.value}, name=f"node_{name}")
+    node.outputs[0].name, node.outputs[0].shape = name, value.shape
+    node.outputs[0].type = ir.TensorType(dtype)
+    return node
+
+
+def _rounder(
+    tensor: ir.TensorProtocol, name: str, half: ir.DataType
+) -> Callable[[], ir.TensorProtocol]:
+    def rounded() -> ir.TensorProtocol:
+        wide = tensor.numpy().astype(np.float32)
+        if (
+            half == ir.DataType.FLOAT16
+            and np.abs(wide).max(initial=0.0) > np.finfo(half.numpy()).max
+        ):
+            raise CompileError(
+                f"{name} reaches {np.abs(wide).max():.3g}, beyond the range of float16",
+                hint="compute in bfloat16: build the set with `--precision bf16`",
+            )
+        return ir.Tensor(wide.astype(_NUMPY[half]), dtype=half)
+
+    return rounded
+
+
+def _data(node: ir.Node) -> Iterator[ir.Value]:
+    """The inputs that hold values; shapes, indices and axes come behind them."""
+    first_alone = node.op_type in _MOVES and node.op_type != "Concat"
+    for value in node.inputs[:1] if first_alone else node.inputs:
+        if value is not None:
+            yield value
+
+
+def _is_float(value: ir.Value) -> bool:
+    return value.dtype == FLOAT
+
+
+def _is_vector(value: ir.Value) -> bool:
+    shape = value.shape
+    return shape is not None and sum(dim != 1 for dim in shape) <= 1
+
+
+def _is_gated(value: ir.Value | None) -> bool:
+    """Whether a value is the product of two computed ones of which none is bounded."""
+    node = None if value is None else value.producer()
+    if node is None or node.op_type != "Mul" or any(constant(v) is not None for v in node.inputs):
+        return False
+    makers = [v.producer() for v in node.inputs if v is not None]
+    return not any(maker is not None and maker.op_type in _BOUNDED for maker in makers)

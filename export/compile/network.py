@@ -1,0 +1,90 @@
+"""What a parsed network computes in and holds: read back, layer by layer, not asserted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+_NAMES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "FP8": "float8_e4m3fn",
+    "FP4": "float4_e2m1fn",
+}
+_PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "ATTENTION_INPUT")
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Of one network.
+
+    Attributes:
+        products: dtype -> how many matrix products, convolutions and attentions compute in it.
+        weights: dtype -> bytes of constants, and of inputs that are weights.
+    """
+
+    products: dict[str, int]
+    weights: dict[str, int]
+
+    @property
+    def compute(self) -> str:
+        """The dtype of most products."""
+        return max(self.products, key=lambda dtype: self.products[dtype])
+
+    @property
+    def stored(self) -> str:
+        """The dtype of most bytes."""
+        return max(self.weights, key=lambda dtype: self.weights[dtype])
+
+
+def read(trt: Any, network: Any, weights: Collection[str] = ()) -> Arithmetic:
+    """Read a network.
+
+    Args:
+        weights: the inputs that are weights.
+    """
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    made_by = {
+        layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)
+    }
+    products: Counter[str] = Counter()
+    held: Counter[str] = Counter()
+    for layer in layers:
+        kind = layer.type.name
+        if kind in _PRODUCTS:
+            products[_computes_in(layer, made_by)] += 1
+        if kind == "CONSTANT":
+            held[name(layer.get_output(0).dtype)] += _bits(layer.get_output(0)) // 8
+        elif kind in ("CONVOLUTION", "DECONVOLUTION"):
+            layer.__class__ = getattr(trt, f"I{kind.capitalize()}Layer")  # a derived type
+            held[name(layer.get_input(0).dtype)] += layer.kernel.nbytes
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        if tensor.name in weights:
+            held[name(tensor.dtype)] += _bits(tensor) // 8
+    return Arithmetic(dict(products), {dtype: size for dtype, size in held.items() if size})
+
+
+def name(dtype: Any) -> str:
+    """A library's dtype as the manifest calls it."""
+    return _NAMES.get(dtype.name, dtype.name.lower())
+
+
+def _computes_in(layer: Any, made_by: dict[str, Any]) -> str:
+    """The type of what it multiplies. Two dequantized inputs are multiplied as they were before:
+    that is what the builder makes of them."""
+    inputs = [layer.get_input(i) for i in range(min(2, layer.num_inputs))]
+    makers = [made_by.get(tensor.name) for tensor in inputs]
+    if len(makers) == 2 and all(m is not None and m.type.name == "DEQUANTIZE" for m in makers):
+        return name(makers[0].get_input(0).dtype)
+    return name(inputs[0].dtype)
+
+
+def _bits(tensor: Any) -> int:
+    bits = {"FP4": 4, "INT4": 4}.get(tensor.dtype.name, 8 * tensor.dtype.itemsize)
+    for size in tensor.shape:
+        bits *= size
+    return bits
