@@ -1,6 +1,7 @@
 """A set appears only when it is complete: it is written aside and renamed.
 
-A build that fails or is interrupted leaves nothing behind and an older set untouched.
+A build that fails or is cut off leaves an older set untouched, and nothing else behind but the
+engines that it has finished, for the next build of the same set.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import errno
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -23,8 +24,12 @@ LITTLE = 16 << 20
 
 
 @contextlib.contextmanager
-def written_aside(output: Path) -> Iterator[Path]:
+def written_aside(output: Path, finished: str | None = None) -> Iterator[Path]:
     """A folder to build in; on success it takes the place of `output`.
+
+    Args:
+        finished: the name of a file that says what is finished. A folder that has it outlives a
+            failure, and the next build of the set continues in it. None: nothing does.
 
     Raises:
         BuildError: `output` is something other than an engine set, the disk is full, or a file
@@ -35,30 +40,38 @@ def written_aside(output: Path) -> Iterator[Path]:
     try:
         _refuse_foreign(output)
         output.parent.mkdir(parents=True, exist_ok=True)
-        _clean_up(output)
-        aside.mkdir()
+        _clean_up(output, aside if finished else None)
+        aside.mkdir(exist_ok=bool(finished))
         with _terminated_like_interrupted():
             yield aside
             _replace(output, aside)
     except OSError as error:
         if _disk_full(output.parent, error):
             raise BuildError(
-                f"{output}: the disk is full; nothing was kept",
+                f"{output}: the disk is full; {_kept(aside, finished)}",
                 hint=f"free some space on the disk of {output.parent}",
             ) from error
-        raise BuildError(f"{output}: cannot be built: {error}; nothing was kept") from error
+        raise BuildError(f"{output}: cannot be built: {error}; {_kept(aside, finished)}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if not (finished and (aside / finished).is_file()):
+            shutil.rmtree(aside, ignore_errors=True)
 
 
-def describe_files(folder: Path) -> dict[str, File]:
-    """Every file of a set, for its manifest."""
+def describe_files(folder: Path, known: Mapping[str, File] | None = None) -> dict[str, File]:
+    """Every file of a set, for its manifest; `known` ones are not read again."""
+    known = known or {}
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        path.relative_to(folder).as_posix(): File(path.stat().st_size, manifests.sha256(path))
+        name: known.get(name) or File(path.stat().st_size, manifests.sha256(path))
         for path in found
-        if path.name != manifests.FILENAME
+        if (name := path.relative_to(folder).as_posix()) != manifests.FILENAME
     }
+
+
+def _kept(aside: Path, finished: str | None) -> str:
+    if finished and (aside / finished).is_file():
+        return f"the engines that are finished are kept in {aside}"
+    return "nothing was kept"
 
 
 def _disk_full(folder: Path, error: OSError) -> bool:
@@ -85,18 +98,27 @@ def _refuse_foreign(output: Path) -> None:
         )
 
 
-def _clean_up(output: Path) -> None:
-    """After builds that were killed: drop what they wrote, put back what they had moved."""
+def _clean_up(output: Path, aside: Path | None) -> None:
+    """After builds that were cut off: put back what they had moved, and drop what they wrote, or
+    continue in the latest as `aside`."""
     previous = _previous(output)
     if previous.exists():
         if output.exists():
             shutil.rmtree(previous)
         else:
             previous.rename(output)
-    for partial in output.parent.glob(f".{output.name}.*.partial"):
-        pid = partial.name.split(".")[-2]
-        if not (pid.isdigit() and _alive(int(pid))):
-            shutil.rmtree(partial, ignore_errors=True)
+    left = [
+        partial
+        for partial in output.parent.glob(f".{output.name}.*.partial")
+        if not ((pid := partial.name.split(".")[-2]).isdigit() and _alive(int(pid)))
+    ]
+    left.sort(key=lambda partial: partial.stat().st_mtime_ns)
+    if left and aside is not None:
+        latest = left.pop()
+        if latest != aside:
+            latest.rename(aside)
+    for partial in left:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:

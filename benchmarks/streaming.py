@@ -1,0 +1,203 @@
+"""Memory that building an engine takes, at the true width: the visual branch, streamed.
+
+    python -m benchmarks.streaming --like 7b --layers 6 --precision bf16 --work DIR
+
+A random checkpoint of the published shapes, cut in depth, is written to DIR (only the visual branch
+has values; the rest is an outline). A process of its own then builds the engine as `export.build`
+does (traced on the meta device, weights read, cast and written one by one), and compares it with
+torch on one call at the full width: torch layer by layer, the engine in pieces. Beside it this
+process reads `RssAnon`, what the other holds that is not a mapped file, every 5 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+
+TEXT_TOKENS = 12
+PERIOD = 0.005  # seconds
+
+
+def prepare(work: Path, like: str, layers: int) -> Path:
+    """The checkpoint, unless it is there."""
+    from export.synthesize import synthesize
+    from export.synthetic import networks, shards
+    from export.synthetic.shapes import PRESETS
+
+    folder = work / f"{like}-{layers}"
+    if folder.exists():
+        return folder
+    shapes = PRESETS[like].cut(layers)
+    # the text branch is the base model's then, and nothing of the bifrost folder but what is read
+    layout = dataclasses.replace(shapes.layout, left_out=("",))
+    shapes = dataclasses.replace(shapes, layout=layout)
+    outline = work / f".{folder.name}.partial"
+    synthesize(shapes, outline, seed=None)
+    stem, tensors, _ = networks.NETWORKS["bifrost"]
+    for file in (outline / "bifrost").glob(f"{stem}*.safetensors"):
+        file.unlink()
+    shards.write(
+        outline / "bifrost", stem, tensors(shapes), layout.dtype, layout.shard_bytes, seed=0
+    )
+    outline.rename(folder)
+    return folder
+
+
+def build(folder: Path, output: Path, precision: str) -> None:
+    """Trace, store and compare; a line of JSON after each part."""
+    import numpy as np
+    import torch
+
+    from export import graph
+    from export import precision as precisions
+    from export.checkpoint import Checkpoint
+    from export.pieces import EngineInPieces
+    from export.stages import visual_decode
+    from export.streaming import largest, streamed
+
+    def done(part: str, **facts: Any) -> None:
+        print(json.dumps({"part": part, **facts}), flush=True)
+
+    done("imports")
+    checkpoint = Checkpoint(*(folder / n for n in ("mllm", "bifrost", "flux")), read=False)
+    branch = checkpoint.visual_branch()
+    stage = visual_decode.stage(branch, checkpoint.decoder)
+    precisions.round_weights(stage.module, precision)
+    traced = graph.to_graph(stage)
+    precisions.store(traced, precision)
+    done("trace", largest_bytes=largest(stage.module))
+    files = graph.save(traced, output / "visual_decode.onnx")
+    del traced
+    done("write", file_bytes=sum(file.stat().st_size for file in files))
+
+    sizes = {"images": 1, "branches": 1, "text_tokens": TEXT_TOKENS, "steps": 2}
+    rng = np.random.default_rng(0)
+    inputs: dict[str, Any] = {}
+    for spec in stage.inputs:
+        shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
+        inputs[spec.name] = (
+            rng.standard_normal(shape).astype(np.float32)
+            if spec.dtype == "float32"
+            else np.ones(shape, bool)
+            if spec.dtype == "bool"
+            else np.zeros(shape, np.int64)
+        )
+    inputs["text_length"][:] = TEXT_TOKENS
+    with torch.inference_mode(), streamed(stage.module, 0):
+        expected = stage.module(*(torch.from_numpy(inputs[t.name]) for t in stage.inputs))
+    done("torch, layer by layer")
+    facts = _spec(stage, files)
+    engine = EngineInPieces(output, facts, _ranges(), limit=4 * largest(stage.module) // 3)
+    outputs = {
+        t.name: np.empty(tuple(e.shape), t.dtype)
+        for t, e in zip(stage.outputs, expected, strict=True)
+    }
+    engine.bind(inputs, outputs)()
+    wanted, found = expected[0].numpy(), outputs["next_tokens"]
+    done(
+        "engine, in pieces",
+        pieces=len(engine.pieces),
+        values=int(wanted.size),
+        max_error=float(np.abs(wanted - found).max()),
+        largest_value=float(np.abs(wanted).max()),
+        tolerance=stage.tolerance,
+    )
+
+
+def _spec(stage: Any, files: list[Path]) -> Any:
+    from bifrost_rt.manifest import EngineSpec, Precision
+
+    return EngineSpec(
+        name=stage.name,
+        graph=files[0].name,
+        files=tuple(file.name for file in files),
+        inputs=stage.inputs,
+        outputs=stage.outputs,
+        carry=stage.carry,
+        precision=Precision("", "", "float32"),
+    )
+
+
+def _ranges() -> Any:
+    from export.stages import dimensions
+
+    return dimensions(300, None)
+
+
+def measure(folder: Path, output: Path, precision: str) -> dict[str, Any]:
+    """Run `build` in a process of its own and follow its memory, part by part."""
+    output.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "benchmarks.streaming", "--child", str(folder), str(output)]
+    process = subprocess.Popen(
+        [*command, "--precision", precision], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    import os
+
+    os.set_blocking(process.stdout.fileno(), False)
+    parts: list[dict[str, Any]] = []
+    peak, start = 0, time.perf_counter()
+    while True:
+        peak = max(peak, _anonymous(process.pid))
+        for line in iter(process.stdout.readline, ""):
+            now = time.perf_counter()
+            parts.append({**json.loads(line), "seconds": round(now - start, 2), "peak": peak})
+            peak, start = 0, now
+        if process.poll() is not None:
+            break
+        time.sleep(PERIOD)
+    if process.returncode:
+        raise SystemExit(f"the build failed with {process.returncode}")
+    return {
+        "machine": machine.describe(),
+        "checkpoint": folder.name,
+        "precision": precision,
+        "parts": parts,
+        "peak_anonymous_bytes": max(part["peak"] for part in parts),
+    }
+
+
+def _anonymous(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:  # it has just ended
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming", description=__doc__)
+    parser.add_argument("--like", default="7b")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--work", type=Path, help="for the checkpoint and the engine")
+    parser.add_argument("--json", type=Path, help="write the record")
+    parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if options.child:
+        build(*options.child, options.precision)
+        return 0
+    if options.work is None:
+        parser.error("--work DIR")
+    folder = prepare(options.work, options.like, options.layers)
+    record = measure(folder, options.work / f"{folder.name}-{options.precision}", options.precision)
+    text = json.dumps(record, indent=1) + "\n"
+    if options.json:
+        options.json.write_text(text)
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
