@@ -6,10 +6,24 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from collections.abc import Sequence
 
-from bifrost_rt import backends
+from bifrost_rt import backends, generator, manifest, residency
+from bifrost_rt.backends import gpu
+from bifrost_rt.errors import EngineSetError
 
-BUILD_TOOLS = ("torch", "transformers", "diffusers", "onnx", "onnxscript")
+# what to do -> the packages that it takes, and the extra that brings them
+TASKS = {
+    "serving (bifrost-rt serve)": (("fastapi", "uvicorn", "prometheus_client"), "serve"),
+    "serving on many devices (serve run bifrost_rt.serve.scaled:app)": (("ray",), "ray"),
+    "building sets (python -m export.build)": (
+        ("torch", "transformers", "diffusers", "onnx", "onnxscript"),
+        "export",
+    ),
+    "measuring (bifrost-rt bench)": (("matplotlib", "scipy", "skimage"), "benchmarks"),
+}
+# packages whose distribution has another name
+_DISTRIBUTIONS = {"skimage": "scikit-image", "prometheus_client": "prometheus-client"}
 
 
 def report() -> str:
@@ -18,6 +32,7 @@ def report() -> str:
         f"bifrost-rt {importlib.metadata.version('bifrost-rt')}, "
         f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, "
         f"{os.cpu_count()} cores{_memory()}",
+        _gpu(),
         "",
         "backends",
     ]
@@ -28,18 +43,34 @@ def report() -> str:
             lines.append(f"  {name:12} no: {reason}" + (f"; {remedy}" if remedy else ""))
         else:
             lines.append(f"  {name:12} yes, version {_version(driver.library)}")
-    missing = [name for name in BUILD_TOOLS if importlib.util.find_spec(name) is None]
-    lines += ["", "building sets (python -m export.build)"]
-    if missing:
-        lines.append(f"  no: {', '.join(missing)} not installed; pip install 'bifrost-rt[export]'")
-    else:
-        lines.append("  yes: " + ", ".join(f"{name} {_version(name)}" for name in BUILD_TOOLS))
+    lines += ["", "the default model's set", f"  {_default_set()}"]
+    for title, (packages, extra) in TASKS.items():
+        lines += ["", title, f"  {_task(packages, extra)}"]
     return "\n".join(lines)
+
+
+def _gpu() -> str:
+    found = gpu.find()
+    return f"no GPU: {found}" if isinstance(found, str) else f"{found.name}, {found.architecture}"
+
+
+def _default_set() -> str:
+    try:
+        path = generator.default_set()
+        return f"{path}, for {manifest.read(path).backend}"
+    except EngineSetError as error:
+        return f"no: {error.message}" + (f"; {error.hint}" if error.hint else "")
+
+
+def _task(packages: Sequence[str], extra: str) -> str:
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        return f"no: {', '.join(missing)} not installed; pip install 'bifrost-rt[{extra}]'"
+    return "yes: " + ", ".join(f"{name} {_version(name)}" for name in packages)
 
 
 def _version(library: str) -> str:
     try:
-        return importlib.metadata.version(library)
+        return importlib.metadata.version(_DISTRIBUTIONS.get(library, library))
     except importlib.metadata.PackageNotFoundError:  # onnxruntime-gpu installs `onnxruntime`
         return str(getattr(importlib.import_module(library), "__version__", "unknown"))
 
@@ -49,4 +80,7 @@ def _memory() -> str:
         size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return ""
-    return f", {size / 2**30:.0f} GiB of memory"
+    free = residency.host_memory()
+    return f", {size / 2**30:.0f} GiB of memory" + (
+        "" if free is None else f" ({free / 2**30:.0f} free)"
+    )

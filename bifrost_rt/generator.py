@@ -56,7 +56,7 @@ class Generator:
         memory_budget: int | str | None = None,
     ) -> None:
         given = None if memory_budget is None else residency.parse(memory_budget)
-        self.path = _default_set() if path is None else Path(path)
+        self.path = default_set() if path is None else Path(path)
         self.manifest = manifest.read(self.path)
         engines.verify(self.path, self.manifest)
         driver = self.manifest.backend if backend is None else backend
@@ -238,7 +238,12 @@ class Generator:
         self.close()
 
 
-def _default_set() -> Path:
+def default_set() -> Path:
+    """The default model's set: in the current folder, or in this package's checkout.
+
+    Raises:
+        EngineSetError: it has not been built.
+    """
     places = [Path.cwd(), Path(__file__).parents[1]]
     for place in places:
         if (place / DEFAULT_SET / manifest.FILENAME).is_file():

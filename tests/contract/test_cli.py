@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 from safetensors.numpy import save_file
 
-from bifrost_rt import Generator, backends, cli, handover
+from bifrost_rt import Generator, backends, cli, doctor, generator, handover
 from bifrost_rt.cli import main
 
 
@@ -270,6 +271,28 @@ def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in backends.DRIVERS)
+    assert all(f"\n{task}\n  " in text for task in doctor.TASKS)
+
+
+def test_doctor_says_what_is_missing_and_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    absent = ("torch", "uvicorn", "onnxruntime")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in absent else find(name)
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generator, "DEFAULT_SET", Path("nowhere"))
+    assert main(["doctor"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "no: torch not installed; pip install 'bifrost-rt[export]'" in lines
+    assert "no: uvicorn not installed; pip install 'bifrost-rt[serve]'" in lines
+    assert any(
+        line.startswith("onnxruntime") and line.endswith("; pip install 'bifrost-rt[cpu]'")
+        for line in lines
+    )
+    assert any(line.startswith("no: no default engine set") for line in lines)
 
 
 def test_python_m_bifrost_rt_is_the_same_command(alpha_set: Path) -> None:
