@@ -50,6 +50,7 @@ def run(
         config = uvicorn.Config(
             app, log_config=None, timeout_graceful_shutdown=int(settings.grace), server_header=False
         )
+        listening.listen(config.backlog)  # from here on, who connects is answered
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         print(f"http://{host}:{listening.getsockname()[1]}/", flush=True)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn handles it, then raises it again
