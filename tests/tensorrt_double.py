@@ -2,12 +2,14 @@
 
 Its engines are files that name an ONNX graph, which onnxruntime computes, so the driver can be held
 to real values. It is strict where a GPU would crash or read rubbish: an address that was never
-allocated or was freed, a block too small for its tensor, an input without a shape.
+allocated or was freed, a block too small for its tensor, an input without a shape, a graph that is
+replayed after its context was changed.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,10 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from bifrost_rt.errors import BackendError
+
 MAGIC = b"double\n"
+SCRATCH = 1000
 
 
 def write_engine(path: Path, graph: Path, inputs: list[str], outputs: list[str]) -> None:
@@ -31,7 +36,10 @@ class HostDevice:
 
     def __init__(self) -> None:
         self.blocks: dict[int, NDArray[np.uint8]] = {}
-        self.waits = 0
+        self.waits = self.captures = self.launches = 0
+        self.recording: list[Callable[[], None]] | None = None
+        self.drops = False  # whether recording loses everything
+        self.spoils: Callable[[], None] | None = None  # runs after each replay
 
     def allocate(self, size: int) -> int:
         block = np.full(max(size, 1), 0xA5, np.uint8)
@@ -43,15 +51,38 @@ class HostDevice:
 
     def copy_in(self, address: int, array: NDArray[Any]) -> None:
         self.view(address, array.shape, array.dtype)[...] = array
+        self.wait()
 
     def copy_out(self, array: NDArray[Any], address: int) -> None:
+        self.wait()
         array[...] = self.view(address, array.shape, array.dtype)
 
     def free_bytes(self) -> int:
         return 1 << 34
 
     def wait(self) -> None:
+        assert self.recording is None, "a stream that is being recorded cannot be waited for"
         self.waits += 1
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.captures += 1
+        self.recording = []
+        try:
+            work()
+            recorded = [] if self.drops else self.recording
+        finally:
+            self.recording = None
+        if not recorded:
+            raise BackendError("CUDA: the graph is empty")
+
+        def launch() -> None:
+            self.launches += 1
+            for one in recorded:
+                one()
+            if self.spoils is not None:
+                self.spoils()
+
+        return launch
 
     def view(self, address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         block = self.blocks[address]  # KeyError: never allocated, or freed
@@ -70,44 +101,85 @@ class Log:
 
 
 class Context:
-    def __init__(self, library: Library, about: dict[str, Any]) -> None:
-        self._library, self._about = library, about
+    def __init__(self, library: Library, about: dict[str, Any], graph: bool = False) -> None:
+        self._library, self._about, self._graph = library, about, graph
         self._session = ort.InferenceSession(about["graph"], providers=["CPUExecutionProvider"])
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.calls: list[str] = []
+        self._scratch = 0
+        self._changes = 0
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert self._library.device.blocks[memory].nbytes >= size >= SCRATCH
+        self._scratch = memory
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self._library.capturable
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert name in self._about["inputs"]
         self.calls.append(f"shape {name}")
         self.shapes[name] = tuple(shape)
+        self._changes += 1
         return self._library.accepts
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         self.calls.append(f"address {name}")
         self.addresses[name] = memory
+        self._changes += 1
         return self._library.accepts
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         device = self._library.device
         assert stream_handle == device.stream
+        assert self._scratch in device.blocks
         if not self._library.runs:
             self._library.logger.errors.append("IExecutionContext::enqueueV3: Error Code 1: …")
             return False
-        kinds = {
-            "tensor(float)": np.float32,
-            "tensor(int64)": np.int64,
-            "tensor(bool)": np.bool_,
-            "tensor(uint8)": np.uint8,
-        }
+        if device.recording is None:
+            self._run()
+            if self._graph and device.spoils is not None:
+                device.spoils()
+            return True
+        recorded, shapes, addresses = self._changes, dict(self.shapes), dict(self.addresses)
+
+        def replay() -> None:
+            assert self._changes == recorded, "the context was changed since"
+            assert (self.shapes, self.addresses) == (shapes, addresses)
+            self._run()
+
+        device.recording.append(replay)
+        return True
+
+    def _run(self) -> None:
+        device = self._library.device
         feed = {
-            i.name: device.view(self.addresses[i.name], self.shapes[i.name], kinds[i.type]).copy()
+            i.name: device.view(
+                self.addresses[i.name], self.shapes.get(i.name, tuple(i.shape)), KINDS[i.type]
+            ).copy()
             for i in self._session.get_inputs()
         }
         names = self._about["outputs"]
         for name, array in zip(names, self._session.run(names, feed), strict=True):
             device.view(self.addresses[name], array.shape, array.dtype)[...] = array
-        return True
+
+
+KINDS = {
+    "tensor(float)": np.float32,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+    "tensor(uint8)": np.uint8,
+}
+
+
+class RuntimeConfig:
+    cuda_graph_strategy = "none"
+    dynamic_shapes_kernel_specialization_strategy = "lazy"
+    strategy = "static"
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
 
 
 class Engine:
@@ -115,6 +187,7 @@ class Engine:
         self._library, self._about = library, about
         self._names = [*about["inputs"], *about["outputs"]]
         self.num_io_tensors = len(self._names)
+        self.device_memory_size_v2 = SCRATCH
 
     def get_tensor_name(self, index: int) -> str:
         return self._names[index]
@@ -122,11 +195,20 @@ class Engine:
     def get_tensor_location(self, name: str) -> str:
         return "host" if name in self._library.on_host else "device"
 
-    def create_execution_context(self) -> Context | None:
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
+
+    def create_execution_context(self, runtime_config: Any) -> Context | None:
+        graph = False
+        if isinstance(runtime_config, RuntimeConfig):
+            graph = runtime_config.cuda_graph_strategy == "whole"
+            assert runtime_config.dynamic_shapes_kernel_specialization_strategy == "eager"
+            runtime_config = runtime_config.strategy
+        assert runtime_config == "user"
         if self._library.full:
             self._library.logger.errors.append("OutOfMemory (Requested size was 4 bytes.)")
             return None
-        self._library.contexts.append(Context(self._library, self._about))
+        self._library.contexts.append(Context(self._library, self._about, graph))
         return self._library.contexts[-1]
 
 
@@ -143,13 +225,18 @@ class Runtime:
 
 
 class Library:
-    """Stands in for the module `tensorrt_rtx`."""
+    """Stands in for the module `tensorrt_rtx`; without `graphs` for `tensorrt`."""
 
     __version__ = "1.7.1.116"
     TensorLocation = SimpleNamespace(DEVICE="device", HOST="host")
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
 
-    def __init__(self, device: HostDevice) -> None:
+    def __init__(self, device: HostDevice, graphs: bool = True) -> None:
         self.device, self.logger = device, Log()
+        if graphs:
+            self.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
+        self.capturable = True
         self.contexts: list[Context] = []
         self.on_host: tuple[str, ...] = ()
         self.accepts = self.runs = True

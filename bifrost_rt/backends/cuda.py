@@ -1,4 +1,4 @@
-"""Memory of a GPU and one stream, through NVIDIA's own Python bindings; no torch.
+"""Memory of a GPU, one stream and its graphs, through NVIDIA's own Python bindings; no torch.
 
 `Device` is the seam under the TensorRT driver: its tests pass a double that keeps everything in
 host memory.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,6 +39,13 @@ class Device(Protocol):
 
     def wait(self) -> None:
         """Until the stream has done everything."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Record what `work` puts on the stream, without doing it. The result does it.
+
+        Raises:
+            BackendError: it cannot be recorded, or nothing was put there.
+        """
 
 
 class Cuda:
@@ -81,9 +89,34 @@ class Cuda:
         """An error of anything before it shows here."""
         self._call("cudaStreamSynchronize", self.stream)
 
-    def _call(self, name: str, *arguments: Any) -> Any:
-        """The function's result; the bindings return (status, result)."""
-        status, *result = getattr(self._runtime, name)(*arguments)
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """A CUDA graph of it."""
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", self.stream, mode)
+        try:
+            work()
+        except BaseException:
+            self._runtime.cudaStreamEndCapture(self.stream)  # its error follows from the first
+            raise
+        graph = self._call("cudaStreamEndCapture", self.stream)
+        try:
+            if not self._call("cudaGraphGetNodes", graph, result=1):
+                raise BackendError("CUDA: the graph is empty")
+            return CudaGraph(self, self._call("cudaGraphInstantiate", graph, 0))
+        finally:
+            self._runtime.cudaGraphDestroy(graph)
+
+    def launch(self, graph: Any) -> None:
+        """Queue a graph."""
+        self._call("cudaGraphLaunch", graph, self.stream)
+
+    def destroy(self, graph: Any) -> None:
+        """Give a graph's memory back."""
+        self._runtime.cudaGraphExecDestroy(graph)  # runs in a finalizer
+
+    def _call(self, name: str, *arguments: Any, result: int = 0) -> Any:
+        """The function's result; the bindings return (status, results …)."""
+        status, *results = getattr(self._runtime, name)(*arguments)
         if int(status) != 0:
             why = self._runtime.cudaGetErrorString(status)[1]
             raise BackendError(
@@ -92,7 +125,20 @@ class Cuda:
                 if name == "cudaMalloc"
                 else None,
             )
-        return result[0] if result else None
+        return results[result] if results else None
+
+
+class CudaGraph:
+    """A recorded piece of work; calling it queues it. Its memory goes with the last reference."""
+
+    def __init__(self, cuda: Cuda, graph: Any) -> None:
+        self._launch = cuda.launch, graph
+        weakref.finalize(self, cuda.destroy, graph).atexit = False
+
+    def __call__(self) -> None:
+        """Queue it."""
+        launch, graph = self._launch
+        launch(graph)
 
 
 class DeviceBuffer:

@@ -3,11 +3,12 @@
 The two libraries share the names that are used here; what only one of them has is asked for with
 `hasattr`. An engine fits one version of one library and the architectures that it was compiled for,
 which the manifest states, so a foreign one is refused before the library sees it.
+
+How an engine is run, its steps as CUDA graphs, is in `tensorrt_engine.py`.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import mmap
 from collections.abc import Callable, Mapping
@@ -18,8 +19,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bifrost_rt.backends import gpu, tensorrt_log
-from bifrost_rt.backends.base import Buffer, check_bindings
+from bifrost_rt.backends.base import Buffer
 from bifrost_rt.backends.cuda import Cuda, Device, DeviceBuffer
+from bifrost_rt.backends.tensorrt_engine import NoContext, TensorRtEngine, Weights, on_device
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import Compiled, EngineSpec, Range
 
@@ -50,6 +52,10 @@ class TensorRt:
         library: the Python module, and
         device: the GPU, and
         architecture: its kind; a test passes doubles of all three.
+        graphs: whether the steps of loops become CUDA graphs.
+
+    Attributes:
+        eager: engine -> the reason why its steps are queued one kernel at a time.
     """
 
     name = "tensorrt"
@@ -60,6 +66,7 @@ class TensorRt:
         library: Any = None,
         device: Device | None = None,
         architecture: str | None = None,
+        graphs: bool = True,
     ) -> None:
         if library is None:
             library = importlib.import_module(self.module)
@@ -74,6 +81,8 @@ class TensorRt:
         self._library, self._architecture = library, architecture
         self._device: Device = Cuda() if device is None else device
         self._runtime = library.Runtime(self._log)
+        self.graphs = graphs
+        self.eager: dict[str, str] = {}
 
     def free_memory(self) -> int:
         """The GPU's."""
@@ -102,18 +111,78 @@ class TensorRt:
                 engine = self._runtime.deserialize_cuda_engine(m)
         except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
             raise BackendError(f"{path}: {error}", hint=self._compile_again()) from None
-        context = None if engine is None else engine.create_execution_context()
-        if context is None:
-            raise BackendError(
-                f"{path}: {self.name} {version} cannot load this engine: {_why(self._log)}",
-                hint=self._compile_again(),
-            )
+        if engine is None:
+            raise self._cannot_load(path)
         self._check_door(path, spec, engine)
-        return TensorRtEngine(self, spec, dimensions, (engine, context))
+        try:
+            weights = self._upload(folder, spec.compiled)
+            return TensorRtEngine(self, spec, dimensions, engine, weights)
+        except NoContext:
+            raise self._cannot_load(path) from None
+
+    def _cannot_load(self, path: Path) -> BackendError:
+        return BackendError(
+            f"{path}: {self.name} {self._library.__version__} cannot load this engine: "
+            f"{_why(self._log)}",
+            hint=self._compile_again(),
+        )
+
+    def _upload(self, folder: Path, compiled: Compiled | None) -> Weights:
+        """The weights that the engine does not hold: their file, in one piece, and where each of
+        them lies then."""
+        found: dict[str, int] = {}
+        files: dict[str, DeviceBuffer] = {}
+        for weight in compiled.weights if compiled else ():
+            if weight.file not in files:
+                # pages of the file: they are read while they are copied
+                content = np.memmap(folder / weight.file, np.uint8, "r")
+                files[weight.file] = self.upload(content)
+            if weight.offset + weight.size > files[weight.file].nbytes:
+                raise BackendError(
+                    f"{folder / weight.file}: ends before the weight {weight.name}",
+                    hint=self._compile_again(),
+                )
+            found[weight.name] = files[weight.file].address + weight.offset
+        return Weights(found, tuple(files.values()))
+
+    def context(self, engine: Any, *, graph: bool) -> Any:
+        """A context without scratch memory of its own; None where the library makes none.
+
+        Args:
+            graph: whether the library shall record and replay its work by itself.
+        """
+        own = self._library.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self.library_graphs:
+            return engine.create_execution_context(own)
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(own)
+        # kernels for a shape are compiled when it first comes: compiled in the background they
+        # would take over in the middle of a loop, and one seed would not give one picture
+        strategies = self._library.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        if graph:
+            config.cuda_graph_strategy = self._library.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return engine.create_execution_context(config)
+
+    @property
+    def library_graphs(self) -> bool:
+        """Whether the library has CUDA graphs of its own: it records again when its kernels change,
+        which recording its stream cannot notice."""
+        return hasattr(self._library, "CudaGraphStrategy")
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Record work on the stream as a graph."""
+        return self._device.capture(work)
+
+    def capturable(self, context: Any) -> bool:
+        """Whether the library says that a context's work can be recorded; older ones do not say."""
+        ask = getattr(context, "is_stream_capturable", None)
+        return ask is None or bool(ask(self._device.stream))
 
     def _check_door(self, path: Path, spec: EngineSpec, engine: Any) -> None:
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         promised = [tensor.name for tensor in (*spec.inputs, *spec.outputs)]
+        promised += [weight.name for weight in spec.compiled.weights] if spec.compiled else []
         if sorted(names) != sorted(promised):
             raise BackendError(
                 f"{path}: the engine's tensors are {', '.join(names)}, the manifest's "
@@ -133,15 +202,17 @@ class TensorRt:
             f"{self._architecture} --output DIR"
         )
 
-    def run(self, context: Any) -> None:
-        """Queue the engine, and wait for it: an error belongs to the stage that made it, and so
-        does its time.
+    def enqueue(self, context: Any) -> None:
+        """Queue an engine's work.
 
         Raises:
-            BackendError: the library or the GPU failed.
+            BackendError: the library failed; what the GPU fails in shows when it is waited for.
         """
         if not context.execute_async_v3(self._device.stream):
             raise BackendError(f"{self.name} could not run the engine: {_why(self._log)}")
+
+    def wait(self) -> None:
+        """Until everything that was queued is done."""
         self._device.wait()
 
     def refused(self, what: str) -> BackendError:
@@ -165,12 +236,12 @@ class TensorRt:
                 f"cannot write {array.dtype}{list(array.shape)} over "
                 f"{buffer.dtype}{list(buffer.shape)}"
             )
-        self._device.copy_in(_on_device("buffer", buffer).address, np.ascontiguousarray(array))
+        self._device.copy_in(on_device("buffer", buffer).address, np.ascontiguousarray(array))
 
     def download(self, buffer: Buffer) -> NDArray[Any]:
         """A copy in host memory."""
         array = np.empty(buffer.shape, buffer.dtype)
-        self._device.copy_out(array, _on_device("buffer", buffer).address)
+        self._device.copy_out(array, on_device("buffer", buffer).address)
         return array
 
 
@@ -179,66 +250,6 @@ class TensorRtRtx(TensorRt):
 
     name = "tensorrt-rtx"
     module = "tensorrt_rtx"
-
-
-class TensorRtEngine:
-    """One execution context: its scratch memory is on the GPU once, whatever is bound."""
-
-    def __init__(
-        self,
-        driver: TensorRt,
-        spec: EngineSpec,
-        dimensions: Mapping[str, Range],
-        opened: tuple[Any, Any],
-    ) -> None:
-        self.spec = spec
-        self._driver = driver
-        self._dimensions = dimensions
-        self._opened: tuple[Any, Any] | None = opened  # the engine, and its context
-        self._set: dict[str, tuple[tuple[int, ...], int]] = {}
-
-    def bind(
-        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
-    ) -> Callable[[], None]:
-        """A call on these buffers, which it keeps alive."""
-        check_bindings(self.spec, self._dimensions, inputs, outputs)
-        if self._opened is None:
-            raise BackendError(f"stage `{self.spec.name}` is closed")
-        given = {**inputs, **outputs}
-        buffers = {
-            name: _on_device(f"stage `{self.spec.name}`, `{name}`", buffer)
-            for name, buffer in given.items()
-        }
-        return functools.partial(self._run, self._opened[1], buffers, frozenset(inputs))
-
-    def _run(
-        self, context: Any, buffers: Mapping[str, DeviceBuffer], inputs: frozenset[str]
-    ) -> None:
-        # a loop's two calls differ in what they carry; the cache and the schedules stay set
-        for name, buffer in buffers.items():
-            shape, address = self._set.get(name, (None, None))
-            ok = True
-            if name in inputs and shape != buffer.shape:
-                ok = context.set_input_shape(name, buffer.shape)
-            if ok and address != buffer.address:
-                ok = context.set_tensor_address(name, buffer.address)
-            if not ok:
-                self._set.pop(name, None)
-                where = f"stage `{self.spec.name}`, `{name}` {buffer.dtype}{list(buffer.shape)}"
-                raise self._driver.refused(where)
-            self._set[name] = (buffer.shape, buffer.address)
-        self._driver.run(context)
-
-    def close(self) -> None:
-        """Drop the context and the engine with its weights."""
-        self._opened = None
-        self._set.clear()
-
-
-def _on_device(what: str, buffer: Buffer) -> DeviceBuffer:
-    if not isinstance(buffer, DeviceBuffer):
-        raise BackendError(f"{what}: is in host memory; upload it first")
-    return buffer
 
 
 def _why(log: Any) -> str:

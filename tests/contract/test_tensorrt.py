@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from bifrost_rt import Generator, manifest
@@ -22,6 +23,7 @@ from bifrost_rt.backends.cuda import Cuda
 from bifrost_rt.backends.tensorrt import TensorRtRtx, refusal
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import Compiled, Manifest
+from export.compile import bound, graphs
 from export.engine_set import describe_files
 from tests import tensorrt_double as double
 from tests.conftest import difference, load_case
@@ -76,15 +78,151 @@ def test_a_whole_picture_through_the_driver(compiled_set: Path, library: double.
     assert library.device.blocks == {}  # nothing of the GPU's memory is left behind
 
 
-def test_a_loops_step_sets_only_what_it_carries(
-    compiled_set: Path, library: double.Library
+@pytest.fixture(params=["tensorrt-rtx", "tensorrt"])
+def either(request: pytest.FixtureRequest) -> double.Library:
+    """With CUDA graphs of its own, and without."""
+    return double.Library(double.HostDevice(), graphs=request.param == "tensorrt-rtx")
+
+
+SHORT: dict[str, Any] = {"prompt": "a", "seed": 0, "output_type": "np"}
+
+
+def test_steps_change_nothing_and_wait_for_nothing(
+    compiled_set: Path, either: double.Library
 ) -> None:
-    with Generator(compiled_set, backend=driver_on(library)) as generator:
-        generator.run("a", seed=0, decoding_steps=2, num_inference_steps=6)
-    carry = manifest.read(compiled_set).engine("denoise").carry
-    (context,) = [c for c in library.contexts if "latents" in c.shapes and len(c.shapes) > 2]
-    last = context.calls[-len(carry) * 2 :]
-    assert sorted(last) == sorted(f"address {n}" for n in (*carry, *carry.values()))
+    """The loop's own cost on the host: the same for any number of steps."""
+    with Generator(compiled_set, backend=driver_on(either)) as generator:
+        found = []
+        for steps in (4, 4, 9):
+            before = either.device.waits, sum(len(c.calls) for c in either.contexts)
+            generator.run(**SHORT, decoding_steps=steps, num_inference_steps=steps)
+            after = either.device.waits, sum(len(c.calls) for c in either.contexts)
+            found.append((after[0] - before[0], after[1] - before[1]))
+    assert found[1] == found[2]  # the first run checks the graphs beside
+
+
+def test_replayed_steps_draw_the_same_picture(compiled_set: Path, either: double.Library) -> None:
+    plain = double.Library(either.device, graphs=False)
+    off = TensorRtRtx(plain, plain.device, "sm89", graphs=False)
+    steps = {"decoding_steps": 5, "num_inference_steps": 7}
+    with Generator(compiled_set, backend=off) as generator:
+        expected = generator.run(**SHORT, **steps)
+    assert either.device.captures == 0
+    driver = driver_on(either)
+    with Generator(compiled_set, backend=driver) as generator:
+        for _ in range(2):
+            found = generator.run(**SHORT, **steps)
+            assert np.array_equal(found.latents, expected.latents)
+            assert np.array_equal(found.images, expected.images)
+    assert driver.eager == {}
+    if not hasattr(either, "CudaGraphStrategy"):
+        # per picture and loop: two recordings, and all but their two first steps replayed
+        assert either.device.captures >= 2 * 2 * 2
+        assert either.device.launches >= 2 * (5 + 7 - 4)
+
+
+@pytest.mark.parametrize("fault", ["empty", "different", "refused"])
+def test_steps_that_cannot_be_replayed_run_eagerly_and_say_why(
+    compiled_set: Path, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = double.Library(double.HostDevice(), graphs=False)
+    reason = {
+        "empty": "the graph is empty",
+        "different": "its first replay differs from the eager run",
+        "refused": "the library says that it cannot be recorded",
+    }[fault]
+    library.device.drops = fault == "empty"
+    library.capturable = fault != "refused"
+    if fault == "different":
+        library.device.spoils = lambda: spoil(library)
+    case = load_case("case_04")
+    driver = driver_on(library)
+    with Generator(compiled_set, backend=driver) as generator:
+        result = generator.run(**case.request(), output_type="np")
+    assert driver.eager.keys() == {"visual_decode", "denoise"}
+    assert all(reason in why for why in driver.eager.values())
+    assert "denoise: runs without a CUDA graph: " in caplog.text
+    assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
+
+
+def spoil(library: double.Library) -> None:
+    """A replay that writes something else."""
+    names = ("next_latents", "next_tokens")
+    found = {c.addresses[name] for c in library.contexts for name in names if name in c.addresses}
+    for address in found & library.device.blocks.keys():
+        library.device.blocks[address][:4] ^= 0x55
+
+
+def test_the_librarys_own_graphs_are_checked_too(compiled_set: Path) -> None:
+    library = double.Library(double.HostDevice())
+    library.device.spoils = lambda: spoil(library)
+    case = load_case("case_04")
+    driver = driver_on(library)
+    with Generator(compiled_set, backend=driver) as generator:
+        result = generator.run(**case.request(), output_type="np")
+    assert driver.eager.keys() == {"visual_decode", "denoise"}
+    assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
+
+
+def test_a_call_outlives_another_binding_but_not_its_engine(
+    compiled_set: Path, either: double.Library
+) -> None:
+    """Recorded work is dropped with the context that it was recorded in."""
+    facts, driver = manifest.read(compiled_set), driver_on(either)
+    spec = facts.engine("denoise")
+    engine = driver.open(compiled_set, spec, facts.dimensions)
+    sizes = {"images": 1, "steps": 3}
+
+    def empty(tensor: Any) -> Any:
+        shape = [sizes[d] if isinstance(d, str) else d for d in tensor.shape]
+        return driver.upload(np.zeros(shape, tensor.dtype))
+
+    inputs = {t.name: empty(t) for t in spec.inputs}
+    outputs = [{t.name: empty(t) for t in spec.outputs} for _ in range(4)]
+    calls = [engine.bind(inputs, out) for out in outputs]  # two contexts, two calls on each
+    for _ in range(3):
+        for call in calls:
+            call()
+    values = [driver.download(out["next_latents"]) for out in outputs]
+    assert all(np.array_equal(value, values[0]) for value in values[1:])
+    engine.close()
+    with pytest.raises(BackendError, match="stage `denoise` is closed"):
+        calls[0]()
+
+
+def test_weights_are_uploaded_once_and_bound_by_address(
+    alpha_set: Path, compiled_set: Path, tmp_path: Path, library: double.Library
+) -> None:
+    graph = graphs.read(alpha_set / "t5_text.onnx", "t5_text")
+    tensors = bound.bind(graph)
+    assert tensors
+    weights = bound.store(tensors, tmp_path / "t5_text.weights")
+    ir.save(graph, tmp_path / "t5_text.onnx", external_data="t5_text.data")
+    facts = manifest.read(compiled_set)
+    spec = facts.engine("t5_text")
+    names = [t.name for t in spec.inputs] + [w.name for w in weights]
+    double.write_engine(
+        tmp_path / "t5_text.engine", tmp_path / "t5_text.onnx", names, ["prompt_embeds"]
+    )
+    compiled = dataclasses.replace(COMPILED, weights=weights)
+    spec = dataclasses.replace(spec, compiled=compiled)
+    driver, case = driver_on(library), load_case("case_04")
+    engine = driver.open(tmp_path, spec, facts.dimensions)
+    ids = driver.upload(case.tensors["flux.t5_input_ids"].astype(np.int64))
+    expected = case.tensors["flux.prompt_embeds"]
+    out = driver.empty(expected.shape, np.float32)
+    engine.bind({"input_ids": ids}, {"prompt_embeds": out})()
+    assert difference(driver.download(out), expected) < 1e-4
+    held = sum(block.nbytes for block in library.device.blocks.values())
+    size = (tmp_path / "t5_text.weights").stat().st_size
+    assert held == size + ids.nbytes + out.nbytes + double.SCRATCH
+    engine.close()
+    del engine
+    assert sum(b.nbytes for b in library.device.blocks.values()) == ids.nbytes + out.nbytes
+    path = tmp_path / "t5_text.weights"
+    path.write_bytes(path.read_bytes()[: size // 2])
+    with pytest.raises(BackendError, match=r"t5_text\.weights: ends before the weight "):
+        driver.open(tmp_path, spec, facts.dimensions)
 
 
 @pytest.mark.parametrize(
@@ -165,15 +303,19 @@ def test_the_doubles_names_are_the_librarys() -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     for fake, real in (
         (double.Context, trt.IExecutionContext),
+        (double.RuntimeConfig, trt.IRuntimeConfig),
         (double.Engine, trt.ICudaEngine),
         (double.Runtime, trt.Runtime),
     ):
         for name in vars(fake):
-            if not name.startswith("_"):
+            if not name.startswith("_") and name != "strategy":
                 assert hasattr(real, name), name
-    for name in ("num_io_tensors", "get_tensor_location"):
+    for name in ("num_io_tensors", "get_tensor_location", "device_memory_size_v2"):
         assert hasattr(trt.ICudaEngine, name)
     assert hasattr(trt.TensorLocation, "DEVICE")
+    assert hasattr(trt.ExecutionContextAllocationStrategy, "USER_MANAGED")
+    assert hasattr(trt.DynamicShapesKernelSpecializationStrategy, "EAGER")
+    assert hasattr(trt.CudaGraphStrategy, "WHOLE_GRAPH_CAPTURE")
     assert {m for m in vars(double.HostDevice) if not m.startswith("_")} - {"view"} <= {
         *vars(Cuda),
         "stream",
@@ -197,8 +339,10 @@ def test_the_real_library_refuses_a_foreign_file_in_our_words(
 
 def test_cudas_names_are_the_bindings() -> None:
     runtime = pytest.importorskip("cuda.bindings.runtime")
-    names = ("StreamCreate", "StreamSynchronize", "Malloc", "Free", "MemGetInfo", "MemcpyAsync")
-    for name in (*names, "GetErrorString"):
+    names = ["StreamCreate", "StreamSynchronize", "Malloc", "Free", "MemGetInfo", "MemcpyAsync"]
+    names += ["StreamBeginCapture", "StreamEndCapture", "GraphGetNodes", "GraphInstantiate"]
+    names += ["GraphLaunch", "GraphDestroy", "GraphExecDestroy", "GetErrorString"]
+    for name in names:
         assert hasattr(runtime, f"cuda{name}")
     if isinstance(gpu.find(), str):
         with pytest.raises(BackendError, match="CUDA: cudaStreamCreate failed: .*driver"):

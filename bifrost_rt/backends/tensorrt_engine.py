@@ -1,0 +1,256 @@
+"""One TensorRT engine: its contexts, its weights, and its steps as CUDA graphs.
+
+A step of a loop is queued and not waited for; the host runs ahead until somebody reads a result.
+Its work is recorded once and replayed, by the library where it can do that itself, else by
+recording the stream. The first step of an opened engine is run both ways: where the results are not
+the same, the steps are queued kernel by kernel, and the driver keeps the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bifrost_rt.backends.base import Buffer, check_bindings
+from bifrost_rt.backends.cuda import DeviceBuffer
+from bifrost_rt.errors import BackendError
+from bifrost_rt.manifest import EngineSpec, Range
+
+if TYPE_CHECKING:
+    from bifrost_rt.backends.tensorrt import TensorRt
+
+
+class NoContext(BackendError):
+    """The library made no context; its log says why."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Addresses of the weights that the engine does not hold, and the memory they point into."""
+
+    addresses: Mapping[str, int]
+    memory: tuple[DeviceBuffer, ...] = ()
+
+
+class TensorRtEngine:
+    """A loop's two calls have a context each, so that nothing of a context changes from step to
+    step. All contexts share one block of scratch memory, because they run in turn.
+
+    Raises:
+        NoContext: the library made none.
+        BackendError: the GPU's memory is full.
+    """
+
+    def __init__(
+        self,
+        driver: TensorRt,
+        spec: EngineSpec,
+        dimensions: Mapping[str, Range],
+        engine: Any,
+        weights: Weights,
+    ) -> None:
+        self.spec, self.driver = spec, driver
+        self._dimensions, self._weights = dimensions, weights
+        self._engine: Any = engine
+        self._scratch: DeviceBuffer | None = driver.empty(
+            (int(engine.device_memory_size_v2),), np.uint8
+        )
+        self._loop = bool(spec.carry)
+        self._graphs = self._loop and driver.graphs
+        self._checked = not self._graphs
+        self._calls = 0
+        self._slots = [_Slot(self._context())]
+
+    def _context(self, *, graph: bool | None = None) -> Any:
+        graph = self._graphs if graph is None else graph
+        context = self.driver.context(self._engine, graph=graph)
+        if context is None:
+            raise NoContext("the library made no context")
+        scratch = self._scratch
+        assert scratch is not None
+        context.set_device_memory(scratch.address, scratch.nbytes)
+        for name, address in self._weights.addresses.items():
+            if not context.set_tensor_address(name, address):
+                raise self.driver.refused(f"stage `{self.spec.name}`, weight `{name}`")
+        return context
+
+    def bind(
+        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+    ) -> Callable[[], None]:
+        """A call on these buffers, which it keeps alive."""
+        check_bindings(self.spec, self._dimensions, inputs, outputs)
+        if self._engine is None:
+            raise BackendError(f"stage `{self.spec.name}` is closed")
+        given, made = (
+            {name: on_device(f"stage `{self.spec.name}`, `{name}`", b) for name, b in side.items()}
+            for side in (inputs, outputs)
+        )
+        if self._loop and len(self._slots) < 2:
+            self._slots.append(_Slot(self._context()))
+        call = Call(self, self._slots[self._calls % len(self._slots)], given, made)
+        self._calls += 1
+        return call.step if self._loop else call.run_and_wait
+
+    def step(self, call: Call) -> None:
+        """One step of a loop."""
+        if not self._checked:
+            self._checked = True
+            if reason := self._check(call):
+                self._give_up(call, reason)
+        elif self._graphs and not self.driver.library_graphs:
+            call.replay()
+        else:
+            call.run()
+
+    def _check(self, call: Call) -> str | None:
+        """Why this engine's steps cannot be replayed, or None: its outputs are then those of a
+        replay. A step reads other buffers than it writes, so it can be run again."""
+        try:
+            if self.driver.library_graphs:
+                eager = Call(self, _Slot(self._context(graph=False)), call.inputs, call.outputs)
+                eager.run()
+            else:
+                if not self.driver.capturable(call.slot.context):
+                    return "the library says that it cannot be recorded"
+                call.run()
+            expected = call.read()
+            for _ in range(2):  # the library records in the first run and replays in the second
+                call.wipe()
+                call.run() if self.driver.library_graphs else call.replay()
+            found = call.read()
+        except BackendError as error:
+            return error.message
+        if all(a.tobytes() == b.tobytes() for a, b in zip(expected, found, strict=True)):
+            return None
+        return "its first replay differs from the eager run"
+
+    def _give_up(self, call: Call, reason: str) -> None:
+        self._graphs = False
+        self.driver.eager[self.spec.name] = reason
+        logging.getLogger(__name__).warning(
+            "%s: %s: runs without a CUDA graph: %s", self.driver.name, self.spec.name, reason
+        )
+        for slot in self._slots:
+            slot.renew(self._context())
+        call.run()
+
+    def close(self) -> None:
+        """Drop the contexts and the engine with its weights."""
+        self.driver.wait()  # what was queued still uses them
+        for slot in self._slots:
+            slot.renew(None)
+        self._engine = self._scratch = None
+        self._weights = Weights({})
+
+
+class _Slot:
+    """A context and the call whose shapes and addresses it has."""
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+        self._owner: weakref.ref[Call] | None = None
+
+    @property
+    def owner(self) -> Call | None:
+        """The call that was set last, if it is still there."""
+        return None if self._owner is None else self._owner()
+
+    def own(self, call: Call | None) -> None:
+        """Note that the context is now this call's."""
+        if (before := self.owner) is not None:
+            before.forget()
+        self._owner = None if call is None else weakref.ref(call)
+
+    def renew(self, context: Any) -> None:
+        """Take another context."""
+        self.own(None)
+        self.context = context
+
+
+class Call:
+    """An engine on fixed buffers."""
+
+    def __init__(
+        self,
+        engine: TensorRtEngine,
+        slot: _Slot,
+        inputs: Mapping[str, DeviceBuffer],
+        outputs: Mapping[str, DeviceBuffer],
+    ) -> None:
+        self.slot, self.inputs, self.outputs = slot, inputs, outputs
+        self._engine, self._driver = engine, engine.driver
+        self._warm = False
+        self._graph: Callable[[], None] | None = None
+
+    def run(self) -> None:
+        """Queue the work, kernel by kernel."""
+        self._set()
+        self._driver.enqueue(self.slot.context)
+        self._warm = True
+
+    def run_and_wait(self) -> None:
+        """An error belongs to the stage that made it, and so does its time."""
+        self.run()
+        self._driver.wait()
+
+    def step(self) -> None:
+        """One step of a loop, in the way that its engine knows to be right."""
+        self._engine.step(self)
+
+    def replay(self) -> None:
+        """Queue the recorded work; it is recorded after the library has run once on these shapes,
+        because it sets things up in that run."""
+        self._set()
+        if not self._warm:
+            self.run()
+            return
+        if self._graph is None:
+            context = self.slot.context
+            self._graph = self._driver.capture(lambda: self._driver.enqueue(context))
+        self._graph()
+
+    def _set(self) -> None:
+        if self.slot.owner is self:
+            return
+        self.slot.own(None)
+        context = self.slot.context
+        if context is None:
+            raise BackendError(f"stage `{self._engine.spec.name}` is closed")
+        for name, buffer in {**self.inputs, **self.outputs}.items():
+            shaped = name not in self.inputs or context.set_input_shape(name, buffer.shape)
+            if not (shaped and context.set_tensor_address(name, buffer.address)):
+                stage = self._engine.spec.name
+                where = f"stage `{stage}`, `{name}` {buffer.dtype}{list(buffer.shape)}"
+                raise self._driver.refused(where)
+        self.slot.own(self)
+
+    def forget(self) -> None:
+        """The context is another's now, and with it what was recorded."""
+        self._graph, self._warm = None, False
+
+    def read(self) -> list[NDArray[Any]]:
+        """The outputs, in host memory."""
+        return [self._driver.download(buffer) for buffer in self.outputs.values()]
+
+    def wipe(self) -> None:
+        """Overwrite the outputs, so that what is read next was written since."""
+        for buffer in self.outputs.values():
+            ones = np.full(buffer.nbytes, 0xFF, np.uint8)
+            self._driver.write(buffer, ones.view(buffer.dtype).reshape(buffer.shape))
+
+
+def on_device(what: str, buffer: Buffer) -> DeviceBuffer:
+    """The buffer as one of the GPU's.
+
+    Raises:
+        BackendError: it is in host memory.
+    """
+    if not isinstance(buffer, DeviceBuffer):
+        raise BackendError(f"{what}: is in host memory; upload it first")
+    return buffer
