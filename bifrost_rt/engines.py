@@ -187,8 +187,11 @@ class Loop:
         self._now, self._next = self._next, self._now
 
     def finish(self, name: str) -> Buffer:
-        """The final buffer of a carried tensor. The loop lets go of everything else, so that its
-        engine can leave; it cannot be stepped again."""
+        """The final buffer of a carried tensor, when it is there. The loop lets go of everything
+        else, so that its engine can leave; it cannot be stepped again."""
+        start = time.perf_counter()
+        self._backend.wait()  # steps may only have been queued: their time belongs here
+        self._timings[self._name] = self._timings.get(self._name, 0.0) + time.perf_counter() - start
         last = self._now[name]
         self._now, self._next = {}, {}
         self._call = self._other = _finished

@@ -145,6 +145,10 @@ class PairedBackend:
         """The driver's."""
         return self._driver.download(buffer)
 
+    def wait(self) -> None:
+        """The driver's."""
+        self._driver.wait()
+
 
 class PairedEngine:
     """One engine and its torch module."""

@@ -79,6 +79,10 @@ class Backend(Protocol):
     def download(self, buffer: Buffer) -> NDArray[Any]:
         """Device to host. May share the buffer's memory: copy what must outlive it."""
 
+    def wait(self) -> None:
+        """Until all calls are done. A loop's step may be queued alone; what reads a buffer waits by
+        itself."""
+
 
 class HostMemory:
     """Buffers of a driver whose device is the host: numpy arrays, never copied."""
@@ -102,6 +106,9 @@ class HostMemory:
     def download(self, buffer: Buffer) -> NDArray[Any]:
         """The buffer itself."""
         return np.asarray(buffer)
+
+    def wait(self) -> None:
+        """Calls return when they are done."""
 
 
 def return_freed_memory() -> None:
