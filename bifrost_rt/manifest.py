@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,27 @@ class Range:
 
 @dataclass(frozen=True)
 class Precision:
-    """What was asked for, and what the engine really holds and computes in."""
+    """What was asked for, and what the engine really holds and computes in.
+
+    `weights` is the type of most of its bytes. `layers` counts the layers with a weight by their
+    format, as read back from the file; it is empty in sets that do not state it.
+    """
 
     requested: str
     weights: str
     compute: str
+    layers: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where the scales of quantised layers come from: a file of the set, the fingerprint of the
+    checkpoint that it was made with, the number of its prompts, and how ranges were chosen."""
+
+    file: str
+    checkpoint: str
+    prompts: int
+    scales: str
 
 
 @dataclass(frozen=True)
@@ -198,6 +214,7 @@ class Manifest:
     dimensions: dict[str, Range]
     engines: tuple[EngineSpec, ...]
     files: dict[str, File]
+    calibration: Calibration | None = None
 
     def engine(self, name: str) -> EngineSpec:
         """The engine called `name`.
@@ -216,6 +233,8 @@ class Manifest:
         for engine in data["engines"]:
             if engine["compiled"] is None:
                 del engine["compiled"]
+        if data["calibration"] is None:
+            del data["calibration"]
         return _render(data, hashlib.sha256(_render(data, None)).hexdigest())
 
 

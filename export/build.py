@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -28,6 +28,9 @@ from bifrost_rt.manifest import Defaults, EngineSpec, Manifest, Precision
 from export import recipe as recipes
 from export.engine_set import describe_files, written_aside
 from export.recipe import Recipe
+
+if TYPE_CHECKING:
+    from export.stages import Stage
 
 INTERRUPTED = "interrupted; nothing was written"
 DEFAULT_RECIPE = Path(__file__).parent.parent / "engines" / "default.toml"
@@ -48,6 +51,8 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
     # torch and its company take seconds to import: not before the command line is understood
     from export import assemble, graph, memory, parity, precision, stages, text
     from export.checkpoint import Checkpoint
+    from export.quantize import audit
+    from export.quantize.quantise import quantise
 
     say = progress or (lambda message: None)
     driver = backends.load(recipe.backend)
@@ -58,39 +63,12 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
     mllm_max_length = recipe.mllm_max_length or checkpoint.max_seq_length
     with written_aside(output) as folder:
         written = text.write(checkpoint, folder, mllm_max_length, recipe.t5_max_length)
-        built: dict[str, stages.Stage] = {}
-        engines: list[EngineSpec] = []
-        report: dict[str, dict[str, Any]] = {}
-        for stage in assemble.stages(
-            checkpoint, model, mllm_max_length, written.clip.max_length, recipe.t5_max_length
-        ):
-            say(f"building {stage.name}")
-            start = time.perf_counter()
-            precision.round_weights(stage.module, recipe.precision)
-            traced = graph.to_graph(stage)
-            precision.store(traced, recipe.precision)
-            weights = precision.weight_bytes(traced)
-            scratch = memory.scratch_bytes(traced, memory.one_picture(mllm_max_length))
-            files = graph.save(traced, folder / f"{stage.name}.onnx")
-            built[stage.name] = stage
-            engines.append(
-                EngineSpec(
-                    name=stage.name,
-                    graph=files[0].name,
-                    files=tuple(file.name for file in files),
-                    inputs=stage.inputs,
-                    outputs=stage.outputs,
-                    carry=stage.carry,
-                    precision=Precision(
-                        requested=recipe.precision, weights=next(iter(weights)), compute="float32"
-                    ),
-                    scratch_bytes=scratch,
-                )
+        parts = {
+            stage.name: stage
+            for stage in assemble.stages(
+                checkpoint, model, mllm_max_length, written.clip.max_length, recipe.t5_max_length
             )
-            report[stage.name] = {
-                "seconds": round(time.perf_counter() - start, 3),
-                "weight_bytes": weights,
-            }
+        }
         manifest = Manifest(
             format=manifests.FORMAT,
             name=output.name,
@@ -107,17 +85,58 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
             ),
             text=written,
             dimensions=dict(stages.dimensions(mllm_max_length, recipe.max_images)),
+            engines=tuple(_outline(stage) for stage in parts.values()),
+            files={},
+        )
+        outcome = quantise(recipe, folder, manifest, parts, say)
+        engines: list[EngineSpec] = []
+        report: dict[str, dict[str, Any]] = {}
+        for name, stage in parts.items():
+            say(f"building {name}")
+            start = time.perf_counter()
+            traced = graph.to_graph(stage)
+            precision.store(traced, outcome.rest[name])
+            weights = precision.weight_bytes(traced)
+            scratch = memory.scratch_bytes(traced, memory.one_picture(mllm_max_length))
+            files = graph.save(traced, folder / f"{name}.onnx")
+            layers = audit.read(files[0])
+            engines.append(
+                dataclasses.replace(
+                    manifest.engine(name),
+                    graph=files[0].name,
+                    files=tuple(file.name for file in files),
+                    precision=Precision(
+                        requested=outcome.asked[name],
+                        weights=next(iter(weights)),
+                        compute=audit.compute(layers),
+                        layers=audit.formats(layers),
+                    ),
+                    scratch_bytes=scratch,
+                )
+            )
+            report[name] = {
+                "seconds": round(time.perf_counter() - start, 3),
+                "weight_bytes": weights,
+            }
+        manifest = dataclasses.replace(
+            manifest,
             engines=tuple(engines),
             files=describe_files(folder),
+            calibration=outcome.calibration,
         )
+        say("reading back what every layer is")
+        wanted = {name: outcome.of(name) for name in parts}
+        for name, found in audit.audit(folder, engines, wanted).items():
+            report[name]["precision"] = found
         say("comparing every engine with torch")
-        for name, record in parity.compare(folder, manifest, built, driver).items():
+        for name, record in parity.compare(folder, manifest, parts, driver).items():
             report[name]["parity"] = record
         document = {
             "recipe": dataclasses.asdict(recipe),
             "prompts": parity.prompts(manifest),
             "ignored_files": checkpoint.ignored_files,
             "engines": report,
+            "layers": outcome.record(),
         }
         (folder / "report.json").write_text(json.dumps(document, indent=1) + "\n")
         manifest = dataclasses.replace(manifest, files=describe_files(folder))
@@ -129,6 +148,12 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
         (folder / manifests.FILENAME).write_bytes(manifest.dumps())
         assert manifests.read(folder) == manifest
     return output
+
+
+def _outline(stage: Stage) -> EngineSpec:
+    """An engine before there is a file: its doors."""
+    unknown = Precision(requested="", weights="", compute="")
+    return EngineSpec(stage.name, "", (), stage.inputs, stage.outputs, stage.carry, unknown)
 
 
 def _build_and_compile(recipe: Recipe, progress: Callable[[str], None] | None) -> Path:
@@ -216,7 +241,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bifrost", metavar="DIR", help="the trained Bifrost-1 folder")
     parser.add_argument("--flux", metavar="DIR", help="the diffusers FLUX pipeline folder")
     parser.add_argument("--output", metavar="DIR", help="the engine set to write")
-    parser.add_argument("--precision", metavar="NAME", help="fp32, fp16 or bf16")
+    parser.add_argument("--precision", metavar="NAME", help=", ".join(recipes.PRECISIONS))
+    parser.add_argument(
+        "--rest", metavar="NAME", help="of a quantised set's other weights: bf16 (default) or fp16"
+    )
+    parser.add_argument(
+        "--calibration-prompts", metavar="FILE", help="one prompt per line; default: a list of ours"
+    )
+    parser.add_argument(
+        "--statistics", metavar="FILE", help="a set's calibration.safetensors, to calibrate once"
+    )
+    parser.add_argument(
+        "--scales", metavar="NAME", help="of activations: mse (default), percentile or max"
+    )
+    parser.add_argument(
+        "--quality-budget",
+        type=float,
+        metavar="DB",
+        help="PSNR to float32 that the pictures keep: the worst layers stay in 16 bit",
+    )
     parser.add_argument("--backend", metavar="NAME", help="onnxruntime, or tensorrt-rtx")
     parser.add_argument("--mllm-max-length", type=int, metavar="N", help="tokens of a chat prompt")
     parser.add_argument("--t5-max-length", type=int, metavar="N", help="tokens of T5")

@@ -29,3 +29,11 @@ class BuildError(BifrostError):
 class CompileError(BifrostError):
     """An engine cannot be compiled: a target that lacks what the graph needs, a size without a
     limit, or what the builder refused."""
+
+
+class CalibrationError(BifrostError):
+    """Prompts or statistics that cannot calibrate this checkpoint."""
+
+
+class PrecisionError(BifrostError):
+    """A built file does not hold what was asked for."""

@@ -106,7 +106,9 @@ def _optimise(model: ir.Model) -> None:
 
 def _should_fold(node: ir.Node) -> bool | None:
     """None leaves it to the optimiser, which computes with small values alone."""
-    return False if _transposed_weight(node) is not None else None
+    first = node.inputs[0] if node.inputs else None
+    widened = node.op_type == "Cast" and first is not None and isinstance(first.const_value, Weight)
+    return False if widened or _transposed_weight(node) is not None else None
 
 
 def _merge_constants(graph: ir.Graph) -> None:

@@ -7,6 +7,7 @@ values that flow between its engines.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from bifrost_rt.engines import Engines
 from bifrost_rt.manifest import EngineSpec, Manifest, Range
 from bifrost_rt.text import Tokenizers
 from export.errors import ParityError
+from export.quantize.formats import FORMATS
 from export.stages import IMAGES, Stage
 from export.streaming import streamed
 
@@ -33,6 +35,10 @@ PROMPTS = (
     "The image shows three cats sleeping on a wooden bridge over a quiet river at dusk",
     "café 猫",
 )
+
+# Of quantised engines, the relative error in the mean that rounding to other steps may add up to:
+# measured 6e-3 at most on the default model, and one wrong scale is far above it.
+STEPS = 2e-2
 
 
 def prompts(manifest: Manifest) -> list[str]:
@@ -47,9 +53,22 @@ class Comparison:
     max_error: float = 0.0
     largest_value: float = 0.0
     calls: int = 0
+    error_square: float = 0.0
+    value_square: float = 0.0
 
-    def passes(self, tolerance: float) -> bool:
-        """Rounding grows with the values: tolerances are absolute up to 1, relative above."""
+    @property
+    def relative_error(self) -> float:
+        """Root of the mean square error, over that of the values."""
+        return math.sqrt(self.error_square / self.value_square) if self.value_square else 0.0
+
+    def passes(self, tolerance: float, quantised: bool) -> bool:
+        """Rounding grows with the values: tolerances are absolute up to 1, relative above.
+
+        Where layers are quantised, a difference in the last bit now and then becomes a whole step
+        of one value, and no bound on a single value holds: the mean does.
+        """
+        if quantised:
+            return self.relative_error <= STEPS
         return self.max_error <= tolerance * max(1.0, self.largest_value)
 
 
@@ -90,16 +109,19 @@ def compare(
     report = {}
     for name, record in paired.records.items():
         tolerance = stages[name].tolerance
-        if not record.passes(tolerance):
+        quantised = not FORMATS.keys().isdisjoint(manifest.engine(name).precision.layers)
+        if not record.passes(tolerance, quantised):
             raise ParityError(
                 f"engine `{name}`: differs from torch by {record.max_error:.3g} on values up to "
-                f"{record.largest_value:.3g}, allowed {tolerance:.3g}",
+                f"{record.largest_value:.3g}, {record.relative_error:.2g} in the mean, allowed "
+                + (f"{STEPS:g} in the mean" if quantised else f"{tolerance:.3g}"),
                 hint="nothing was written; please report this with the recipe and the versions",
             )
         report[name] = {
             "max_error": record.max_error,
             "largest_value": record.largest_value,
-            "tolerance": tolerance,
+            "relative_error": record.relative_error,
+            "tolerance": STEPS if quantised else tolerance,
             "calls": record.calls,
         }
     return report
@@ -184,6 +206,8 @@ class PairedEngine:
         # NaN must not pass as small
         record.max_error = max(record.max_error, error if error == error else float("inf"))
         record.largest_value = max(record.largest_value, wide.abs().max().item())
+        record.error_square += (wide - found.to(torch.float64)).square().sum().item()
+        record.value_square += wide.square().sum().item()
 
     def close(self) -> None:
         """Close the driver's engine, and let go of torch's weights."""

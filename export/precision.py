@@ -9,6 +9,7 @@ then stores without loss what fits.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -31,19 +32,25 @@ _IR = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 SMALL = 4096  # bytes; not worth a node
 
 
-def round_weights(module: nn.Module, precision: str) -> None:
+def round_weights(
+    module: nn.Module, precision: str, of_layers: Mapping[str, str] | None = None
+) -> None:
     """Round the weights of the linear, convolution and embedding layers, when they are read.
+
+    Args:
+        of_layers: path of a layer -> its own precision.
 
     Raises:
         ExportError: then, of a weight that does not fit the range of fp16.
     """
-    dtype = PRECISIONS[precision]
-    if dtype == torch.float32:
+    if not of_layers and PRECISIONS[precision] == torch.float32:
         return
     for name, layer in module.named_modules():
         if isinstance(layer, ROUNDED):
-            rounded = functools.partial(_rounded, f"{name}.weight", precision)
-            source = sources.of(layer, "weight").map(precision, rounded, dtype=dtype)
+            wanted = (of_layers or {}).get(name, precision)
+            rounded = functools.partial(_rounded, f"{name}.weight", wanted)
+            dtype = PRECISIONS[wanted]
+            source = sources.of(layer, "weight").map(wanted, rounded, dtype=dtype)
             sources.attach(layer, "weight", source)
 
 
@@ -72,7 +79,7 @@ def store(model: ir.Model, precision: str) -> None:
         if half is None:
             continue
         stored = ir.Value(
-            name=name, shape=value.shape, type=ir.TensorType(_IR[dtype]), const_value=half
+            name=name, shape=value.shape, type=ir.TensorType(half.dtype), const_value=half
         )
         cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value}, num_outputs=1)
         del graph.initializers[name]
@@ -86,7 +93,8 @@ def store(model: ir.Model, precision: str) -> None:
 def _half(tensor: ir.TensorProtocol, dtype: torch.dtype, name: str) -> ir.TensorProtocol | None:
     """The tensor in 16 bit, where that loses nothing."""
     if isinstance(tensor, Weight):
-        return Weight(tensor.source, _IR[dtype], name) if tensor.source.dtype == dtype else None
+        kind = _IR.get(tensor.source.dtype)
+        return None if kind is None else Weight(tensor.source, kind, name)
     exact = torch.from_numpy(np.array(tensor.numpy()))  # what the optimiser has computed
     half = exact.to(dtype)
     return ir.tensor(half, name=name) if torch.equal(half.to(torch.float32), exact) else None

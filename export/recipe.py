@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bifrost_rt import strict
 from export.errors import RecipeError
-from export.precision import PRECISIONS
 
 COMPILED = ("tensorrt-rtx", "tensorrt")
 BACKENDS = ("onnxruntime", *COMPILED)
+SIXTEEN_BIT = ("bf16", "fp16")
+QUANTISED = ("int8", "fp8", "nvfp4", "int4")
+PRECISIONS = ("fp32", *SIXTEEN_BIT, *QUANTISED)
+METHODS = ("mse", "percentile", "max")
+PATHS = ("mllm", "bifrost", "flux", "output", "calibration_prompts", "statistics")
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,15 @@ class Recipe:
         max_images: images per run; None sets no limit, which compiled engines cannot do.
         target: of compiled engines, the GPUs; none means this machine's own.
         max_steps: of compiled engines, steps of a loop; None takes the set's defaults.
+        rest: what a quantised set stores its other weights in.
+        stages: stage -> precision, where it is not the set's.
+        layers: pattern of `stage:path` -> precision, such as "denoise:transformer_blocks.0.*"; of
+            several that fit, the last counts.
+        calibration_prompts: a file, one prompt per line; None takes the list that ships.
+        statistics: a calibration.safetensors of the same checkpoint, instead of calibrating.
+        scales: how an activation's range is chosen: "mse", "percentile" or "max".
+        quality_budget: PSNR in dB that the pictures must keep to those in float32, on average;
+            layers that cost most stay in 16 bit until they do.
     """
 
     mllm: str
@@ -39,15 +53,38 @@ class Recipe:
     max_images: int | None = None
     target: tuple[str, ...] = ()
     max_steps: int | None = None
+    rest: str = "bf16"
+    stages: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, str] = field(default_factory=dict)
+    calibration_prompts: str | None = None
+    statistics: str | None = None
+    scales: str = "mse"
+    quality_budget: float | None = None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any layer is."""
+        asked = {self.precision, *self.stages.values(), *self.layers.values()}
+        return not asked.isdisjoint(QUANTISED)
 
     def __post_init__(self) -> None:
-        for name, known in (("precision", PRECISIONS), ("backend", BACKENDS)):
-            value = getattr(self, name)
+        for name, value, known in self._named_choices():
             if value not in known:
                 raise RecipeError(
                     f"{name} {value!r} is unknown{strict.nearest(value, known)}",
                     hint=f"this version builds {', '.join(known)}",
                 )
+        if not self.quantised:
+            for name in ("statistics", "quality_budget"):
+                if getattr(self, name) is not None:
+                    raise RecipeError(
+                        f"{name} is for quantised sets, and nothing in this one is",
+                        hint="add --precision int8 or fp8, or leave it out",
+                    )
+        if self.quality_budget is not None and not 0 < self.quality_budget <= 100:
+            raise RecipeError(
+                f"quality_budget is a PSNR in dB between 0 and 100, got {self.quality_budget:g}"
+            )
         for name in ("mllm_max_length", "t5_max_length", "max_images", "max_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -64,6 +101,16 @@ class Recipe:
                 hint="add --backend tensorrt-rtx, or leave them out",
             )
 
+    def _named_choices(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+        yield "precision", self.precision, PRECISIONS
+        yield "backend", self.backend, BACKENDS
+        yield "rest", self.rest, SIXTEEN_BIT
+        yield "scales", self.scales, METHODS
+        for name, precision in self.stages.items():
+            yield f"stages.{name}", precision, PRECISIONS
+        for name, precision in self.layers.items():
+            yield f"layers.{name}", precision, PRECISIONS
+
 
 def read(path: Path, overrides: dict[str, object]) -> Recipe:
     """A recipe file with flags on top.
@@ -78,7 +125,7 @@ def read(path: Path, overrides: dict[str, object]) -> Recipe:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not TOML: {error}") from None
-    for key in ("mllm", "bifrost", "flux", "output"):
+    for key in PATHS:
         if isinstance(data.get(key), str):
             data[key] = str(path.parent / data[key])
     return load({**data, **overrides}, str(path))

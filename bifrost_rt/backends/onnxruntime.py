@@ -40,15 +40,14 @@ class OnnxRuntime(HostMemory):
         Raises:
             BackendError: onnxruntime does not accept the file.
         """
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # errors; warnings about the graph belong to the build
-        # A set has several sessions, run one after another: a pool that spins after its work is
-        # done takes the cores from the next engine.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options, disabled = session_options(spec)
         path = folder / spec.graph
         try:
             session = ort.InferenceSession(
-                str(path), sess_options=options, providers=["CPUExecutionProvider"]
+                str(path),
+                sess_options=options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=disabled,
             )
         except Exception as error:  # onnxruntime raises many unrelated types here
             raise BackendError(
@@ -56,6 +55,22 @@ class OnnxRuntime(HostMemory):
                 hint="rebuild the set with `python -m export.build --backend onnxruntime`",
             ) from error
         return OnnxRuntimeEngine(session, spec, dimensions)
+
+
+def session_options(spec: EngineSpec) -> tuple[ort.SessionOptions, list[str]]:
+    """How this driver runs an engine: the session's options, and what is not to be optimised."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors; warnings about the graph belong to the build
+    # A set has several sessions, run one after another: a pool that spins after its work is
+    # done takes the cores from the next engine.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Without it, weights of 4 bits quietly get activations of 8.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if "fp8" in spec.precision.layers:
+        # There are no kernels of 8-bit floats: they are rounded to and computed in float32.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # A bias joined to its multiplication hides it from the 8-bit kernels.
+    return options, ["MatMulAddFusion"] if "int8" in spec.precision.layers else []
 
 
 class OnnxRuntimeEngine:

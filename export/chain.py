@@ -1,0 +1,95 @@
+"""The product's own pipeline over the stages' torch modules, before there is any engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bifrost_rt import pipeline, request
+from bifrost_rt.backends.base import Buffer, HostMemory
+from bifrost_rt.engines import Engines
+from bifrost_rt.manifest import EngineSpec, Manifest, Range
+from bifrost_rt.text import Tokenizers
+from export.stages import Stage
+
+OPTIONS = (
+    *("num_inference_steps", "guidance_scale", "controlnet_conditioning_scale"),
+    *("decoding_steps", "cfg_weight", "height", "width", "order", "latents"),
+)
+
+
+class Torch(HostMemory):
+    """A backend whose engines are torch modules."""
+
+    name = "torch"
+
+    def __init__(self, stages: Mapping[str, Stage]) -> None:
+        self._stages = stages
+
+    def open(self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]) -> TorchEngine:
+        """The stage's module."""
+        return TorchEngine(spec, self._stages[spec.name])
+
+    def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
+        """Nothing beyond the modules, which are there already."""
+        return 0
+
+
+class TorchEngine:
+    """One stage."""
+
+    def __init__(self, spec: EngineSpec, stage: Stage) -> None:
+        self.spec = spec
+        self._stage = stage
+
+    def bind(
+        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+    ) -> Callable[[], None]:
+        """A call on these arrays."""
+
+        def call() -> None:
+            for name, value in evaluate(self._stage, inputs).items():
+                np.copyto(np.asarray(outputs[name]), value.numpy())
+
+        return call
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def evaluate(stage: Stage, inputs: Mapping[str, Buffer]) -> dict[str, torch.Tensor]:
+    """The stage's outputs, by name."""
+    given = [torch.from_numpy(np.array(inputs[spec.name])) for spec in stage.inputs]
+    with torch.inference_mode():
+        found = stage.module(*given)
+    found = found if isinstance(found, tuple) else (found,)
+    return dict(zip((spec.name for spec in stage.outputs), found, strict=True))
+
+
+def run(
+    folder: Path,
+    manifest: Manifest,
+    stages: Mapping[str, Stage],
+    prompts: Sequence[str],
+    **options: Any,
+) -> pipeline.Output:
+    """Draw one picture per prompt.
+
+    Args:
+        folder: holds the tokenizers that the manifest names.
+        options: of `Generator.run`; what is not given has the set's default.
+    """
+    asked: dict[str, Any] = {
+        **dict.fromkeys(OPTIONS),
+        "seed": 0,
+        "num_images_per_prompt": 1,
+        "output_type": "np",
+        **options,
+    }
+    checked = request.check(manifest, prompt=list(prompts), **asked)
+    engines = Engines(folder, manifest, Torch(stages))
+    return pipeline.generate(engines, Tokenizers(folder, manifest.text), manifest, checked)

@@ -1,0 +1,101 @@
+"""A policy and statistics -> the stages' modules, changed in place, each decision on record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from export import sources
+from export.quantize import scales
+from export.quantize.formats import FORMATS
+from export.quantize.linear import QuantizedLinear
+from export.quantize.policy import Choice
+from export.quantize.scales import Scales
+from export.quantize.statistics import Observed, Statistics
+from export.stages import Stage
+
+# Below it, an int8 layer's own error is a quarter of its output: no picture survives that.
+LEAST_SIGNAL_TO_NOISE = 12.0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one layer became.
+
+    Attributes:
+        asked, given: formats; `given` differs where the data spoke against `asked`.
+        reason: of an exception, a migration or a difference; empty where there is none.
+        scales: None where it is not quantised.
+    """
+
+    choice: Choice
+    given: str
+    reason: str
+    scales: Scales | None = None
+
+    def record(self) -> dict[str, object]:
+        """For the report."""
+        line: dict[str, object] = {"asked": self.choice.form, "given": self.given}
+        if self.reason:
+            line["reason"] = self.reason
+        if self.scales is not None and self.scales.input_scale is not None:
+            line["input_scale"] = self.scales.input_scale
+        if self.scales is not None and self.scales.signal_to_noise is not None:
+            line["predicted_signal_to_noise"] = round(self.scales.signal_to_noise, 1)
+        return line
+
+
+def decide(
+    stages: Mapping[str, Stage],
+    choices: Sequence[Choice],
+    statistics: Statistics | None,
+    rest: str,
+    method: str,
+) -> list[Decision]:
+    """What every layer becomes, from what was seen at its door."""
+    seen = {} if statistics is None else statistics.layers
+    return [_decide(stages[c.stage], c, seen.get(c.name), rest, method) for c in choices]
+
+
+def _decide(
+    stage: Stage, choice: Choice, seen: Observed | None, rest: str, method: str
+) -> Decision:
+    if not choice.quantised:
+        return Decision(choice, choice.form, choice.reason)
+    weight = sources.read(stage.module.get_submodule(choice.path), "weight").float().T
+    if not torch.any(weight):
+        return Decision(choice, rest, "all its weights are 0: there is nothing to scale")
+    if not FORMATS[choice.form].calibrated:
+        return Decision(choice, choice.form, choice.reason, Scales(None))
+    if seen is None or seen.rows == 0:
+        return Decision(choice, rest, "never reached in calibration: its inputs are not known")
+    if seen.largest == 0:
+        return Decision(choice, rest, "saw only zeros in calibration: there is nothing to scale")
+    found = scales.choose(seen, weight, choice.form, method)
+    if found.signal_to_noise is not None and found.signal_to_noise < LEAST_SIGNAL_TO_NOISE:
+        return Decision(
+            choice,
+            rest,
+            f"outliers: {choice.form} would leave {found.signal_to_noise:.0f} dB of its output, "
+            f"less than {LEAST_SIGNAL_TO_NOISE:.0f}",
+        )
+    reason = "; ".join(text for text in (choice.reason, found.note) if text)
+    return Decision(choice, choice.form, reason, found)
+
+
+def replace(stages: Mapping[str, Stage], decisions: Sequence[Decision]) -> None:
+    """Put quantised layers where linear layers were."""
+    for decision in decisions:
+        if decision.scales is None:
+            continue
+        module, path = stages[decision.choice.stage].module, decision.choice.path
+        owner, _, leaf = path.rpartition(".")
+        layer = QuantizedLinear(
+            module.get_submodule(path),
+            decision.given,
+            decision.scales.input_scale,
+            decision.scales.migration,
+        )
+        setattr(module.get_submodule(owner), leaf, layer)

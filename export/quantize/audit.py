@@ -1,0 +1,238 @@
+"""What the built files really hold, layer by layer: read back, compared with what was asked.
+
+A build that quietly keeps a layer in float32, or a runtime that quietly computes it there, is what
+users of such tools complain about most. Nothing here trusts what the build believes it wrote: the
+files are opened again, and onnxruntime is asked which kernels it makes of them.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto
+
+from bifrost_rt.backends.onnxruntime import session_options
+from bifrost_rt.manifest import EngineSpec
+from export.errors import PrecisionError
+from export.quantize.formats import FORMATS
+
+# Operators with a weight, and the place of the input that it meets.
+LAYERS = {
+    "MatMul": (1, 0),
+    "Gemm": (1, 0),
+    "Conv": (1, 0),
+    "ConvTranspose": (1, 0),
+    "Gather": (0, 1),
+}
+PASSED = ("Cast", "Transpose", "DequantizeLinear", "NVFP4Dequantize", "Identity")
+# (stored weight, rounded input) -> what the recipe calls it
+FORMS = {
+    ("int8", "uint8"): "int8",
+    ("int8", "int8"): "int8",
+    ("float8e4m3fn", "float8e4m3fn"): "fp8",
+    ("uint4", "nvfp4"): "nvfp4",
+    ("int4", ""): "int4",
+    ("bfloat16", ""): "bf16",
+    ("float16", ""): "fp16",
+    ("float", ""): "fp32",
+}
+# What onnxruntime's CPU provider computes quantised layers with.
+KERNELS = {"int8": ("MatMulIntegerToFloat",), "int4": ("MatMulNBits",)}
+READABLE = 1 << 30  # bytes of weights that are written a second time to see the kernels
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight as a file holds it.
+
+    Attributes:
+        form: as recipes call it, or `stored/input` where recipes have no name for it.
+        bytes: of the weight and its block scales.
+    """
+
+    form: str
+    operator: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+def read(path: Path) -> dict[str, Layer]:
+    """The layers of an ONNX file, by the path of the module that the weight belongs to."""
+    graph = onnx.load(path, load_external_data=False).graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    found: dict[str, Layer] = {}
+    for node in graph.node:
+        if node.op_type not in LAYERS:
+            continue
+        of_weight, of_input = LAYERS[node.op_type]
+        chain = _chain(node.input[of_weight], makers)
+        stored = weights.get(chain[-1].input[0] if chain else node.input[of_weight])
+        if stored is None or math.prod(stored.dims) < 2:
+            continue
+        path_of, _, leaf = stored.name.rpartition(".")
+        if leaf not in ("weight", "codes"):
+            continue
+        scales = [
+            weights[name]
+            for step in chain
+            for scale in step.input[1:]
+            if (name := _stored(scale, makers)) in weights
+        ]
+        kind = _name(stored.data_type)
+        rounded = _rounded(node.input[of_input], makers, weights) if kind != "float" else ""
+        found[path_of] = Layer(
+            FORMS.get((kind, rounded), f"{kind}/{rounded or 'float'}"),
+            node.op_type,
+            tuple(stored.dims),
+            _bytes(stored) + sum(_bytes(scale) for scale in scales if len(scale.dims) > 1),
+        )
+    return found
+
+
+def _stored(name: str, makers: Mapping[str, onnx.NodeProto]) -> str:
+    """The initializer behind a value, where only what keeps its numbers stands between."""
+    steps = _chain(name, makers)
+    return steps[-1].input[0] if steps else name
+
+
+def _chain(name: str, makers: Mapping[str, onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The nodes between a layer and its stored weight."""
+    steps: list[onnx.NodeProto] = []
+    while (node := makers.get(name)) is not None and node.op_type in PASSED:
+        steps.append(node)
+        name = node.input[0]
+    return steps
+
+
+def _rounded(
+    name: str, makers: Mapping[str, onnx.NodeProto], weights: Mapping[str, TensorProto]
+) -> str:
+    """The type that an input goes through, or nothing."""
+    node = makers.get(name)
+    if node is not None and node.op_type == "NVFP4QuantizeDequantize":
+        return "nvfp4"
+    before = makers.get(node.input[0]) if node is not None and node.input else None
+    if node is None or node.op_type != "DequantizeLinear" or before is None:
+        return ""
+    if before.op_type != "QuantizeLinear":
+        return ""
+    if len(before.input) > 2 and before.input[2]:
+        zero = weights.get(before.input[2])
+        return "" if zero is None else _name(zero.data_type)
+    kind = next((a.i for a in before.attribute if a.name == "output_dtype"), TensorProto.UINT8)
+    return _name(kind)
+
+
+def _name(kind: int) -> str:
+    return str(TensorProto.DataType.Name(kind)).lower()
+
+
+def _bytes(tensor: TensorProto) -> int:
+    bits = {"int4": 4, "uint4": 4, "float4e2m1": 4}.get(_name(tensor.data_type))
+    if bits is None:
+        bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return math.prod(tensor.dims) * bits // 8
+
+
+def kernels(folder: Path, spec: EngineSpec) -> Counter[str] | None:
+    """How often onnxruntime uses each operator for an engine, after its own optimisation; None
+    where its weights are too many to be written again."""
+    if sum((folder / name).stat().st_size for name in spec.files) > READABLE:
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        options, disabled = session_options(spec)
+        options.optimized_model_filepath = str(Path(scratch) / "optimised.onnx")
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", "weights"
+        )
+        ort.InferenceSession(
+            str(folder / spec.graph),
+            sess_options=options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=disabled,
+        )
+        made = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    return Counter(node.op_type for node in made.graph.node)
+
+
+def audit(
+    folder: Path, specs: Sequence[EngineSpec], asked: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, Any]]:
+    """Compare every engine's file with what was decided for it.
+
+    Args:
+        asked: engine -> path of a linear layer -> format.
+
+    Returns:
+        Per engine: its layers (format, shape, bytes), those that nothing reads, and the kernels.
+
+    Raises:
+        PrecisionError: naming the layers that are something else.
+    """
+    report: dict[str, dict[str, Any]] = {}
+    for spec in specs:
+        layers = read(folder / spec.graph)
+        wanted = asked[spec.name]
+        wrong = [
+            f"{path}: asked {form}, found {layers[path].form}"
+            for path, form in wanted.items()
+            if path in layers and layers[path].form != form
+        ]
+        if wrong:
+            raise PrecisionError(
+                f"engine `{spec.name}` is not what was asked for: {_listed(wrong)}",
+                hint="nothing was written; please report this with the recipe and the versions",
+            )
+        used = kernels(folder, spec)
+        _check_kernels(spec, layers, used)
+        report[spec.name] = {
+            "layers": {
+                path: {"format": layer.form, "shape": list(layer.shape), "bytes": layer.bytes}
+                for path, layer in layers.items()
+            },
+            "unused": sorted(wanted.keys() - layers.keys()),
+            "kernels": None if used is None else dict(used.most_common()),
+        }
+    return report
+
+
+def _check_kernels(
+    spec: EngineSpec, layers: Mapping[str, Layer], used: Counter[str] | None
+) -> None:
+    for form, operators in KERNELS.items():
+        wanted = sum(layer.form == form for layer in layers.values())
+        found = wanted if used is None else sum(used[name] for name in operators)
+        if found < wanted:
+            raise PrecisionError(
+                f"engine `{spec.name}`: {wanted} layers are {form}, but onnxruntime "
+                f"{ort.__version__} would compute {wanted - found} of them in float32",
+                hint="build with another version of onnxruntime, or keep these layers in 16 bit",
+            )
+
+
+def formats(layers: Mapping[str, Layer]) -> dict[str, int]:
+    """How many layers have each format, the most frequent first."""
+    return dict(Counter(layer.form for layer in layers.values()).most_common())
+
+
+def compute(layers: Mapping[str, Layer]) -> str:
+    """What the layers of an engine compute in on a CPU, for the manifest."""
+    forms = {layer.form for layer in layers.values()}
+    if "int8" in forms:
+        return "int8"
+    simulated = sorted(forms & FORMATS.keys() - KERNELS.keys())
+    return f"float32, {' and '.join(simulated)} simulated" if simulated else "float32"
+
+
+def _listed(lines: Sequence[str], limit: int = 8) -> str:
+    rest = f" … and {len(lines) - limit} more" if len(lines) > limit else ""
+    return "; ".join(lines[:limit]) + rest

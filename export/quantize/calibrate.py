@@ -1,0 +1,115 @@
+"""The real chain, run on real prompts, with every candidate layer watched.
+
+Statistics cover all decoding steps and all denoising steps at the set's defaults, because a layer's
+inputs at the first step, where everything is masked or noise, are not those at the last. One batch
+is guided, so that the empty text of the unconditional branch is seen too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from bifrost_rt.manifest import Manifest
+from export import chain
+from export.errors import CalibrationError
+from export.quantize.policy import linears
+from export.quantize.statistics import Observed, Statistics
+from export.stages import IMAGES, Stage
+from export.streaming import streamed
+
+DEFAULT_PROMPTS = Path(__file__).with_name("prompts.txt")
+BATCH = 8
+GUIDED = 2.0
+SAMPLE = 1 << 16
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts of a file, one per line; empty lines and lines that begin with # do not count.
+
+    Raises:
+        CalibrationError: it cannot be read, or there is none in it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path}: calibration prompts cannot be read: {error}") from None
+    prompts = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not prompts:
+        raise CalibrationError(
+            f"{path}: holds no prompt",
+            hint="write one prompt per line, of the kind that the model will be asked for",
+        )
+    return prompts
+
+
+def fingerprint(folders: Sequence[Path]) -> str:
+    """What tells one checkpoint from another: names, headers and samples of all weight files.
+
+    Not a proof against tampering, which would mean to read everything.
+    """
+    digest = hashlib.sha256()
+    for number, folder in enumerate(folders):
+        for path in sorted(folder.rglob("*.safetensors")):
+            size = path.stat().st_size
+            digest.update(f"{number}/{path.relative_to(folder).as_posix()}/{size}".encode())
+            with path.open("rb") as stream:
+                header = int.from_bytes(stream.read(8), "little")
+                for at in (0, 8 + header, size // 2, max(0, size - SAMPLE)):
+                    stream.seek(at)
+                    digest.update(stream.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def calibrate(
+    folder: Path,
+    manifest: Manifest,
+    stages: Mapping[str, Stage],
+    prompts: Sequence[str],
+    checkpoint: str,
+    progress: Callable[[str], None],
+    budget: int | None = None,
+) -> Statistics:
+    """Run the chain on every prompt and record what every linear layer of every stage sees.
+
+    Args:
+        checkpoint: its fingerprint.
+        budget: bytes of weights that a stage may keep in memory between calls; None: all.
+    """
+    found = Statistics(checkpoint, tuple(prompts))
+    with contextlib.ExitStack() as watched:
+        for stage in stages.values():
+            watched.enter_context(streamed(stage.module, budget))
+            for path, linear in linears(stage):
+                watched.enter_context(_watch(linear, f"{stage.name}:{path}", found.layers))
+        for at, batch, options in _runs(manifest, prompts):
+            progress(f"calibrating on prompts {at + 1} to {at + len(batch)} of {len(prompts)}")
+            chain.run(folder, manifest, stages, batch, seed=at, **options)
+    return found
+
+
+def _runs(
+    manifest: Manifest, prompts: Sequence[str]
+) -> Iterator[tuple[int, Sequence[str], dict[str, Any]]]:
+    most = manifest.dimensions[IMAGES].max or BATCH
+    size = min(BATCH, most)
+    for at in range(0, len(prompts), size):
+        yield at, prompts[at : at + size], {}
+    yield 0, prompts[:1], {"cfg_weight": GUIDED}
+
+
+@contextlib.contextmanager
+def _watch(linear: nn.Linear, name: str, into: dict[str, Observed]) -> Iterator[None]:
+    def look(module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
+        into.setdefault(name, Observed.nothing(linear.in_features)).add(given[0], result)
+
+    handle = linear.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,124 @@
+"""Which layer gets which format: data, with a reason for every exception.
+
+A layer is named `stage:path`, as in the set's report. Without an exception a linear layer gets what
+its stage was asked for, and everything that is no linear layer stays in 16 bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from bifrost_rt import strict
+from export.errors import RecipeError
+from export.quantize.formats import FORMATS
+from export.stages import Stage
+
+# In the order in which they are asked; the first that fits decides.
+EXCEPTIONS = (
+    ("conditioning:*", "embedders and modulation run once per image, and every block of every step "
+     "multiplies with what they give"),
+    ("vae_decode:*", "convolutions between the latents and the pixels: nothing after them averages "
+     "their error away, and they are a hundredth of the weights"),
+    ("visual_decode:branch.vision_head", "the final projection writes the tokens themselves"),
+    ("denoise:*_x_embedder", "an embedder: few weights, and all later layers see its error"),
+    ("denoise:proj_out", "the final projection writes the velocity itself"),
+    ("denoise:residuals.*", "writes the ControlNet's residual sums"),
+    ("denoise:single_residuals.*", "writes the ControlNet's residual sums"),
+    ("t5_text:*.wo", "its inputs reach tens of thousands in T5-XXL; transformers keeps it in "
+     "float32 for the same reason"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one linear layer is to be, and why, where it is not simply what was asked for."""
+
+    stage: str
+    path: str
+    form: str
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """As the report and recipes call it."""
+        return f"{self.stage}:{self.path}"
+
+    @property
+    def quantised(self) -> bool:
+        """Whether it leaves 16 bit."""
+        return self.form in FORMATS
+
+
+def linears(stage: Stage) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers of a stage, by path."""
+    for path, module in stage.module.named_modules():
+        if type(module) is nn.Linear:
+            yield path, module
+
+
+def choose(
+    stages: Sequence[Stage],
+    precision: str,
+    rest: str,
+    of_stages: Mapping[str, str],
+    of_layers: Mapping[str, str],
+) -> list[Choice]:
+    """A choice for every linear layer.
+
+    Args:
+        precision: what the set was asked for.
+        rest: what layers that are not quantised are stored in.
+        of_stages: stage -> precision, from the recipe.
+        of_layers: pattern of `stage:path` -> precision, from the recipe; the last that fits counts.
+
+    Raises:
+        RecipeError: an override that names no stage or fits no layer.
+    """
+    known = [stage.name for stage in stages]
+    for name in of_stages:
+        if name not in known:
+            raise RecipeError(
+                f"stages: there is no stage {name!r}{strict.nearest(name, known)}",
+                hint="the stages are " + ", ".join(known),
+            )
+    used: set[str] = set()
+    choices = []
+    for stage in stages:
+        wanted = of_stages.get(stage.name, precision)
+        for path, linear in linears(stage):
+            name = f"{stage.name}:{path}"
+            form, reason = wanted, ""
+            if wanted in FORMATS:
+                form, reason = _excepted(name, wanted, rest)
+            fitting = [pattern for pattern in of_layers if fnmatchcase(name, pattern)]
+            used.update(fitting)
+            if fitting:
+                form, reason = of_layers[fitting[-1]], f"recipe: {fitting[-1]}"
+            form, reason = _divisible(linear, form, reason, rest)
+            choices.append(Choice(stage.name, path, form, reason))
+    for pattern in of_layers:
+        if pattern not in used:
+            raise RecipeError(
+                f"layers: {pattern!r} fits no linear layer",
+                hint="layers are named as in a set's report, such as "
+                f"{choices[0].name!r}; * stands for anything",
+            )
+    return choices
+
+
+def _excepted(name: str, wanted: str, rest: str) -> tuple[str, str]:
+    for pattern, reason in EXCEPTIONS:
+        if fnmatchcase(name, pattern):
+            return rest, reason
+    return wanted, ""
+
+
+def _divisible(linear: nn.Linear, form: str, reason: str, rest: str) -> tuple[str, str]:
+    block = FORMATS[form].block if form in FORMATS else None
+    if block is not None and linear.in_features % block:
+        return rest, f"its {linear.in_features} inputs are no multiple of {form}'s block of {block}"
+    return form, reason

@@ -1,0 +1,106 @@
+"""The whole step: stages in, stages with quantised layers out, and the record of how."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bifrost_rt.manifest import Calibration, Manifest
+from export import precision
+from export.quantize import apply, calibrate, policy
+from export.quantize.apply import Decision
+from export.quantize.formats import FORMATS
+from export.quantize.statistics import Statistics
+from export.recipe import Recipe
+from export.stages import Stage
+
+STATISTICS = "calibration.safetensors"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of every linear layer.
+
+    Attributes:
+        asked: stage -> precision, from the recipe.
+        rest: stage -> what its other weights are stored in.
+        calibration: None where no layer needed one.
+    """
+
+    asked: dict[str, str]
+    rest: dict[str, str]
+    decisions: tuple[Decision, ...]
+    calibration: Calibration | None
+
+    def of(self, stage: str) -> dict[str, str]:
+        """path -> precision, of a stage's linear layers."""
+        return {d.choice.path: d.given for d in self.decisions if d.choice.stage == stage}
+
+    def sixteen_bit(self, stage: str) -> dict[str, str]:
+        """path -> precision, of a stage's linear layers that are not quantised."""
+        return {path: form for path, form in self.of(stage).items() if form not in FORMATS}
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """For the report: what every layer was asked to be, is, and why."""
+        return {d.choice.name: d.record() for d in self.decisions}
+
+
+def quantise(
+    recipe: Recipe,
+    folder: Path,
+    manifest: Manifest,
+    stages: Mapping[str, Stage],
+    say: Callable[[str], None],
+) -> Outcome:
+    """Calibrate where it is needed, decide, and change the stages' modules in place.
+
+    Args:
+        folder: of the set that is built; its tokenizers are there, and the statistics go there.
+
+    Raises:
+        RecipeError: overrides that fit nothing.
+        CalibrationError: prompts or statistics that cannot calibrate this checkpoint.
+    """
+    choices = policy.choose(
+        list(stages.values()), recipe.precision, recipe.rest, recipe.stages, recipe.layers
+    )
+    statistics, calibration = None, None
+    if any(c.quantised and FORMATS[c.form].calibrated for c in choices):
+        statistics, calibration = _statistics(recipe, folder, manifest, stages, say)
+    decisions = apply.decide(stages, choices, statistics, recipe.rest, recipe.scales)
+    apply.replace(stages, decisions)
+    asked = {name: recipe.stages.get(name, recipe.precision) for name in stages}
+    outcome = Outcome(asked, {}, tuple(decisions), calibration)
+    rest = {name: _rest(asked[name], outcome.of(name), recipe.rest) for name in stages}
+    for name, stage in stages.items():
+        precision.round_weights(stage.module, rest[name], outcome.sixteen_bit(name))
+    return dataclasses.replace(outcome, rest=rest)
+
+
+def _rest(asked: str, layers: Mapping[str, str], rest: str) -> str:
+    """What a stage stores that is no linear layer: float32 only where all of it is."""
+    if asked in precision.PRECISIONS and (asked != "fp32" or set(layers.values()) <= {"fp32"}):
+        return asked
+    return rest
+
+
+def _statistics(
+    recipe: Recipe,
+    folder: Path,
+    manifest: Manifest,
+    stages: Mapping[str, Stage],
+    say: Callable[[str], None],
+) -> tuple[Statistics, Calibration]:
+    checkpoint = calibrate.fingerprint([Path(recipe.mllm), Path(recipe.bifrost), Path(recipe.flux)])
+    if recipe.statistics is not None:
+        found = Statistics.load(Path(recipe.statistics), checkpoint)
+    else:
+        prompts = calibrate.read_prompts(
+            Path(recipe.calibration_prompts or calibrate.DEFAULT_PROMPTS)
+        )
+        found = calibrate.calibrate(folder, manifest, stages, prompts, checkpoint, say)
+    found.save(folder / STATISTICS)
+    return found, Calibration(STATISTICS, checkpoint, len(found.prompts), recipe.scales)

@@ -1,0 +1,122 @@
+"""Statistics -> the numbers of a quantised layer: its input's scale, and its migration.
+
+Errors are predicted, not measured, from what calibration recorded: a value rounded to steps of s
+is off by s²/12 in the mean square, and such errors add up along a row of the weight. The sweep
+measures what they do to the picture.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from export.quantize.formats import FORMATS, INT8_MAX, SMALLEST, activation_scale
+from export.quantize.statistics import Observed
+
+PERCENTILE = 0.9999
+CLIPS = torch.linspace(0.02, 1.0, 99, dtype=torch.float64)
+# Migration strengths that are tried (SmoothQuant, arXiv 2211.10438), and what one must gain to be
+# worth a multiplication of its own: a quarter of the error, 6 dB.
+STRENGTHS = (0.25, 0.5, 0.75)
+GAIN = 4.0
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Attributes:
+    input_scale: of the activations; None where they stay as they are.
+    migration: [K] factors of the inputs, or None.
+    signal_to_noise: predicted, of the layer's output, in dB; None where it is not predicted.
+    note: why there is a migration; empty where there is none.
+    """
+
+    input_scale: float | None
+    migration: Tensor | None = None
+    signal_to_noise: float | None = None
+    note: str = ""
+
+
+def clip(seen: Observed, method: str, form: str) -> float:
+    """The largest magnitude that the input's scale holds, by "mse", "percentile" or "max".
+
+    Formats of floating point keep their relative precision however large their range is, so they
+    take the maximum: clipping can only lose.
+    """
+    if method == "max" or form != "int8":
+        return seen.largest
+    width = seen.top / len(seen.counts)
+    ends = torch.arange(1, len(seen.counts) + 1, dtype=torch.float64) * width
+    if method == "percentile":
+        share = seen.counts.cumsum(0) / seen.counts.sum()
+        return min(float(ends[int((share < PERCENTILE).sum())]), seen.largest)
+    middles = ends - width / 2
+    candidates = CLIPS * seen.largest
+    beyond = (middles - candidates[:, None]).clamp(min=0).square()
+    errors = (beyond * seen.counts).sum(1)
+    inside = (middles <= candidates[:, None]).to(torch.float64) @ seen.counts
+    errors += inside * (candidates / INT8_MAX).square() / 12
+    return float(candidates[errors.argmin()])
+
+
+def choose(seen: Observed, weight: Tensor, form: str, method: str) -> Scales:
+    """The scales of one layer.
+
+    Args:
+        weight: float32 [K, N].
+    """
+    if not FORMATS[form].calibrated:
+        return Scales(None)
+    largest = clip(seen, method, form)
+    if form != "int8":
+        return Scales(activation_scale(largest, form))
+    squares = seen.channel_square / max(1, seen.rows)
+    lost = clipped(seen, largest) * float(weight.double().square().sum()) / weight.shape[0]
+    plain = predicted_noise(weight, squares, largest) + lost
+    best, migration, note = plain, None, ""
+    for strength in STRENGTHS:
+        factors = migration_factors(seen.channel_max, weight, strength)
+        moved = seen.channel_max * factors
+        noise = predicted_noise(
+            weight / factors[:, None], squares * factors.double().square(), float(moved.max())
+        )
+        if noise * GAIN < plain and noise < best:
+            best, migration, largest = noise, factors, float(moved.max())
+            gained = 10 * math.log10(plain / noise)
+            note = f"outliers migrate into the weights, strength {strength}: {gained:.0f} dB"
+    power = seen.output_square / max(1, seen.rows)
+    return Scales(
+        activation_scale(largest, form),
+        migration,
+        10 * math.log10(max(power, SMALLEST) / max(best, SMALLEST)),
+        note,
+    )
+
+
+def clipped(seen: Observed, largest: float) -> float:
+    """Mean over the input's values of the squared part beyond `largest`, summed over a row."""
+    width = seen.top / len(seen.counts)
+    middles = (torch.arange(len(seen.counts), dtype=torch.float64) + 0.5) * width
+    beyond = (middles - largest).clamp(min=0).square()
+    return float((beyond * seen.counts).sum()) / max(1, seen.rows)
+
+
+def predicted_noise(weight: Tensor, squares: Tensor, largest: float) -> float:
+    """Mean square error of a row of int8 outputs, summed over its N values."""
+    wide = weight.double()
+    of_inputs = (largest / INT8_MAX) ** 2 / 12 * wide.square().sum()
+    steps = wide.abs().amax(0) / INT8_MAX
+    of_weights = squares.sum() * steps.square().sum() / 12
+    return float(of_inputs + of_weights)
+
+
+def migration_factors(channel_max: Tensor, weight: Tensor, strength: float) -> Tensor:
+    """Factors [K] of the inputs; the weights take their inverse. Their geometric mean is 1, and
+    channels that are always 0 keep theirs."""
+    inputs = channel_max.clamp(min=1e-5)
+    weights = weight.abs().amax(1).clamp(min=1e-5)
+    factors = weights ** (1 - strength) / inputs**strength
+    factors = torch.where(channel_max > 0, factors, torch.ones_like(factors))
+    return factors / factors.log().mean().exp()

@@ -1,0 +1,140 @@
+"""What calibration records of a layer's input, and the file that keeps it.
+
+Per layer: the largest magnitude and the mean square of every channel, and a histogram of
+magnitudes. That is enough for every scale and for the migration of outliers, and it takes a few
+kilobytes per layer however many prompts and steps there were.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from export.errors import CalibrationError
+
+VERSION = 1
+BINS = 2048
+SAMPLED = 512  # rows of one call that the histogram counts; the maxima are of all
+
+
+@dataclass
+class Observed:
+    """Everything that was seen at one layer's door.
+
+    Attributes:
+        rows: vectors seen.
+        channel_max: [K] largest magnitude.
+        channel_square: [K] sum of squares.
+        counts: [BINS] magnitudes, in equal bins from 0 to `top`.
+        top: the histogram's end, a power of two, at least the largest magnitude.
+        output_square: sum of squares of the layer's outputs.
+    """
+
+    rows: int
+    channel_max: Tensor
+    channel_square: Tensor
+    counts: Tensor
+    top: float
+    output_square: float = 0.0
+
+    @classmethod
+    def nothing(cls, channels: int) -> Observed:
+        """Before the first call."""
+        zeros = torch.zeros(channels, dtype=torch.float64)
+        return cls(0, zeros.float(), zeros, torch.zeros(BINS, dtype=torch.float64), 2.0**-20)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """One call: inputs [..., K] and outputs [..., N]."""
+        x = x.detach().flatten(0, -2)
+        channel_max = x.abs().amax(0)
+        largest = channel_max.max().item()
+        while largest > self.top:  # two bins become one
+            halves = self.counts.view(-1, 2).sum(1)
+            self.counts = torch.cat((halves, torch.zeros_like(halves)))
+            self.top *= 2
+        self.rows += x.shape[0]
+        self.channel_max = torch.maximum(self.channel_max, channel_max)
+        self.channel_square += x.square().sum(0)
+        self.output_square += torch.linalg.vector_norm(y.detach()).item() ** 2
+        every = math.ceil(x.shape[0] / SAMPLED)
+        bins = (x[::every].abs().flatten() * (BINS / self.top)).to(torch.int32).clamp(max=BINS - 1)
+        self.counts += torch.bincount(bins, minlength=BINS) * every
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude of all."""
+        return float(self.channel_max.max())
+
+
+@dataclass
+class Statistics:
+    """A calibration: where it came from, and what every layer saw.
+
+    Attributes:
+        checkpoint: fingerprint of the weights that the chain ran on.
+        prompts: the prompts, in order.
+        layers: "stage:path.of.the.layer" -> what it saw.
+    """
+
+    checkpoint: str
+    prompts: tuple[str, ...]
+    layers: dict[str, Observed] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file; the same statistics give the same bytes."""
+        tensors: dict[str, Tensor] = {}
+        for name, seen in sorted(self.layers.items()):
+            tensors[f"{name}/channel_max"] = seen.channel_max
+            tensors[f"{name}/channel_square"] = seen.channel_square
+            tensors[f"{name}/counts"] = seen.counts
+            tensors[f"{name}/totals"] = torch.tensor(
+                [seen.rows, seen.top, seen.output_square], dtype=torch.float64
+            )
+        about = {"version": VERSION, "checkpoint": self.checkpoint, "prompts": self.prompts}
+        save_file(tensors, path, {"calibration": json.dumps(about, ensure_ascii=False)})
+
+    @classmethod
+    def load(cls, path: Path, checkpoint: str) -> Statistics:
+        """Read a file that `save` wrote.
+
+        Raises:
+            CalibrationError: not such a file, or made with another checkpoint.
+        """
+        again = "calibrate again: leave --statistics out"
+        try:
+            with safe_open(path, framework="pt") as stream:
+                about = json.loads((stream.metadata() or {})["calibration"])
+                names = {key.rpartition("/")[0] for key in stream.keys()}  # noqa: SIM118
+                layers = {}
+                for name in sorted(names):
+                    read = {
+                        part: stream.get_tensor(f"{name}/{part}")
+                        for part in ("channel_max", "channel_square", "counts", "totals")
+                    }
+                    rows, top, output_square = read.pop("totals").tolist()
+                    layers[name] = Observed(
+                        rows=int(rows), top=top, output_square=output_square, **read
+                    )
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise CalibrationError(
+                f"{path}: not a file of statistics: {error}", hint=again
+            ) from None
+        if about.get("version") != VERSION:
+            raise CalibrationError(
+                f"{path}: statistics of version {about.get('version')}, expected {VERSION}",
+                hint=again,
+            )
+        if about["checkpoint"] != checkpoint:
+            raise CalibrationError(
+                f"{path}: statistics of another checkpoint: expected {checkpoint[:12]}…, found "
+                f"{about['checkpoint'][:12]}…",
+                hint=again,
+            )
+        return cls(about["checkpoint"], tuple(about["prompts"]), layers)
