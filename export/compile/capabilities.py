@@ -21,6 +21,7 @@ DTYPES = {
     "int8": "int8",
     "float8_e4m3fn": "fp8",
     "float4_e2m1fn": "nvfp4",
+    "uint4": "nvfp4",  # its codes, in graphs for a CPU
 }
 
 
@@ -34,7 +35,7 @@ class Architecture:
 
 
 _TURING = ("fp32", "fp16", "int8")
-_AMPERE = ("fp32", "fp16", "bf16", "int8")
+_AMPERE = ("fp32", "fp16", "bf16", "int8", "int4")
 _ADA = (*_AMPERE, "fp8")
 _BLACKWELL = (*_ADA, "nvfp4")
 _BOTH = ("tensorrt-rtx", "tensorrt")
@@ -117,5 +118,5 @@ def check(builder: str, targets: Sequence[str], dtypes: Iterable[str]) -> tuple[
 
 def _instead(missing: str, there: Sequence[str]) -> str:
     """The next best of what is there: 8 bit for 4 and 8, fp16 for bf16."""
-    order = {"nvfp4": ("fp8", "int8"), "fp8": ("int8",)}.get(missing, ())
+    order = {"nvfp4": ("fp8", "int8"), "fp8": ("int8",), "int4": ("int8",)}.get(missing, ())
     return next((precision for precision in order if precision in there), "fp16")

@@ -16,7 +16,7 @@ from bifrost_rt import engines, residency
 from bifrost_rt import manifest as manifests
 from bifrost_rt.backends import gpu
 from bifrost_rt.manifest import Compiled, EngineSpec
-from export.compile import bound, capabilities, graphs, half
+from export.compile import bound, capabilities, graphs, half, quantized
 from export.compile import builder as builders
 from export.compile.builder import Builder
 from export.compile.capabilities import ARCHITECTURES
@@ -80,7 +80,11 @@ def compile_set(
     bounds = sizes(manifest.dimensions, manifest.defaults, max_images, max_steps)
     say("checking the set's files")
     engines.verify(source, manifest)
-    jobs = [_Job.prepare(source, spec, types[spec.name], weights) for spec in manifest.engines]
+    jobs = []
+    for spec in manifest.engines:
+        graph = graphs.read(source / spec.graph, spec.name)
+        check_targets(builder, architectures, sorted(quantized.formats(graph)))
+        jobs.append(_Job.prepare(graph, spec, types[spec.name], weights))
     errors: dict[str, dict[str, Any]] = {}
     if measure:
         from export.compile import error  # torch lives behind it, which compiling does not need
@@ -173,13 +177,13 @@ class _Job:
     weights: tuple[bound.Tensor, ...]
 
     @classmethod
-    def prepare(cls, source: Path, spec: EngineSpec, compute: str, weights: str | None) -> _Job:
-        """Read and rewrite the graph.
+    def prepare(cls, graph: ir.Model, spec: EngineSpec, compute: str, weights: str | None) -> _Job:
+        """Rewrite the graph.
 
         Raises:
             CompileError: this machine's memory does not hold what compiling takes.
         """
-        graph = graphs.read(source / spec.graph, spec.name)
+        quantized.rewrite(graph)
         if compute != "float32":
             half.convert(graph, spec.name, compute)
         held = graphs.weight_bytes(graph)

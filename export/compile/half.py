@@ -179,7 +179,7 @@ class _Converter:
         for output in node.outputs:
             if _is_float(output):
                 output.dtype = self.half
-        if "output_dtype" in node.attributes:
+        if node.op_type == "DequantizeLinear" and "output_dtype" in node.attributes:
             node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", self.half.value)
 
     def _in_half(self, node: ir.Node) -> bool:

@@ -62,6 +62,7 @@ def test_cards_of_one_architecture_are_one_target() -> None:
         ("sm86", "float8_e4m3fn", "sm86 .* has no fp8", "--precision int8"),
         ("sm89", "float4_e2m1fn", "sm89 .* has no nvfp4", "--precision fp8"),
         ("sm80", "float4_e2m1fn", "sm80 .* has no nvfp4", "--precision int8"),
+        ("rtx-2080", "int4", "sm75 .* has no int4", "--precision int8"),
         ("rtx-2080", "bfloat16", "sm75 .* has no bf16", "--precision fp16"),
     ],
 )

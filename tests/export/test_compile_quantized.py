@@ -1,0 +1,195 @@
+"""Quantised layers, from the form that runs on a CPU to engines: rewritten without a changed
+number, refused where a card has no such arithmetic, and what they compute in read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+
+from bifrost_rt.manifest import EngineSpec, Precision, TensorSpec
+from export.compile import bound, capabilities, half, quantized
+from export.compile import builder as builders
+from export.compile.profiles import Sizes
+from export.errors import CompileError
+
+K, N = 64, 128
+SPEC = EngineSpec(
+    "denoise",
+    "",
+    (),
+    (TensorSpec("x", "float32", ("images", 16, K)),),
+    (TensorSpec("y", "float32", ("images", 16, N)),),
+    {},
+    Precision("", "", ""),
+)
+DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn", "nvfp4": "float4_e2m1fn", "int4": "int4"}
+FP8, UINT4, INT4 = ir.DataType.FLOAT8E4M3FN, ir.DataType.UINT4, ir.DataType.INT4
+
+
+class Layer:
+    """y = round(x) @ dequantise(weight) + bias, as `export.build` writes it."""
+
+    def __init__(self, form: str) -> None:
+        shape = ir.Shape(["images", 16, K])
+        self._numbers = np.random.default_rng(0)
+        x = ir.Value(name="x", shape=shape, type=ir.TensorType(half.FLOAT))
+        self._graph = ir.Graph([x], [], nodes=[], opset_imports={"": 23, "bifrost": 1}, name="g")
+        rounded = self._activations(form, x)
+        weight = self._weight(form)
+        product = self._node("MatMul", [rounded, weight], (*shape[:2], N))
+        bias = self._constant("bias", self._numbers.normal(size=N).astype(np.float32))
+        y = self._node("Add", [product, bias], (*shape[:2], N))
+        y.name = "y"
+        self._graph.outputs.append(y)
+        self.model = ir.Model(self._graph, ir_version=11)
+
+    def _activations(self, form: str, x: ir.Value) -> ir.Value:
+        assert x.shape is not None
+        shape = tuple(x.shape)
+        scale = self._constant("input_scale", np.array(0.02, np.float32))
+        if form == "int4":
+            return x
+        if form == "nvfp4":
+            return self._node("NVFP4QuantizeDequantize", [x, scale], shape, domain="bifrost")
+        inputs, attributes = [x, scale], {"output_dtype": FP8.value}
+        if form == "int8":
+            zero = self._constant("zero", np.array(128, np.uint8))
+            inputs, attributes = [x, scale, zero], {}
+        codes = self._node("QuantizeLinear", inputs, shape, attributes)
+        codes.dtype = ir.DataType.UINT8 if form == "int8" else FP8
+        return self._node("DequantizeLinear", [codes, *inputs[1:]], shape)
+
+    def _weight(self, form: str) -> ir.Value:
+        whole = self._numbers.integers(-7, 8, (K, N))
+        if form == "nvfp4":
+            codes = self._constant("codes", (whole + 8).astype(ml_dtypes.uint4), UINT4)
+            scale = np.abs(self._numbers.normal(size=(K // 16, N))).astype(ml_dtypes.float8_e4m3fn)
+            inputs = [codes, self._constant("scale", scale)]
+            inputs.append(self._constant("tensor_scale", np.array(0.01, np.float32)))
+            return self._node("NVFP4Dequantize", inputs, (K, N), domain="bifrost")
+        if form == "int4":
+            codes = self._constant("codes", whole.astype(ml_dtypes.int4), INT4)
+            scale = self._constant("scale", np.full((K // 32, N), 0.01, np.float32))
+            attributes = {"axis": 0, "block_size": 32}
+        else:
+            dtype = np.int8 if form == "int8" else ml_dtypes.float8_e4m3fn
+            codes = self._constant("codes", whole.astype(dtype))
+            scale = self._constant("scale", np.full(N, 0.01, np.float32))
+            attributes = {"axis": 1}
+        return self._node("DequantizeLinear", [codes, scale], (K, N), attributes)
+
+    def _constant(
+        self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None
+    ) -> ir.Value:
+        tensor = ir.Tensor(array, dtype=dtype, name=name)
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(array.shape),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        self._graph.register_initializer(value)
+        return value
+
+    def _node(
+        self,
+        operator: str,
+        inputs: list[ir.Value],
+        shape: tuple[Any, ...],
+        attributes: dict[str, int] | None = None,
+        domain: str = "",
+    ) -> ir.Value:
+        node = ir.node(operator, inputs, attributes or {}, domain=domain)
+        self._graph.append(node)
+        made = node.outputs[0]
+        made.name, made.shape = f"{operator}.{len(self._graph)}", ir.Shape(shape)
+        made.type = ir.TensorType(half.FLOAT)
+        return made
+
+
+def compiled(form: str, target: str, compute: str = "bfloat16", *, bind: bool = False) -> Any:
+    model = Layer(form).model
+    quantized.rewrite(model)
+    half.convert(model, "denoise", compute)
+    names = {str(tensor.name) for tensor in bound.bind(model)} if bind else set()
+    sizes = Sizes({"images": (1, 2)})
+    builder = builders.find("tensorrt-rtx")
+    return builders.compile_graph(builder, model, SPEC, sizes, (target,), names)
+
+
+@pytest.mark.parametrize("form", list(DTYPES))
+def test_what_a_graph_is_quantised_to(form: str) -> None:
+    assert quantized.formats(Layer(form).model) == {form}
+
+
+def test_signed_activations_are_the_unsigned_ones(tmp_path: Path) -> None:
+    x = np.random.default_rng(1).normal(size=(1, 16, K)).astype(np.float32) * 3  # some saturate
+    found = []
+    for rewrite in (False, True):
+        model = Layer("int8").model
+        if rewrite:
+            quantized.rewrite(model)
+            dtypes = {n.outputs[0].dtype for n in model.graph if n.op_type == "QuantizeLinear"}
+            assert dtypes == {ir.DataType.INT8}
+            assert all(v.dtype != ir.DataType.UINT8 for v in model.graph.initializers.values())
+        path = tmp_path / f"{rewrite}.onnx"
+        ir.save(model, path)
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        found.append(ort.InferenceSession(path, options).run(None, {"x": x})[0])
+    assert np.array_equal(found[0], found[1])
+
+
+def test_codes_of_four_bits_are_their_numbers_bits() -> None:
+    model = Layer("nvfp4").model
+    codes = model.graph.initializers["codes"].const_value
+    assert codes is not None
+    quantized.rewrite(model)
+    (stored,) = [v.const_value for v in model.graph.initializers.values() if "e2m1" in str(v.name)]
+    assert stored is not None
+    positive = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    table = np.concatenate([positive, -positive])
+    assert np.array_equal(stored.numpy().astype(np.float32), table[codes.numpy().astype(int)])
+    assert stored.nbytes == K * N // 2
+    assert {node.domain for node in model.graph} == {"", "trt"}
+
+
+@pytest.mark.parametrize(
+    ("form", "target"),
+    [("int8", "sm86"), ("int8", "sm120"), ("fp8", "sm89"), ("nvfp4", "sm120"), ("int4", "sm86")],
+)
+def test_it_compiles_with_16_bit_around_it(form: str, target: str) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    arithmetic = compiled(form, target).arithmetic
+    # with weights alone in 4 bits, the product is of 16-bit numbers
+    assert arithmetic.compute == ("bfloat16" if form == "int4" else DTYPES[form])
+    assert arithmetic.stored == DTYPES[form]
+    assert arithmetic.weights[DTYPES[form]] == K * N * (0.5 if "4" in form else 1)
+    assert arithmetic.weights["bfloat16"] > 2 * N  # the bias, and scales
+
+
+@pytest.mark.parametrize("form", list(DTYPES))
+def test_quantised_weights_can_be_bound(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    monkeypatch.setattr(bound, "SMALLEST", 1024)
+    assert compiled(form, "sm120", bind=True).arithmetic.stored == DTYPES[form]
+
+
+@pytest.mark.parametrize(
+    ("form", "target", "instead"),
+    [("fp8", "sm86", "int8"), ("nvfp4", "sm89", "fp8"), ("int4", "sm75", "int8")],
+)
+def test_the_builder_and_the_table_refuse_the_same(form: str, target: str, instead: str) -> None:
+    with pytest.raises(CompileError, match=f"{target} .* has no {form}") as error:
+        capabilities.check("tensorrt-rtx", [target], quantized.formats(Layer(form).model))
+    assert f"--precision {instead}" in str(error.value.hint)
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    with pytest.raises(CompileError, match="HW-specific datatypes"):
+        compiled(form, target, "float16")
