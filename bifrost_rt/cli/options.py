@@ -53,7 +53,7 @@ def _generate(command: argparse.ArgumentParser) -> None:
     add("--like", metavar="PNG", help="make a picture again; other options on top of its own")
     add("--tokens", metavar="FILE", help="draw the CLIP latents of --save-tokens, without the MLLM")
     add("--save-tokens", metavar="FILE", help="write the CLIP latents (safetensors)")
-    add("--seed", type=int, help="of reveal order and noise; default: random")
+    add("--seed", type=int, metavar="N", help="of reveal order and noise; default: random")
     add("-n", "--num-images-per-prompt", type=int, metavar="N", help="pictures (1)")
     add("--num-inference-steps", "--steps", type=int, metavar="N", help="denoising steps")
     add("--decoding-steps", type=int, metavar="N", help="masked decoding steps")
@@ -69,7 +69,13 @@ def _serve(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--engines", metavar="DIR", help="the engine set; default: the default model's")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (127.0.0.1)")
-    add("--port", type=int, default=8000, metavar="N", help="to listen on (8000); 0 takes a free")
+    add(
+        "--port",
+        type=int,
+        default=8000,
+        metavar="N",
+        help="to listen on (8000); 0 takes a free one",
+    )
     add("--token-file", metavar="FILE", help="requests must carry this bearer token")
     add("--max-batch", type=int, default=4, metavar="N", help="pictures drawn together (4)")
     add("--max-waiting", type=int, default=64, metavar="N", help="pictures in the queue (64)")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from bifrost_rt import __version__, request
@@ -173,14 +173,17 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
 
 def _serve_page(app: FastAPI) -> None:
     # three names, so that no path of a client's is ever joined to a folder
-    def serve(path: str, name: str) -> None:
-        @app.get(path, include_in_schema=False)
-        async def page() -> FileResponse:
-            headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache"}
-            return FileResponse(PAGE / name, headers=headers)
+    def serve(path: str, name: str, kind: str) -> None:
+        content = (PAGE / name).read_bytes()
+        headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache"}
 
-    for path, name in (("/", "page.html"), ("/page.css", "page.css"), ("/page.js", "page.js")):
-        serve(path, name)
+        @app.get(path, include_in_schema=False)
+        async def page() -> Response:
+            return Response(content, media_type=kind, headers=headers)
+
+    serve("/", "page.html", "text/html")
+    serve("/page.css", "page.css", "text/css")
+    serve("/page.js", "page.js", "text/javascript")
 
 
 def _job(body: schema.ImageRequest, previews: bool, manifest: Manifest, settings: Settings) -> Job:

@@ -83,6 +83,12 @@ def test_paths_lead_nowhere(server: Server, path: str) -> None:
     assert answer.startswith(b"HTTP/1.1 404")
 
 
+def test_a_nonsensical_range_is_not_heard(server: Server) -> None:
+    answer = server.client.get("/page.js", headers={"Range": "bytes=x"})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/javascript")
+
+
 def test_the_document_of_the_api_can_be_read(server: Server) -> None:
     document = server.client.get("/openapi.json").json()
     assert document["info"]["title"] == "bifrost-rt"

@@ -1,0 +1,170 @@
+"""What the documents say is what the code does: commands in the guides are run, and the list of
+commands is the parser's.
+
+A fenced block's first word is its language, the second how it is checked:
+
+    sh               run here, in a folder with `engines/`
+    sh checkout      run in the checkout
+    sh tests         a part of this suite: only which tests it means
+    sh server        started; the blocks after it talk to it
+    sh tensorrt-rtx  run where that package is, else parsed
+    sh ray, slow, rtx, jetson, parsed
+                     parsed: what it needs is not here, or is tested elsewhere
+    python           run, like sh
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bifrost_rt.cli import reference
+from bifrost_rt.cli.options import CHECKOUT_COMMANDS, parser
+
+ROOT = Path(__file__).parents[2]
+GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+PARSED = {"ray", "slow", "rtx", "jetson", "parsed"}
+
+
+@dataclass(frozen=True)
+class Block:
+    kind: str
+    text: str
+
+
+def blocks(path: Path) -> Iterator[Block]:
+    for kind, text in re.findall(r"^```([^\n]*)\n(.*?)^```$", path.read_text(), re.M | re.S):
+        yield Block(kind, text)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.strip() and not line.startswith("#"):
+            yield shlex.split(line, comments=True)
+
+
+@pytest.fixture
+def workspace(alpha_set: Path, tmp_path: Path) -> Path:
+    """A folder as a reader has it: `engines/` with the default model's set."""
+    (tmp_path / "engines" / "sets").mkdir(parents=True)
+    (tmp_path / "engines" / "sets" / "default").symlink_to(alpha_set)
+    (tmp_path / "engines" / "devices.toml").symlink_to(ROOT / "engines" / "devices.toml")
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
+def test_every_command_of_a_guide(path: Path, workspace: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    with contextlib.ExitStack() as servers:
+        for block in blocks(path):
+            text = block.text.replace("8000", port)
+            language, _, how = block.kind.partition(" ")
+            if language == "yaml":
+                assert yaml.safe_load(block.text)["applications"]
+                continue
+            assert language in ("sh", "python"), f"{path.name}: unknown block {block.kind!r}"
+            if how in PARSED or (how == "tensorrt-rtx" and not found("tensorrt_rtx")):
+                for command in commands(block.text):
+                    understood(command)
+            elif how == "server":
+                servers.enter_context(serving(text, port, workspace, environment))
+            else:
+                assert how in ("", "checkout", "tests", "tensorrt-rtx"), block.kind
+                if how == "tests":
+                    text = text.rstrip() + " --collect-only"
+                run = ["bash", "-euc", text] if language == "sh" else [sys.executable, "-c", text]
+                done = subprocess.run(
+                    run,
+                    cwd=ROOT if how in ("checkout", "tests") else workspace,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    timeout=300,
+                )
+                assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+
+
+def found(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@contextlib.contextmanager
+def serving(text: str, port: str, folder: Path, environment: dict[str, str]) -> Iterator[None]:
+    (command,) = commands(text)
+    server = subprocess.Popen(
+        [*command, "--port", port], cwd=folder, env=environment, stdout=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(300):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz").close()
+                break
+            time.sleep(0.1)
+        yield
+    finally:
+        server.terminate()
+        assert server.wait(timeout=60) == 0
+
+
+def understood(command: list[str]) -> None:
+    """The options of a command that cannot be run here are at least those that it has."""
+    if command[0] == "bifrost-rt" and command[1] not in CHECKOUT_COMMANDS:
+        parser().parse_args(command[1:])
+    elif command[:2] == ["python", "-m"]:
+        name = command[2]
+        module = importlib.import_module(name)
+        if hasattr(module, "__path__"):
+            module = importlib.import_module(f"{name}.__main__")
+        module._parser().parse_args(command[3:])
+    elif command[:2] == ["serve", "run"]:
+        module_name, _, attribute = command[2].partition(":")
+        module = pytest.importorskip(module_name)
+        module.Arguments.model_validate(dict(part.split("=") for part in command[3:]))
+        assert callable(getattr(module, attribute))
+    else:
+        raise AssertionError(f"nobody knows how to check {command}")
+
+
+def test_the_list_of_commands_is_the_parsers() -> None:
+    assert (ROOT / "docs" / "commands.md").read_text() == reference.document(), (
+        "python -m bifrost_rt.cli.reference > docs/commands.md"
+    )
+
+
+LINKS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "DESIGN.md", *GUIDES]
+
+
+@pytest.mark.parametrize("path", LINKS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)|src=\"([^\"]+)\"", path.read_text()):
+        name = target[0] or target[1]
+        if not name.startswith("https://"):
+            assert (path.parent / name).exists(), name
+
+
+def test_the_guides_can_be_run_here() -> None:
+    for tool in ("bash", "curl", "openssl"):
+        assert shutil.which(tool), f"the guides use {tool}"
