@@ -40,9 +40,9 @@ def report() -> str:
         reason = driver.unavailable()
         if reason:
             remedy = driver.remedy()
-            lines.append(f"  {name:12} no: {reason}" + (f"; {remedy}" if remedy else ""))
+            lines.append(f"  {name:16} no: {reason}" + (f"; {remedy}" if remedy else ""))
         else:
-            lines.append(f"  {name:12} yes, version {_version(driver.library)}")
+            lines.append(f"  {name:16} yes, version {_version(driver.library)}")
     lines += ["", "the default model's set", f"  {_default_set()}"]
     for title, (packages, extra) in TASKS.items():
         lines += ["", title, f"  {_task(packages, extra)}"]

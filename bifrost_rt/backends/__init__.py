@@ -20,6 +20,7 @@ class Driver:
         library: the package that computes, and `also` what it needs beside that.
         gpu: whether it computes on an NVIDIA GPU.
         compiled: whether it runs engines of `python -m export.compile`, not ONNX graphs.
+        provider: what the installed onnxruntime must have been built with.
     """
 
     target: str
@@ -28,6 +29,7 @@ class Driver:
     also: tuple[str, ...] = ()
     gpu: bool = False
     compiled: bool = False
+    provider: str | None = None
 
     def unavailable(self) -> str | None:
         """The reason why this driver cannot run here, or None."""
@@ -37,6 +39,10 @@ class Driver:
                 return found  # first: no package would help
         if missing := self.missing():
             return f"the Python package `{missing}` is not installed"
+        if self.provider is not None:
+            there = importlib.import_module(self.library).get_available_providers()
+            if self.provider not in there:
+                return f"the installed {self.library} was built without {self.provider}"
         return None
 
     def missing(self) -> str | None:
@@ -47,7 +53,10 @@ class Driver:
         """What to do where it is not available; None where this machine can never run it."""
         if self.gpu and isinstance(gpu.find(), str):
             return None
-        return f"pip install 'bifrost-rt[{self.extra}]'"
+        install = f"pip install 'bifrost-rt[{self.extra}]'"
+        if self.provider is not None and self.missing() is None:
+            return f"pip uninstall {self.library}, then {install}"  # one module of two packages
+        return install
 
 
 def _installed(name: str) -> bool:
@@ -60,6 +69,13 @@ def _installed(name: str) -> bool:
 DRIVERS = {
     "onnxruntime": Driver("bifrost_rt.backends.onnxruntime:OnnxRuntime", "onnxruntime", "cpu"),
     "openvino": Driver("bifrost_rt.backends.openvino:OpenVino", "openvino", "openvino"),
+    "onnxruntime-cuda": Driver(
+        "bifrost_rt.backends.onnxruntime_cuda:OnnxRuntimeCuda",
+        "onnxruntime",
+        "cuda",
+        gpu=True,
+        provider="CUDAExecutionProvider",
+    ),
     "tensorrt-rtx": Driver(
         "bifrost_rt.backends.tensorrt:TensorRtRtx",
         "tensorrt_rtx",
