@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,14 +89,27 @@ def _decide(
 def replace(stages: Mapping[str, Stage], decisions: Sequence[Decision]) -> None:
     """Put quantised layers where linear layers were."""
     for decision in decisions:
-        if decision.scales is None:
-            continue
-        module, path = stages[decision.choice.stage].module, decision.choice.path
-        owner, _, leaf = path.rpartition(".")
-        layer = QuantizedLinear(
-            module.get_submodule(path),
-            decision.given,
-            decision.scales.input_scale,
-            decision.scales.migration,
-        )
-        setattr(module.get_submodule(owner), leaf, layer)
+        if decision.scales is not None:
+            module = stages[decision.choice.stage].module
+            layer = QuantizedLinear(
+                module.get_submodule(decision.choice.path),
+                decision.given,
+                decision.scales.input_scale,
+                decision.scales.migration,
+            )
+            module.set_submodule(decision.choice.path, layer)
+
+
+@contextlib.contextmanager
+def replaced(stages: Mapping[str, Stage], decisions: Sequence[Decision]) -> Iterator[None]:
+    """`replace`, for as long as the context lasts."""
+    before = [
+        (stages[d.choice.stage].module, d.choice.path) for d in decisions if d.scales is not None
+    ]
+    linears = [module.get_submodule(path) for module, path in before]
+    replace(stages, decisions)
+    try:
+        yield
+    finally:
+        for (module, path), linear in zip(before, linears, strict=True):
+            module.set_submodule(path, linear)

@@ -10,10 +10,11 @@ from typing import Any
 
 from bifrost_rt.manifest import Calibration, Manifest
 from export import precision
-from export.quantize import apply, calibrate, policy
+from export.quantize import apply, calibrate, policy, sweep
 from export.quantize.apply import Decision
 from export.quantize.formats import FORMATS
 from export.quantize.statistics import Statistics
+from export.quantize.sweep import Sweep
 from export.recipe import Recipe
 from export.stages import Stage
 
@@ -28,12 +29,14 @@ class Outcome:
         asked: stage -> precision, from the recipe.
         rest: stage -> what its other weights are stored in.
         calibration: None where no layer needed one.
+        swept: None where no quality budget was set.
     """
 
     asked: dict[str, str]
     rest: dict[str, str]
     decisions: tuple[Decision, ...]
     calibration: Calibration | None
+    swept: Sweep | None = None
 
     def of(self, stage: str) -> dict[str, str]:
         """path -> precision, of a stage's linear layers."""
@@ -71,9 +74,17 @@ def quantise(
     if any(c.quantised and FORMATS[c.form].calibrated for c in choices):
         statistics, calibration = _statistics(recipe, folder, manifest, stages, say)
     decisions = apply.decide(stages, choices, statistics, recipe.rest, recipe.scales)
+    swept = None
+    if recipe.quality_budget is not None:
+        prompts = (
+            calibrate.read_prompts(_prompts(recipe)) if statistics is None else statistics.prompts
+        )
+        bench = sweep.Bench(folder, manifest, stages, prompts)
+        swept = sweep.sweep(bench, decisions, recipe.quality_budget, say)
+        decisions = sweep.keep(decisions, swept.kept, recipe.rest)
     apply.replace(stages, decisions)
     asked = {name: recipe.stages.get(name, recipe.precision) for name in stages}
-    outcome = Outcome(asked, {}, tuple(decisions), calibration)
+    outcome = Outcome(asked, {}, tuple(decisions), calibration, swept)
     rest = {name: _rest(asked[name], outcome.of(name), recipe.rest) for name in stages}
     for name, stage in stages.items():
         precision.round_weights(stage.module, rest[name], outcome.sixteen_bit(name))
@@ -87,6 +98,10 @@ def _rest(asked: str, layers: Mapping[str, str], rest: str) -> str:
     return rest
 
 
+def _prompts(recipe: Recipe) -> Path:
+    return Path(recipe.calibration_prompts or calibrate.DEFAULT_PROMPTS)
+
+
 def _statistics(
     recipe: Recipe,
     folder: Path,
@@ -98,9 +113,7 @@ def _statistics(
     if recipe.statistics is not None:
         found = Statistics.load(Path(recipe.statistics), checkpoint)
     else:
-        prompts = calibrate.read_prompts(
-            Path(recipe.calibration_prompts or calibrate.DEFAULT_PROMPTS)
-        )
+        prompts = calibrate.read_prompts(_prompts(recipe))
         found = calibrate.calibrate(folder, manifest, stages, prompts, checkpoint, say)
     found.save(folder / STATISTICS)
     return found, Calibration(STATISTICS, checkpoint, len(found.prompts), recipe.scales)

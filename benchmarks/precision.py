@@ -1,0 +1,91 @@
+"""What each precision costs: score, pictures and bytes of several sets of one model.
+
+    python -m benchmarks.precision engines/sets/default engines/sets/default-int8 … [--json FILE]
+
+Every set draws the prompts of benchmarks.quality with the same seeds; PSNR and SSIM are against the
+first set's pictures. The table is Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.quality import Drawn, chosen, compare, measure, percent
+from bifrost_rt import Generator
+from bifrost_rt import manifest as manifests
+from scenes.world import FAMILIES
+
+COLUMNS = ("set", "precision", "weights", "overall", "PSNR mean", "PSNR lowest", "SSIM")
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a set's weights, as its build read them back."""
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return sum(sum(engine["weight_bytes"].values()) for engine in report["engines"].values())
+
+
+def record(
+    folder: Path, drawn: list[Drawn], pictures: list[NDArray[np.uint8]],
+    reference: list[NDArray[np.uint8]],
+) -> dict[str, Any]:  # fmt: skip
+    """One set's line of the table."""
+    manifest = manifests.read(folder)
+    pairs = [compare(mine, other) for mine, other in zip(pictures, reference, strict=True)]
+    asked = {engine.precision.requested for engine in manifest.engines}
+    return {
+        "set": manifest.name,
+        "precision": "/".join(sorted(asked)),
+        "weight_bytes": weight_bytes(folder),
+        "overall": percent(drawn),
+        "families": {f: percent([d for d in drawn if d.family == f]) for f in FAMILIES},
+        "pictures": len(drawn),
+        "psnr_mean": round(float(np.mean([psnr for psnr, _ in pairs])), 1),
+        "psnr_min": round(min(psnr for psnr, _ in pairs), 1),
+        "ssim_mean": round(float(np.mean([ssim for _, ssim in pairs])), 4),
+    }
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown; the first set is the one that the others are compared with."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    for i, r in enumerate(records):
+        close = ["–"] * 3 if i == 0 else [
+            f"{r['psnr_mean']} dB", f"{r['psnr_min']} dB", f"{r['ssim_mean']:.3f}"
+        ]  # fmt: skip
+        size = f"{r['weight_bytes'] / 1e6:.1f} MB"
+        lines.append(
+            "| " + " | ".join([r["set"], r["precision"], size, f"{r['overall']} %", *close]) + " |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("sets", nargs="+", type=Path, help="the first is compared with")
+    parser.add_argument("--limit", type=int, help="this many prompts, evenly over the families")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    items = chosen(given.limit)
+    records: list[dict[str, Any]] = []
+    reference: list[NDArray[np.uint8]] | None = None
+    for folder in given.sets:
+        print(folder, file=sys.stderr)
+        with Generator(folder) as generator:
+            drawn, pictures = measure(generator, items, "on", {})
+        reference = reference or pictures
+        records.append(record(folder, drawn, pictures, reference))
+        if given.json:
+            given.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    print(table(records))
+
+
+if __name__ == "__main__":
+    main()
