@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from bifrost_rt import manifest as manifests
+from bifrost_rt.errors import EngineSetError
 from bifrost_rt.manifest import EngineSpec, Manifest, Range, TensorSpec
+
+REPORT = "report.json"
 
 
 def describe(manifest: Manifest) -> str:
@@ -43,6 +50,61 @@ def describe(manifest: Manifest) -> str:
         for arrow, tensors in (("<-", engine.inputs), ("->", engine.outputs)):
             lines += [f"  {arrow} {text}" for text in _tensors(tensors)]
     return "\n".join(lines)
+
+
+def precision(folder: Path, manifest: Manifest) -> str:
+    """What every layer is, as read back from the built files, and why where it is an exception.
+
+    Raises:
+        EngineSetError: the set's report does not say.
+        IntegrityError: the report was changed after the build.
+    """
+    if REPORT in manifest.files:
+        manifests.verify_file(folder, REPORT, manifest.files[REPORT])
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        found = {name: engine["precision"] for name, engine in report["engines"].items()}
+        decided = report["layers"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise EngineSetError(
+            f"{folder / REPORT}: does not say what the layers are",
+            hint=manifests.REBUILD,
+        ) from None
+    lines = [f"{manifest.name}: precision of every layer with a weight, read back from its files"]
+    if manifest.calibration is not None:
+        c = manifest.calibration
+        lines.append(f"calibrated on {c.prompts} prompts, ranges by {c.scales}: {c.file}")
+    for name, engine in found.items():
+        lines += ["", f"{name}{_kernels(engine['kernels'])}"]
+        groups: dict[tuple[str, str], list[tuple[str, int]]] = {}
+        for path, layer in engine["layers"].items():
+            reason = decided.get(f"{name}:{path}", {}).get("reason", "")
+            groups.setdefault((layer["format"], reason), []).append((path, layer["bytes"]))
+        rows = []
+        for (form, reason), layers in groups.items():
+            size = sum(size for _, size in layers)
+            rows.append((form, str(len(layers)), _bytes(size), _alike([p for p, _ in layers])))
+            if reason:
+                rows.append(("", "", "", f"({reason})"))
+        lines += _table(rows)
+        if engine["unused"]:
+            lines.append(f"  nothing reads {', '.join(engine['unused'])}")
+    return "\n".join(lines)
+
+
+def _kernels(counts: Mapping[str, int] | None) -> str:
+    """What onnxruntime computes quantised layers with, where it has kernels for them."""
+    of = {k: n for k, n in (counts or {}).items() if k in ("MatMulIntegerToFloat", "MatMulNBits")}
+    return "".join(f", {n} x {kernel} in onnxruntime" for kernel, n in of.items())
+
+
+def _alike(paths: Sequence[str]) -> str:
+    """Names that differ only in their numbers, as one with stars; one or two as they are."""
+    if len(paths) <= 2:
+        return ", ".join(paths)
+    starred = list(dict.fromkeys(re.sub(r"\d+", "*", path) for path in paths))
+    shown = ", ".join(starred[:4])
+    return shown if len(starred) <= 4 else f"{shown} … {len(starred) - 4} more kinds"
 
 
 def _compiled(manifest: Manifest) -> list[str]:

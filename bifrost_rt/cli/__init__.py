@@ -32,7 +32,9 @@ def _generate(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from bifrost_rt import inspect, manifest
 
-    print(inspect.describe(manifest.read(Path(options.engines))))
+    folder = Path(options.engines)
+    found = manifest.read(folder)
+    print(inspect.precision(folder, found) if options.precision else inspect.describe(found))
     return 0
 
 

@@ -31,6 +31,9 @@ def parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="say what an engine set holds")
     inspect.add_argument("engines", metavar="DIR", help="the engine set")
+    inspect.add_argument(
+        "--precision", action="store_true", help="what every layer is, read back from the files"
+    )
 
     verify = commands.add_parser("verify", help="check a set: hashes, engines, a test picture")
     verify.add_argument("engines", metavar="DIR", help="the engine set")
