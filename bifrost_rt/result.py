@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from bifrost_rt import handover
 from bifrost_rt.errors import RequestError
 from bifrost_rt.files import written_aside
 
@@ -107,6 +108,15 @@ class Result:
                 aside.write_bytes(self.encode(i, file_format))
             paths.append(target)
         return paths
+
+    def save_tokens(self, path: str | Path) -> Path:
+        """Write the CLIP latents, to be drawn again without the MLLM:
+        `generator.run(**handover.load(path).request())`.
+
+        Raises:
+            RequestError: the file cannot be written.
+        """
+        return handover.save(path, self.tokens, self.parameters)
 
     def encode(self, image: int, file_format: str = "PNG") -> bytes:
         """The bytes of one picture's file, in a format that Pillow writes.

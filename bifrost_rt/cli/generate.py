@@ -58,7 +58,7 @@ def _draw(generator: Generator, task: Task, as_json: bool) -> None:
     if progress:
         progress.close(result.timings, result.seed)
     if task.tokens:
-        handover.save(task.tokens, result.tokens, result.parameters)
+        result.save_tokens(task.tokens)
     if task.image is not None:
         about = {**result.parameters, "image": task.image}
         images = [result.images[task.image]]

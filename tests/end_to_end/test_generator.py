@@ -249,6 +249,16 @@ def test_tokens_of_an_earlier_run_are_drawn_without_the_mllm(generator: Generato
         run(generator, tokens=first.tokens)
 
 
+def test_tokens_travel_in_a_file(generator: Generator, tmp_path: Path) -> None:
+    first = run(generator, ["a cow", "a dog"], num_images_per_prompt=2)
+    path = first.save_tokens(tmp_path / "deep" / "t.safetensors")
+    request = handover.load(path).request()
+    again = generator.run(**request)
+    assert np.array_equal(again.latents, first.latents)
+    assert again.parameters["injected"] == {"tokens": handover.digest(first.tokens)}
+    assert not np.array_equal(generator.run(**{**request, "seed": 9}).latents, first.latents)
+
+
 def test_special_tokens_in_a_prompt_are_ordinary_text(generator: Generator) -> None:
     """Otherwise the reader of the K/V cache would meet an image or a turn that nobody opened."""
     special = {600, 601, 602, 609, 610, 611, 612, 613, 614, 615}
