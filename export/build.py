@@ -25,6 +25,8 @@ from bifrost_rt import backends, command, selftest
 from bifrost_rt import manifest as manifests
 from bifrost_rt.generator import Generator
 from bifrost_rt.manifest import Defaults, EngineSpec, Manifest, Precision
+from bifrost_rt.residency import parse as parse_size
+from bifrost_rt.residency import size_text
 from export import recipe as recipes
 from export.engine_set import describe_files, written_aside
 from export.recipe import Recipe
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from export.stages import Stage
 
 INTERRUPTED = "interrupted; nothing was written"
+CONTINUES = "interrupted; the next build of this set continues with the engines that are finished"
 DEFAULT_RECIPE = Path(__file__).parent.parent / "engines" / "default.toml"
 VERSIONED = (
     *("torch", "transformers", "diffusers", "onnx", "onnxscript"),
@@ -40,28 +43,39 @@ VERSIONED = (
 )
 
 
-def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path:
-    """Build one set and return its folder.
+def build(
+    recipe: Recipe,
+    progress: Callable[[str], None] | None = None,
+    memory_budget: int | None = None,
+) -> Path:
+    """Build one set and return its folder. Engines that an earlier build has finished, or that the
+    set has already, are not built again while nothing has changed that decides their bytes.
+
+    Args:
+        memory_budget: bytes that the build may take; default: what the machine has available. Not
+            of compiling, which the libraries do as they please.
 
     Raises:
-        BifrostError: the checkpoint, the graph, the parity or the disk; nothing is left behind.
+        BifrostError: the checkpoint, the graph, the parity, too little memory or disk; nothing is
+            left behind but finished engines, for the next build.
     """
     if recipe.backend in recipes.COMPILED:
-        return _build_and_compile(recipe, progress)
+        return _build_and_compile(recipe, progress, memory_budget)
     # torch and its company take seconds to import: not before the command line is understood
-    from export import assemble, graph, memory, parity, precision, stages, text
+    from export import assemble, budget, graph, memory, parity, precision, stage_cache, stages, text
     from export.checkpoint import Checkpoint
+    from export.pieces import Bounded
     from export.quantize import audit
     from export.quantize.quantise import quantise
 
     say = progress or (lambda message: None)
-    driver = backends.load(recipe.backend)
     output = Path(recipe.output)
     say("reading the checkpoint")
     checkpoint = Checkpoint(Path(recipe.mllm), Path(recipe.bifrost), Path(recipe.flux), read=False)
     model = assemble.facts(checkpoint)
     mllm_max_length = recipe.mllm_max_length or checkpoint.max_seq_length
-    with written_aside(output) as folder:
+    with written_aside(output, finished=stage_cache.REPORT) as folder:
+        cache = stage_cache.StageCache(folder, output)
         written = text.write(checkpoint, folder, mllm_max_length, recipe.t5_max_length)
         parts = {
             stage.name: stage
@@ -69,6 +83,13 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
                 checkpoint, model, mllm_max_length, written.clip.max_length, recipe.t5_max_length
             )
         }
+        asked = {name: recipe.stages.get(name, recipe.precision) for name in parts}
+        sizes = parity.sizes(mllm_max_length, recipe.max_images)
+        wanted = budget.demand(parts.values(), sizes, asked)
+        share = budget.share(wanted, memory_budget)
+        budget.check_disk(wanted, output, cache.bytes_there)
+        say(f"at most {size_text(share.total)} of memory, {size_text(wanted.disk)} on disk")
+        driver = Bounded(backends.load(recipe.backend), share.engine)
         manifest = Manifest(
             format=manifests.FORMAT,
             name=output.name,
@@ -89,47 +110,56 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
             files={},
         )
         outcome = quantise(recipe, folder, manifest, parts, say)
+        configs = stage_cache.configs_digest(checkpoint.mllm, checkpoint.bifrost, checkpoint.flux)
         engines: list[EngineSpec] = []
-        report: dict[str, dict[str, Any]] = {}
         for name, stage in parts.items():
-            say(f"building {name}")
-            start = time.perf_counter()
-            traced = graph.to_graph(stage)
-            precision.store(traced, outcome.rest[name])
-            weights = precision.weight_bytes(traced)
-            scratch = memory.scratch_bytes(traced, memory.one_picture(mllm_max_length))
-            files = graph.save(traced, folder / f"{name}.onnx")
-            layers = audit.read(files[0])
+            key = stage_cache.key(stage, configs, outcome.rest[name], mllm_max_length)
+            done = cache.get(name, key)
+            if done is None:
+                say(f"building {name}")
+                start = time.perf_counter()
+                traced = graph.to_graph(stage)
+                precision.store(traced, outcome.rest[name])
+                facts = {
+                    "weight_bytes": precision.weight_bytes(traced),
+                    "scratch_bytes": memory.scratch_bytes(
+                        traced, memory.one_picture(mllm_max_length)
+                    ),
+                }
+                files = graph.save(traced, folder / f"{name}.onnx")
+                facts["seconds"] = round(time.perf_counter() - start, 3)
+                done = cache.put(name, key, files, facts)
+            else:
+                say(f"{name} is there already")
+            first = next(iter(done.files))
+            layers = audit.read(folder / first)
             engines.append(
                 dataclasses.replace(
                     manifest.engine(name),
-                    graph=files[0].name,
-                    files=tuple(file.name for file in files),
+                    graph=first,
+                    files=tuple(done.files),
                     precision=Precision(
                         requested=outcome.asked[name],
-                        weights=next(iter(weights)),
+                        weights=next(iter(done.facts["weight_bytes"])),
                         compute=audit.compute(layers),
                         layers=audit.formats(layers),
                     ),
-                    scratch_bytes=scratch,
+                    scratch_bytes=done.facts["scratch_bytes"],
                 )
             )
-            report[name] = {
-                "seconds": round(time.perf_counter() - start, 3),
-                "weight_bytes": weights,
-            }
+        report = cache.report()
         manifest = dataclasses.replace(
             manifest,
             engines=tuple(engines),
-            files=describe_files(folder),
+            files=describe_files(folder, cache.files),
             calibration=outcome.calibration,
         )
         say("reading back what every layer is")
-        wanted = {name: outcome.of(name) for name in parts}
-        for name, found in audit.audit(folder, engines, wanted).items():
+        layers_asked = {name: outcome.of(name) for name in parts}
+        for name, found in audit.audit(folder, engines, layers_asked).items():
             report[name]["precision"] = found
         say("comparing every engine with torch")
-        for name, record in parity.compare(folder, manifest, parts, driver).items():
+        for name, record in parity.compare(folder, manifest, parts, driver, share).items():
             report[name]["parity"] = record
         document = {
             "recipe": dataclasses.asdict(recipe),
@@ -138,13 +168,15 @@ def build(recipe: Recipe, progress: Callable[[str], None] | None = None) -> Path
             "engines": report,
             "layers": outcome.record(),
         }
+        if outcome.swept is not None and recipe.quality_budget is not None:
+            document["sensitivity"] = outcome.swept.record(recipe.quality_budget)
         (folder / "report.json").write_text(json.dumps(document, indent=1) + "\n")
-        manifest = dataclasses.replace(manifest, files=describe_files(folder))
+        manifest = dataclasses.replace(manifest, files=describe_files(folder, cache.files))
         (folder / manifests.FILENAME).write_bytes(manifest.dumps())
         say("drawing the self-test picture")
-        with Generator(folder, backend=driver) as generator:
+        with Generator(folder, backend=driver, memory_budget=share.engines) as generator:
             Image.fromarray(selftest.draw(generator)).save(folder / selftest.PICTURE)
-        manifest = dataclasses.replace(manifest, files=describe_files(folder))
+        manifest = dataclasses.replace(manifest, files=describe_files(folder, cache.files))
         (folder / manifests.FILENAME).write_bytes(manifest.dumps())
         assert manifests.read(folder) == manifest
     return output
@@ -156,7 +188,9 @@ def _outline(stage: Stage) -> EngineSpec:
     return EngineSpec(stage.name, "", (), stage.inputs, stage.outputs, stage.carry, unknown)
 
 
-def _build_and_compile(recipe: Recipe, progress: Callable[[str], None] | None) -> Path:
+def _build_and_compile(
+    recipe: Recipe, progress: Callable[[str], None] | None, memory_budget: int | None
+) -> Path:
     """The ONNX set, which is compared with torch and stays beside it, then its engines."""
     from export.compile import builder as builders
     from export.compile.compiled_set import check_targets, compile_set
@@ -169,7 +203,9 @@ def _build_and_compile(recipe: Recipe, progress: Callable[[str], None] | None) -
     graphs = output.with_name(f"{output.name}-onnx")
     limits: dict[str, Any] = {"target": (), "max_images": None, "max_steps": None}  # engines alone
     build(
-        dataclasses.replace(recipe, backend="onnxruntime", output=str(graphs), **limits), progress
+        dataclasses.replace(recipe, backend="onnxruntime", output=str(graphs), **limits),
+        progress,
+        memory_budget,
     )
     return compile_set(
         graphs,
@@ -211,10 +247,11 @@ def main(arguments: list[str] | None = None) -> int:
         _quiet_libraries()
 
     def built() -> int:
-        print(build(_recipe(options), Progress()))
+        given = options.memory_budget
+        print(build(_recipe(options), Progress(), None if given is None else parse_size(given)))
         return 0
 
-    return command.run(built, debug=options.debug, interrupted=INTERRUPTED)
+    return command.run(built, debug=options.debug, interrupted=CONTINUES)
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -272,6 +309,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-steps", type=int, metavar="N", help="of compiled engines: steps of a loop"
+    )
+    parser.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="of the build, like 8GiB; default: what is available",
     )
     parser.add_argument("--debug", action="store_true", help="show the trace of an error")
     return parser

@@ -23,6 +23,8 @@ from bifrost_rt.backends.base import Backend, Buffer, Engine
 from bifrost_rt.engines import Engines
 from bifrost_rt.manifest import EngineSpec, Manifest, Range
 from bifrost_rt.text import Tokenizers
+from export import sources
+from export.budget import Share
 from export.errors import ParityError
 from export.quantize.formats import FORMATS
 from export.stages import IMAGES, Stage
@@ -39,6 +41,13 @@ PROMPTS = (
 # Of quantised engines, the relative error in the mean that rounding to other steps may add up to:
 # measured 6e-3 at most on the default model, and one wrong scale is far above it.
 STEPS = 2e-2
+
+
+def sizes(text_tokens: int, max_images: int | None) -> dict[str, int]:
+    """Of the run in which engines are compared, at most."""
+    images = min(len(PROMPTS), max_images or len(PROMPTS))
+    same = dict.fromkeys(("images", "prompts"), images)
+    return {**same, "texts": images + 1, "branches": 2, "text_tokens": text_tokens, "steps": 4}
 
 
 def prompts(manifest: Manifest) -> list[str]:
@@ -73,9 +82,14 @@ class Comparison:
 
 
 def compare(
-    folder: Path, manifest: Manifest, stages: Mapping[str, Stage], driver: Backend
+    folder: Path,
+    manifest: Manifest,
+    stages: Mapping[str, Stage],
+    driver: Backend,
+    share: Share | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Run the set in `folder` and compare every engine with its stage.
+    """Run the set in `folder` and compare every engine with its stage, in no more memory than `share`
+    says.
 
     Returns:
         Per engine: max_error, largest_value, tolerance, calls.
@@ -83,7 +97,7 @@ def compare(
     Raises:
         ParityError: naming the engine that differs, by how much and by how much it may.
     """
-    paired = PairedBackend(driver, stages)
+    paired = PairedBackend(driver, stages, share.kept if share else None)
     steps = min(4, manifest.model.num_visual_tokens)
     checked = request.check(
         manifest,
@@ -101,7 +115,7 @@ def compare(
         latents=None,
         output_type="np",
     )
-    engines = Engines(folder, manifest, paired)
+    engines = Engines(folder, manifest, paired, share.engines if share else None)
     try:
         pipeline.generate(engines, Tokenizers(folder, manifest.text), manifest, checked)
     finally:
@@ -132,24 +146,29 @@ class PairedBackend:
 
     name = "paired"
 
-    def __init__(self, driver: Backend, stages: Mapping[str, Stage]) -> None:
+    def __init__(self, driver: Backend, stages: Mapping[str, Stage], kept: int | None) -> None:
         self._driver = driver
         self._stages = stages
+        self._kept = kept
         self.records: dict[str, Comparison] = {}
 
     def open(self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]) -> Engine:
         """The driver's engine, with the stage beside it."""
         record = self.records[spec.name] = Comparison()
         engine = self._driver.open(folder, spec, dimensions)
-        return PairedEngine(engine, self._stages[spec.name], record)
+        return PairedEngine(engine, self._stages[spec.name], record, self._kept)
 
     def free_memory(self) -> int | None:
         """The driver's."""
         return self._driver.free_memory()
 
     def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
-        """The driver's; torch's copy is not part of the set."""
-        return self._driver.weights_in_memory(spec, stored)
+        """The driver's, and what torch keeps."""
+        tensors = sources.named(self._stages[spec.name].module).values()
+        kept = 4 * sum(math.prod(source.shape) for source in tensors)
+        if self._kept is not None:
+            kept = min(kept, self._kept)
+        return self._driver.weights_in_memory(spec, stored) + kept
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
         """The driver's."""
@@ -175,11 +194,11 @@ class PairedBackend:
 class PairedEngine:
     """One engine and its torch module."""
 
-    def __init__(self, engine: Engine, stage: Stage, record: Comparison) -> None:
+    def __init__(self, engine: Engine, stage: Stage, record: Comparison, kept: int | None) -> None:
         self.spec = engine.spec
         self._engine, self._stage, self._record = engine, stage, record
         self._weights = ExitStack()
-        self._weights.enter_context(streamed(stage.module))
+        self._weights.enter_context(streamed(stage.module, kept))
 
     def bind(
         self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]

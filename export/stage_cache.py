@@ -27,6 +27,8 @@ from export import sources
 from export.stages import TEXT_TOKENS, Stage
 
 REPORT = "report.json"
+# Parts of this package that have no say in what a graph holds.
+ELSEWHERE = ("compile", "planning", "synthetic")
 LIBRARIES = ("torch", "transformers", "diffusers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
@@ -45,12 +47,13 @@ class Finished:
     facts: dict[str, Any]
 
 
-def key(stage: Stage, configs: str, settings: dict[str, Any], text_tokens: int) -> str:
+def key(stage: Stage, configs: str, rest: str, text_tokens: int) -> str:
     """Changes with everything that decides the bytes of a stage's engine.
 
     Args:
+        stage: its tensors' sources say what was rounded and quantised, and how.
         configs: of the checkpoint, `configs_digest`.
-        settings: of the build, apart from paths and from what the stage states itself.
+        rest: the precision in which tensors are stored that have none of their own.
         text_tokens: the longest prompt, for stages that read it.
     """
     doors = [*stage.inputs, *stage.outputs]
@@ -60,7 +63,8 @@ def key(stage: Stage, configs: str, settings: dict[str, Any], text_tokens: int) 
         "carry": stage.carry,
         "tensors": {name: s.identity for name, s in sources.named(stage.module).items()},
         "configs": configs,
-        "settings": settings,
+        "rest": rest,
+        "modules": str(stage.module),
         "text_tokens": text_tokens if any(TEXT_TOKENS in d.shape for d in doors) else None,
         "code": code_digest(),
         "python": platform.python_version(),
@@ -83,7 +87,8 @@ def configs_digest(*checkpoints: Path) -> str:
 def code_digest() -> str:
     """Of this package's own code."""
     here = Path(__file__).parent
-    files = [*here.rglob("*.py"), Path(bifrost_rt.__file__).parent / "manifest.py"]
+    files = [p for p in here.rglob("*.py") if p.relative_to(here).parts[0] not in ELSEWHERE]
+    files.append(Path(bifrost_rt.__file__).parent / "manifest.py")
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(f"{path.relative_to(here.parent)}\0".encode() + path.read_bytes())
@@ -110,6 +115,11 @@ class StageCache:
                 shutil.rmtree(path)
             elif path.name not in (*kept, REPORT):
                 path.unlink()
+
+    @property
+    def bytes_there(self) -> int:
+        """Of what an earlier build has left."""
+        return sum(path.stat().st_size for path in self._folder.iterdir())
 
     @property
     def files(self) -> dict[str, File]:
