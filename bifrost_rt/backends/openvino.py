@@ -18,6 +18,8 @@ from bifrost_rt.manifest import EngineSpec, Range
 # of the file) and 4.24 in bfloat16 after the first run, and a few MiB for the graph itself.
 SIXTEEN_BIT = ("float16", "bfloat16")
 FIXED = 8 << 20
+# It rounds a tenth of all values to the other neighbour in E4M3, and has no functions of a model.
+SIMULATED = {"fp8", "nvfp4"}
 
 
 class OpenVino(HostMemory):
@@ -40,9 +42,19 @@ class OpenVino(HostMemory):
         Raises:
             BackendError: OpenVINO does not accept the file.
         """
-        # Without the hint, processors with bf16 arithmetic silently run float32 files in it.
-        options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         path = folder / spec.graph
+        if simulated := sorted(SIMULATED & spec.precision.layers.keys()):
+            raise BackendError(
+                f"{path}: OpenVINO does not simulate {' and '.join(simulated)} as it is defined",
+                hint="run this set with backend='onnxruntime'",
+            )
+        # Without these, processors with bf16 arithmetic silently run float32 files in it, and
+        # weights of 4 bits quietly get activations of 8.
+        options = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+            "PERFORMANCE_HINT": "LATENCY",
+        }
         try:
             model = self._core.compile_model(path, "CPU", options)
         except Exception as error:  # OpenVINO raises RuntimeError and its own types

@@ -106,7 +106,13 @@ def _runs(
 @contextlib.contextmanager
 def _watch(linear: nn.Linear, name: str, into: dict[str, Observed]) -> Iterator[None]:
     def look(module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
-        into.setdefault(name, Observed.nothing(linear.in_features)).add(given[0], result)
+        try:
+            into.setdefault(name, Observed.nothing(linear.in_features)).add(given[0], result)
+        except ValueError as error:
+            raise CalibrationError(
+                f"calibration: layer {name} got {error}",
+                hint="the checkpoint does not run in float32: check what comes before this layer",
+            ) from None
 
     handle = linear.register_forward_hook(look)
     try:

@@ -21,7 +21,6 @@ from export.errors import CalibrationError
 
 VERSION = 1
 BINS = 2048
-SAMPLED = 512  # rows of one call that the histogram counts; the maxima are of all
 
 
 @dataclass
@@ -51,10 +50,16 @@ class Observed:
         return cls(0, zeros.float(), zeros, torch.zeros(BINS, dtype=torch.float64), 2.0**-20)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """One call: inputs [..., K] and outputs [..., N]."""
+        """One call: inputs [..., K] and outputs [..., N].
+
+        Raises:
+            ValueError: an input is not finite.
+        """
         x = x.detach().flatten(0, -2)
         channel_max = x.abs().amax(0)
         largest = channel_max.max().item()
+        if not math.isfinite(largest):
+            raise ValueError(f"{largest} in its inputs")
         while largest > self.top:  # two bins become one
             halves = self.counts.view(-1, 2).sum(1)
             self.counts = torch.cat((halves, torch.zeros_like(halves)))
@@ -63,9 +68,8 @@ class Observed:
         self.channel_max = torch.maximum(self.channel_max, channel_max)
         self.channel_square += x.square().sum(0)
         self.output_square += torch.linalg.vector_norm(y.detach()).item() ** 2
-        every = math.ceil(x.shape[0] / SAMPLED)
-        bins = (x[::every].abs().flatten() * (BINS / self.top)).to(torch.int32).clamp(max=BINS - 1)
-        self.counts += torch.bincount(bins, minlength=BINS) * every
+        bins = (x.abs().flatten() * (BINS / self.top)).to(torch.int32).clamp(max=BINS - 1)
+        self.counts += torch.bincount(bins, minlength=BINS)
 
     @property
     def largest(self) -> float:

@@ -1,0 +1,74 @@
+"""Which layer gets which format."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import pytest
+
+from export import assemble
+from export.checkpoint import Checkpoint
+from export.errors import RecipeError
+from export.quantize import policy
+from export.stages import Stage
+from tests.conftest import ALPHA
+
+
+@pytest.fixture(scope="module")
+def stages() -> list[Stage]:
+    checkpoint = Checkpoint(*(ALPHA / part for part in ("mllm", "bifrost", "flux")), read=False)
+    return list(assemble.stages(checkpoint, assemble.facts(checkpoint), 48, 77, 32))
+
+
+def test_every_exception_fits_a_layer(stages: list[Stage]) -> None:
+    names = [f"{stage.name}:{path}" for stage in stages for path, _ in stage.module.named_modules()]
+    for pattern, reason in policy.EXCEPTIONS:
+        assert any(fnmatchcase(name, pattern) for name in names), pattern
+        assert reason
+
+
+def test_what_is_excepted_says_why_and_the_rest_is_as_asked(stages: list[Stage]) -> None:
+    choices = {c.name: c for c in policy.choose(stages, "int8", "bf16", {}, {})}
+    assert choices["visual_decode:branch.vision_head"].form == "bf16"
+    assert "tokens" in choices["visual_decode:branch.vision_head"].reason
+    for name in (
+        "visual_decode:branch.layers.0.mlp.down_proj",
+        "denoise:transformer_blocks.0.attn.to_q",
+    ):
+        assert choices[name].form == "int8"
+        assert choices[name].reason == ""
+    assert all(c.reason for c in choices.values() if c.form == "bf16")
+    assert {c.form for c in choices.values() if c.stage == "conditioning"} == {"bf16"}
+
+
+def test_a_stage_and_a_layer_can_be_something_else(stages: list[Stage]) -> None:
+    layers = {"denoise:transformer_blocks.*": "fp8", "denoise:transformer_blocks.1.*": "fp16"}
+    choices = {
+        c.name: c for c in policy.choose(stages, "int8", "bf16", {"t5_text": "fp32"}, layers)
+    }
+    assert {c.form for c in choices.values() if c.stage == "t5_text"} == {"fp32"}
+    assert choices["denoise:transformer_blocks.0.attn.to_q"].form == "fp8"
+    chosen = choices["denoise:transformer_blocks.1.attn.to_q"]  # the last that fits counts
+    assert (chosen.form, chosen.reason) == ("fp16", "recipe: denoise:transformer_blocks.1.*")
+    assert choices["denoise:controlnet_blocks.0.attn.to_q"].form == "int8"
+
+
+def test_blocks_that_do_not_divide_stay_in_16_bit(stages: list[Stage]) -> None:
+    choices = [c for c in policy.choose(stages, "int4", "fp16", {}, {}) if "multiple" in c.reason]
+    assert choices  # T5 is 48 wide here
+    assert {c.form for c in choices} == {"fp16"}
+    assert "no multiple of int4's block of 32" in choices[0].reason
+
+
+@pytest.mark.parametrize(
+    ("of_stages", "of_layers", "message"),
+    [
+        ({"denoize": "int8"}, {}, "no stage 'denoize' .did you mean 'denoise'"),
+        ({}, {"denoise:blocks.*": "int8"}, "'denoise:blocks..' fits no linear layer"),
+    ],
+)
+def test_overrides_that_fit_nothing_are_refused(
+    stages: list[Stage], of_stages: dict[str, str], of_layers: dict[str, str], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        policy.choose(stages, "int8", "bf16", of_stages, of_layers)
