@@ -136,7 +136,8 @@ class Generator:
             output_type=output_type,
             tokens=tokens,
         )
-        if guidance_scale is not None and not self.manifest.model.guidance_embeds:
+        default = self.manifest.defaults.guidance_scale
+        if guidance_scale not in (None, default) and not self.manifest.model.guidance_embeds:
             log.warning(
                 "guidance_scale=%s has no effect: this model has no guidance embedding",
                 guidance_scale,
