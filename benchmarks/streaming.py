@@ -25,6 +25,8 @@ from benchmarks import machine
 
 TEXT_TOKENS = 12
 PERIOD = 0.005  # seconds
+LIMIT = 400 << 20  # bytes of weights in one piece
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def prepare(work: Path, like: str, layers: int) -> Path:
@@ -69,34 +71,25 @@ def build(folder: Path, output: Path, precision: str) -> None:
 
     done("imports")
     checkpoint = Checkpoint(*(folder / n for n in ("mllm", "bifrost", "flux")), read=False)
-    branch = checkpoint.visual_branch()
-    stage = visual_decode.stage(branch, checkpoint.decoder)
-    precisions.round_weights(stage.module, precision)
+    stage = visual_decode.stage(checkpoint.visual_branch(), checkpoint.decoder)
+    inputs = _inputs(stage)
+    if precision in PRECISIONS:
+        rest = precision
+        precisions.round_weights(stage.module, precision)
+    else:
+        rest = "bf16"
+        _quantise(stage, precision, rest, inputs, done)
     traced = graph.to_graph(stage)
-    precisions.store(traced, precision)
+    precisions.store(traced, rest)
     done("trace", largest_bytes=largest(stage.module))
     files = graph.save(traced, output / "visual_decode.onnx")
     del traced
     done("write", file_bytes=sum(file.stat().st_size for file in files))
-
-    sizes = {"images": 1, "branches": 1, "text_tokens": TEXT_TOKENS, "steps": 2}
-    rng = np.random.default_rng(0)
-    inputs: dict[str, Any] = {}
-    for spec in stage.inputs:
-        shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
-        inputs[spec.name] = (
-            rng.standard_normal(shape).astype(np.float32)
-            if spec.dtype == "float32"
-            else np.ones(shape, bool)
-            if spec.dtype == "bool"
-            else np.zeros(shape, np.int64)
-        )
-    inputs["text_length"][:] = TEXT_TOKENS
     with torch.inference_mode(), streamed(stage.module, 0):
         expected = stage.module(*(torch.from_numpy(inputs[t.name]) for t in stage.inputs))
     done("torch, layer by layer")
     facts = _spec(stage, files)
-    engine = EngineInPieces(output, facts, _ranges(), limit=4 * largest(stage.module) // 3)
+    engine = EngineInPieces(output, facts, _ranges(), limit=LIMIT)
     outputs = {
         t.name: np.empty(tuple(e.shape), t.dtype)
         for t, e in zip(stage.outputs, expected, strict=True)
@@ -111,6 +104,52 @@ def build(folder: Path, output: Path, precision: str) -> None:
         largest_value=float(np.abs(wanted).max()),
         tolerance=stage.tolerance,
     )
+
+
+def _inputs(stage: Any) -> dict[str, Any]:
+    """One picture at a short prompt, with random values."""
+    import numpy as np
+
+    sizes = {"images": 1, "branches": 1, "text_tokens": TEXT_TOKENS, "steps": 2}
+    rng = np.random.default_rng(0)
+    found: dict[str, Any] = {}
+    for spec in stage.inputs:
+        shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
+        found[spec.name] = {
+            "float32": rng.standard_normal(shape).astype(np.float32),
+            "bool": np.ones(shape, bool),
+            "int64": np.zeros(shape, np.int64),
+        }[spec.dtype]
+    found["text_length"][:] = TEXT_TOKENS
+    return found
+
+
+def _quantise(stage: Any, form: str, rest: str, inputs: dict[str, Any], done: Any) -> None:
+    """As `export.quantize.quantise` does, with the statistics of one call."""
+    import torch
+
+    from export.precision import round_weights
+    from export.quantize import apply, policy
+    from export.quantize.statistics import Observed, Statistics
+    from export.streaming import streamed
+
+    statistics = Statistics("", ())
+    hooks = []
+    for path, linear in policy.linears(stage):
+        seen = statistics.layers[f"{stage.name}:{path}"] = Observed.nothing(linear.in_features)
+        hooks.append(linear.register_forward_hook(lambda _, x, y, seen=seen: seen.add(x[0], y)))
+    with torch.inference_mode(), streamed(stage.module, 0):
+        stage.module(*(torch.from_numpy(inputs[t.name]) for t in stage.inputs))
+    for hook in hooks:
+        hook.remove()
+    done("statistics")
+    choices = policy.choose([stage], form, rest, {}, {})
+    decisions = apply.decide({stage.name: stage}, choices, statistics, rest, "mse")
+    apply.replace({stage.name: stage}, decisions)
+    others = {d.choice.path: d.given for d in decisions if d.scales is None}
+    round_weights(stage.module, rest, others)
+    given = [d.given for d in decisions]
+    done("scales", layers={form: given.count(form) for form in sorted(set(given))})
 
 
 def _spec(stage: Any, files: list[Path]) -> Any:

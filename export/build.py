@@ -109,7 +109,7 @@ def build(
             engines=tuple(_outline(stage) for stage in parts.values()),
             files={},
         )
-        outcome = quantise(recipe, folder, manifest, parts, say)
+        outcome = quantise(recipe, folder, manifest, parts, say, share.kept)
         configs = stage_cache.configs_digest(checkpoint.mllm, checkpoint.bifrost, checkpoint.flux)
         engines: list[EngineSpec] = []
         for name, stage in parts.items():
@@ -284,6 +284,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--calibration-prompts", metavar="FILE", help="one prompt per line; default: a list of ours"
+    )
+    parser.add_argument(
+        "--calibration-steps", type=int, metavar="N", help="of both loops; default: all of them"
     )
     parser.add_argument(
         "--statistics", metavar="FILE", help="a set's calibration.safetensors, to calibrate once"

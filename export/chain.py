@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from bifrost_rt.backends.base import Buffer, HostMemory
 from bifrost_rt.engines import Engines
 from bifrost_rt.manifest import EngineSpec, Manifest, Range
 from bifrost_rt.text import Tokenizers
+from export import sources
 from export.stages import Stage
+from export.streaming import streamed
 
 OPTIONS = (
     *("num_inference_steps", "guidance_scale", "controlnet_conditioning_scale"),
@@ -23,16 +26,25 @@ OPTIONS = (
 
 
 class Torch(HostMemory):
-    """A backend whose engines are torch modules."""
+    """A backend whose engines are torch modules.
+
+    Args:
+        kept: bytes of weights that may stay in memory while engines are open; None: all.
+    """
 
     name = "torch"
 
-    def __init__(self, stages: Mapping[str, Stage]) -> None:
+    def __init__(self, stages: Mapping[str, Stage], kept: int | None = None) -> None:
         self._stages = stages
+        self._kept = kept
+        self._sizes = {name: _lazy_bytes(stage) for name, stage in stages.items()}
 
     def open(self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]) -> TorchEngine:
-        """The stage's module."""
-        return TorchEngine(spec, self._stages[spec.name])
+        """The stage's module, with a share of what may stay."""
+        kept = self._kept
+        if kept is not None:
+            kept = kept * self._sizes[spec.name] // max(1, sum(self._sizes.values()))
+        return TorchEngine(spec, self._stages[spec.name], kept)
 
     def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
         """Nothing beyond the modules, which are there already."""
@@ -42,9 +54,11 @@ class Torch(HostMemory):
 class TorchEngine:
     """One stage."""
 
-    def __init__(self, spec: EngineSpec, stage: Stage) -> None:
+    def __init__(self, spec: EngineSpec, stage: Stage, kept: int | None) -> None:
         self.spec = spec
         self._stage = stage
+        self._weights = contextlib.ExitStack()
+        self._weights.enter_context(streamed(stage.module, kept))
 
     def bind(
         self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
@@ -58,7 +72,16 @@ class TorchEngine:
         return call
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Let go of the weights."""
+        self._weights.close()
+
+
+def _lazy_bytes(stage: Stage) -> int:
+    return sum(
+        sources.get(owner, name).nbytes
+        for owner in stage.module.modules()
+        for name in sources.lazy(owner)
+    )
 
 
 def evaluate(stage: Stage, inputs: Mapping[str, Buffer]) -> dict[str, torch.Tensor]:
@@ -75,12 +98,15 @@ def run(
     manifest: Manifest,
     stages: Mapping[str, Stage],
     prompts: Sequence[str],
+    *,
+    kept: int | None = None,
     **options: Any,
 ) -> pipeline.Output:
     """Draw one picture per prompt.
 
     Args:
         folder: holds the tokenizers that the manifest names.
+        kept: see `Torch`.
         options: of `Generator.run`; what is not given has the set's default.
     """
     asked: dict[str, Any] = {
@@ -91,5 +117,8 @@ def run(
         **options,
     }
     checked = request.check(manifest, prompt=list(prompts), **asked)
-    engines = Engines(folder, manifest, Torch(stages))
-    return pipeline.generate(engines, Tokenizers(folder, manifest.text), manifest, checked)
+    engines = Engines(folder, manifest, Torch(stages, kept))
+    try:
+        return pipeline.generate(engines, Tokenizers(folder, manifest.text), manifest, checked)
+    finally:
+        engines.close()

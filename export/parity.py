@@ -88,8 +88,8 @@ def compare(
     driver: Backend,
     share: Share | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Run the set in `folder` and compare every engine with its stage, in no more memory than `share`
-    says.
+    """Run the set in `folder` and compare every engine with its stage, in no more memory than
+    `share` says.
 
     Returns:
         Per engine: max_error, largest_value, tolerance, calls.

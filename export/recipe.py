@@ -16,6 +16,7 @@ SIXTEEN_BIT = ("bf16", "fp16")
 QUANTISED = ("int8", "fp8", "nvfp4", "int4")
 PRECISIONS = ("fp32", *SIXTEEN_BIT, *QUANTISED)
 METHODS = ("mse", "percentile", "max")
+SIZES = ("mllm_max_length", "t5_max_length", "max_images", "max_steps", "calibration_steps")
 PATHS = ("mllm", "bifrost", "flux", "output", "calibration_prompts", "statistics")
 
 
@@ -36,6 +37,7 @@ class Recipe:
         layers: pattern of `stage:path` -> precision, such as "denoise:transformer_blocks.0.*"; of
             several that fit, the last counts.
         calibration_prompts: a file, one prompt per line; None takes the list that ships.
+        calibration_steps: of both loops, where the set's defaults take too long; None: all.
         statistics: a calibration.safetensors of the same checkpoint, instead of calibrating.
         scales: how an activation's range is chosen: "mse", "percentile" or "max".
         quality_budget: PSNR in dB that the pictures must keep to those in float32, on average;
@@ -57,6 +59,7 @@ class Recipe:
     stages: dict[str, str] = field(default_factory=dict)
     layers: dict[str, str] = field(default_factory=dict)
     calibration_prompts: str | None = None
+    calibration_steps: int | None = None
     statistics: str | None = None
     scales: str = "mse"
     quality_budget: float | None = None
@@ -85,7 +88,7 @@ class Recipe:
             raise RecipeError(
                 f"quality_budget is a PSNR in dB between 0 and 100, got {self.quality_budget:g}"
             )
-        for name in ("mllm_max_length", "t5_max_length", "max_images", "max_steps"):
+        for name in SIZES:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{name} must be at least 1, got {value}")

@@ -21,11 +21,11 @@ from export.errors import CalibrationError
 from export.quantize.policy import linears
 from export.quantize.statistics import Observed, Statistics
 from export.stages import IMAGES, Stage
-from export.streaming import streamed
 
 DEFAULT_PROMPTS = Path(__file__).with_name("prompts.txt")
 BATCH = 8
 GUIDED = 2.0
+STEPS = ("decoding_steps", "num_inference_steps")
 SAMPLE = 1 << 16
 
 
@@ -73,23 +73,25 @@ def calibrate(
     prompts: Sequence[str],
     checkpoint: str,
     progress: Callable[[str], None],
-    budget: int | None = None,
+    steps: int | None = None,
+    kept: int | None = None,
 ) -> Statistics:
     """Run the chain on every prompt and record what every linear layer of every stage sees.
 
     Args:
         checkpoint: its fingerprint.
-        budget: bytes of weights that a stage may keep in memory between calls; None: all.
+        steps: of both loops; None: the set's defaults.
+        kept: bytes of weights that may stay in memory between calls; None: all.
     """
     found = Statistics(checkpoint, tuple(prompts))
     with contextlib.ExitStack() as watched:
         for stage in stages.values():
-            watched.enter_context(streamed(stage.module, budget))
             for path, linear in linears(stage):
                 watched.enter_context(_watch(linear, f"{stage.name}:{path}", found.layers))
+        limits = {} if steps is None else dict.fromkeys(STEPS, steps)
         for at, batch, options in _runs(manifest, prompts):
             progress(f"calibrating on prompts {at + 1} to {at + len(batch)} of {len(prompts)}")
-            chain.run(folder, manifest, stages, batch, seed=at, **options)
+            chain.run(folder, manifest, stages, batch, seed=at, kept=kept, **limits, **options)
     return found
 
 

@@ -57,11 +57,13 @@ def quantise(
     manifest: Manifest,
     stages: Mapping[str, Stage],
     say: Callable[[str], None],
+    kept: int | None = None,
 ) -> Outcome:
     """Calibrate where it is needed, decide, and change the stages' modules in place.
 
     Args:
         folder: of the set that is built; its tokenizers are there, and the statistics go there.
+        kept: bytes of weights that may stay in memory while the chain runs in torch; None: all.
 
     Raises:
         RecipeError: overrides that fit nothing.
@@ -72,14 +74,14 @@ def quantise(
     )
     statistics, calibration = None, None
     if any(c.quantised and FORMATS[c.form].calibrated for c in choices):
-        statistics, calibration = _statistics(recipe, folder, manifest, stages, say)
+        statistics, calibration = _statistics(recipe, folder, manifest, stages, say, kept)
     decisions = apply.decide(stages, choices, statistics, recipe.rest, recipe.scales)
     swept = None
     if recipe.quality_budget is not None:
         prompts = (
             calibrate.read_prompts(_prompts(recipe)) if statistics is None else statistics.prompts
         )
-        bench = sweep.Bench(folder, manifest, stages, prompts)
+        bench = sweep.Bench(folder, manifest, stages, prompts, kept)
         swept = sweep.sweep(bench, decisions, recipe.quality_budget, say)
         decisions = sweep.keep(decisions, swept.kept, recipe.rest)
     apply.replace(stages, decisions)
@@ -108,12 +110,22 @@ def _statistics(
     manifest: Manifest,
     stages: Mapping[str, Stage],
     say: Callable[[str], None],
+    kept: int | None,
 ) -> tuple[Statistics, Calibration]:
     checkpoint = calibrate.fingerprint([Path(recipe.mllm), Path(recipe.bifrost), Path(recipe.flux)])
     if recipe.statistics is not None:
         found = Statistics.load(Path(recipe.statistics), checkpoint)
     else:
         prompts = calibrate.read_prompts(_prompts(recipe))
-        found = calibrate.calibrate(folder, manifest, stages, prompts, checkpoint, say)
+        found = calibrate.calibrate(
+            folder,
+            manifest,
+            stages,
+            prompts,
+            checkpoint,
+            say,
+            steps=recipe.calibration_steps,
+            kept=kept,
+        )
     found.save(folder / STATISTICS)
     return found, Calibration(STATISTICS, checkpoint, len(found.prompts), recipe.scales)

@@ -89,8 +89,14 @@ class Bench:
     """The chain on a few prompts, in float32 and with some of its layers quantised."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, stages: Mapping[str, Stage], prompts: Sequence[str]
+        self,
+        folder: Path,
+        manifest: Manifest,
+        stages: Mapping[str, Stage],
+        prompts: Sequence[str],
+        kept: int | None = None,
     ) -> None:
+        self._kept = kept
         self._folder, self._manifest, self._stages = folder, manifest, stages
         self._prompts = prompts[: min(PROMPTS, manifest.dimensions[IMAGES].max or PROMPTS)]
         self._calls: dict[str, tuple[Buffers, Tensor]] = {}
@@ -115,12 +121,17 @@ class Bench:
     def _draw(self) -> Drawn:
         first: dict[str, Tensor] = {}
         with contextlib.ExitStack() as open_:
-            for stage in self._stages.values():
-                open_.enter_context(streamed(stage.module))
             for name, module in self._stages["denoise"].module.named_modules():
                 if name.split(".")[0] in RESIDUALS and name.count(".") == 1:
                     open_.enter_context(_first_output(module, name, first))
-            made = chain.run(self._folder, self._manifest, self._stages, self._prompts, seed=SEED)
+            made = chain.run(
+                self._folder,
+                self._manifest,
+                self._stages,
+                self._prompts,
+                kept=self._kept,
+                seed=SEED,
+            )
         assert made.images is not None
         residuals = [first[name].flatten() for name in sorted(first)] or [torch.zeros(1)]
         return Drawn(made.tokens, torch.cat(residuals), made.images)
@@ -144,7 +155,7 @@ class Bench:
     def _output(self, name: str) -> float:
         stage = self._stages[name]
         inputs, exact = self._calls[name]
-        with streamed(stage.module):
+        with streamed(stage.module, self._kept):
             found = tuple(chain.evaluate(stage, inputs).values())
         return _relative(_compared(name, found), exact)
 
