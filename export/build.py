@@ -194,27 +194,34 @@ def _build_and_compile(
     """The ONNX set, which is compared with torch and stays beside it, then its engines."""
     from export.compile import builder as builders
     from export.compile.compiled_set import check_targets, compile_set
-    from export.precision import PRECISIONS
 
     # what cannot be compiled is refused before the graphs are built
-    weights = str(PRECISIONS[recipe.precision]).removeprefix("torch.")
-    check_targets(builders.find(recipe.backend), recipe.target, ("float32", weights))
-    output = Path(recipe.output)
-    graphs = output.with_name(f"{output.name}-onnx")
-    limits: dict[str, Any] = {"target": (), "max_images": None, "max_steps": None}  # engines alone
-    build(
-        dataclasses.replace(recipe, backend="onnxruntime", output=str(graphs), **limits),
-        progress,
-        memory_budget,
-    )
+    formats = {"fp32", recipe.precision, *recipe.stages.values(), *recipe.layers.values()}
+    check_targets(builders.find(recipe.backend), recipe.target, sorted(formats))
+    graphs = build(graphs_of(recipe), progress, memory_budget)
     return compile_set(
         graphs,
-        output,
+        Path(recipe.output),
         backend=recipe.backend,
         targets=recipe.target,
         max_images=recipe.max_images,
         max_steps=recipe.max_steps,
         progress=progress,
+    )
+
+
+def graphs_of(recipe: Recipe) -> Recipe:
+    """The recipe of the ONNX set that a recipe of engines is compiled from: `{output}-onnx`. Any
+    machine can build it; engines for a Jetson are then compiled on the device."""
+    if recipe.backend not in recipes.COMPILED:
+        return recipe
+    output = Path(recipe.output)
+    limits: dict[str, Any] = {"target": (), "max_images": None, "max_steps": None}  # engines alone
+    return dataclasses.replace(
+        recipe,
+        backend="onnxruntime",
+        output=str(output.with_name(f"{output.name}-onnx")),
+        **limits,
     )
 
 
@@ -248,7 +255,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     def built() -> int:
         given = options.memory_budget
-        print(build(_recipe(options), Progress(), None if given is None else parse_size(given)))
+        recipe = graphs_of(_recipe(options)) if options.onnx_only else _recipe(options)
+        print(build(recipe, Progress(), None if given is None else parse_size(given)))
         return 0
 
     return command.run(built, debug=options.debug, interrupted=CONTINUES)
@@ -312,6 +320,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-steps", type=int, metavar="N", help="of compiled engines: steps of a loop"
+    )
+    parser.add_argument(
+        "--onnx-only",
+        action="store_true",
+        help="of compiled engines: stop before them, to run `python -m export.compile` elsewhere",
     )
     parser.add_argument(
         "--memory-budget",
