@@ -69,7 +69,13 @@ class TensorRt:
         graphs: bool = True,
     ) -> None:
         if library is None:
-            library = importlib.import_module(self.module)
+            try:
+                library = importlib.import_module(self.module)
+            except (ImportError, OSError) as error:  # a shared library that it needs is not there
+                raise BackendError(
+                    f"backend {self.name!r} is installed and cannot be loaded: {error}",
+                    hint=f"reinstall it: pip install --force-reinstall 'bifrost-rt[{self.name}]'",
+                ) from error
             self._log = tensorrt_log.logger(self.module)
         else:
             self._log = library.logger

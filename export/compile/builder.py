@@ -46,7 +46,7 @@ def find(name: str) -> Builder:
     """The builder called `name`.
 
     Raises:
-        CompileError: its package is not installed.
+        CompileError: its package is not installed, or a library of it is missing.
     """
     module = name.replace("-", "_")
     if importlib.util.find_spec(module) is None:
@@ -54,7 +54,14 @@ def find(name: str) -> Builder:
             f"{TITLES[name]} is not installed (the Python package `{module}`)",
             hint=f"pip install 'bifrost-rt[{name}]'",
         )
-    return Builder(name, TITLES[name], module, str(importlib.import_module(module).__version__))
+    try:
+        version = str(importlib.import_module(module).__version__)
+    except (ImportError, OSError) as error:  # a shared library that it needs is not there
+        raise CompileError(
+            f"{TITLES[name]} is installed and cannot be loaded: {error}",
+            hint=f"reinstall it: pip install --force-reinstall 'bifrost-rt[{name}]'",
+        ) from error
+    return Builder(name, TITLES[name], module, version)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,9 @@ from bifrost_rt.backends.tensorrt import TensorRtRtx, refusal
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import Compiled, Manifest
 from export.compile import bound, graphs
+from export.compile import builder as builders
 from export.engine_set import describe_files
+from export.errors import CompileError
 from tests import tensorrt_double as double
 from tests.conftest import difference, load_case
 
@@ -285,6 +288,18 @@ def test_what_the_library_refuses_is_named(compiled_set: Path, library: double.L
     library.full, library.on_host = False, ("input_ids",)
     with pytest.raises(BackendError, match="wants input_ids in host memory"):
         opened(compiled_set, driver)
+
+
+def test_a_missing_shared_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The package is there; what it loads is not."""
+    package = tmp_path / "tensorrt_rtx.py"
+    package.write_text("raise OSError('libtensorrt_rtx.so.1: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt_rtx", raising=False)
+    for load, error in ((TensorRtRtx, BackendError), (builders.find, CompileError)):
+        with pytest.raises(error, match=r"cannot be loaded: libtensorrt_rtx\.so\.1") as told:
+            load(*(() if load is TensorRtRtx else ("tensorrt-rtx",)))
+        assert "pip install" in str(told.value.hint)
 
 
 def test_host_arrays_must_be_uploaded(compiled_set: Path, library: double.Library) -> None:

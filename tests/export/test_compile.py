@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +24,9 @@ from bifrost_rt.backends.tensorrt import TensorRtRtx
 from bifrost_rt.errors import BackendError, IntegrityError
 from bifrost_rt.manifest import Manifest, Range
 from export import build
+from export import recipe as recipes
 from export.compile import __main__ as command
-from export.compile import bound, graphs
+from export.compile import bound, capabilities, graphs
 from export.compile import builder as builders
 from export.compile.compiled_set import compile_set
 from export.compile.profiles import Sizes
@@ -34,6 +38,8 @@ from tests.tensorrt_double import HostDevice
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
+ENGINES = Path(__file__).parents[2] / "engines"
+RECIPES = [path for path in sorted(ENGINES.glob("*.toml")) if path.name != "devices.toml"]
 SMALL = ("clip_text", "t5_text")
 TARGETS = ("sm89", "rtx-5090")
 
@@ -337,27 +343,97 @@ def test_one_command_from_the_checkpoint(
     recipe = alpha_recipe(tmp_path / "rtx", target=("sm89",), **compiles)
     whole, asked = build.build, []
 
-    def graphs(inner: Recipe, progress: Any = None) -> Path:
+    def graphs(inner: Recipe, progress: Any = None, memory_budget: Any = None) -> Path:
         asked.append(inner)
         return alpha_set
 
     monkeypatch.setattr(build, "build", graphs)
     monkeypatch.setattr("export.compile.compiled_set.compile_set", lambda *a, **k: (a, k))
     places, options = whole(recipe)
-    assert places == (tmp_path / "rtx-onnx", tmp_path / "rtx")
+    assert places == (alpha_set, tmp_path / "rtx")
     assert options["targets"] == ("sm89",)
     assert (asked[0].backend, asked[0].output) == ("onnxruntime", str(tmp_path / "rtx-onnx"))
     assert asked[0].max_images is None  # the graphs take any number
     assert options["max_images"] == 2
 
 
+def test_graphs_alone_for_another_machine(
+    alpha_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Recipe] = []
+    monkeypatch.setattr(build, "build", lambda recipe, *a: (asked.append(recipe), alpha_set)[1])
+    recipe = ENGINES / "jetson-agx-thor-fp8.toml"
+    assert build.main([str(recipe), "--onnx-only"]) == 0
+    assert (asked[0].backend, asked[0].target) == ("onnxruntime", ())
+    assert Path(asked[0].output).name == "jetson-agx-thor-fp8-onnx"
+    assert asked[0].precision == "fp8"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in sorted(ENGINES.glob("*.toml")) if p.name != "devices.toml"],
+    ids=lambda p: p.stem,
+)
+def test_the_recipes_ask_for_what_their_targets_have(path: Path) -> None:
+    recipe = recipes.read(path, {})
+    if recipe.target:
+        formats = ["fp32", recipe.rest, recipe.precision]
+        assert capabilities.check(recipe.backend, recipe.target, formats)
+        assert Path(recipe.output).name == path.stem
+
+
+def test_a_device_compiles_without_torch() -> None:
+    """A Jetson has a few packages: those of the extra `compile`, and its own TensorRT."""
+    code = "import sys, export.compile.compiled_set, export.compile.__main__; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "onnxruntime", "onnxscript"} & {*done.stdout.split()}
+
+
+def test_tensorrt_compiles_on_its_device_alone(small_set: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("tensorrt") is not None:
+        pytest.skip("TensorRT is installed")
+    with pytest.raises(CompileError, match=r"TensorRT is not installed .*`tensorrt`") as error:
+        compile_set(small_set, tmp_path / "out", backend="tensorrt", max_images=1)
+    assert error.value.hint == "pip install 'bifrost-rt[tensorrt]'"
+
+
+@pytest.mark.parametrize("compute", ["fp16", "bf16"])
+def test_every_engine_compiles_in_16_bit_for_every_generation(
+    alpha_set: Path, tmp_path: Path, compute: str
+) -> None:
+    output = compile_set(
+        alpha_set,
+        tmp_path / "rtx",
+        targets=("sm86", "sm89", "sm120"),
+        max_images=4,
+        compute=compute,
+        measure=True,
+    )
+    report = json.loads((output / "report.json").read_text())["compiled"]["engines"]
+    facts = manifest.read(output)
+    assert len(facts.engines) == 7
+    for spec in facts.engines:
+        assert spec.precision.compute == {"fp16": "float16", "bf16": "bfloat16"}[compute]
+        measured = report[spec.name]["sixteen_bit"]
+        assert (
+            0 < measured["max_error"] <= measured["tolerance"] * max(1.0, measured["largest_value"])
+        )
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_every_engine_compiles_for_every_generation(
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "fp8", "nvfp4", "int4"])
+def test_every_set_compiles_for_every_generation(
     alpha_set: Path, tmp_path: Path, precision: str
 ) -> None:
     source = alpha_set
     if precision != "fp32":
         source = build.build(alpha_recipe(tmp_path / "source", precision=precision))
-    output = compile_set(source, tmp_path / "rtx", targets=("sm86", "sm89", "sm120"), max_images=4)
-    assert len(manifest.read(output).engines) == 7
+    targets = {"fp8": ("sm89", "sm120"), "nvfp4": ("sm120",)}.get(
+        precision, ("sm86", "sm89", "sm120")
+    )
+    output = compile_set(source, tmp_path / "rtx", targets=targets, max_images=4)
+    facts = manifest.read(output)
+    assert len(facts.engines) == 7
+    computes = {"int8": "int8", "fp8": "float8_e4m3fn", "nvfp4": "float4_e2m1fn"}
+    expected = {"fp32": "float32", "fp16": "float16"}.get(precision, "bfloat16")
+    assert facts.engine("denoise").precision.compute == computes.get(precision, expected)
