@@ -1,0 +1,156 @@
+"""A quantised set, built as a user builds it, and the builds that are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bifrost_rt import Generator, cli, inspect
+from bifrost_rt import manifest as manifests
+from export import build
+from export.errors import CalibrationError, RecipeError
+from export.quantize.statistics import Statistics
+from export.recipe import Recipe, load
+from tests.conftest import alpha_recipe, difference, load_case
+
+PROMPTS = "a photo of a red apple\na green bench\n"
+OVERRIDES = {
+    "stages": {"t5_text": "fp32", "clip_text": "int4"},
+    "layers": {"denoise:transformer_blocks.0.attn.*": "bf16"},
+}
+
+
+@pytest.fixture(scope="module")
+def int8_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("int8")
+    (folder / "prompts.txt").write_text(PROMPTS)
+    recipe = alpha_recipe(
+        folder / "set",
+        precision="int8",
+        calibration_prompts=str(folder / "prompts.txt"),
+        calibration_steps=3,
+        **OVERRIDES,
+    )
+    return build.build(recipe)
+
+
+def test_the_manifest_says_what_every_engine_holds(int8_set: Path) -> None:
+    manifest = manifests.read(int8_set)
+    held = {spec.name: spec.precision for spec in manifest.engines}
+    assert {name: p.requested for name, p in held.items()} == {
+        **dict.fromkeys(held, "int8"),
+        **OVERRIDES["stages"],
+    }
+    assert held["visual_decode"].compute == "int8"
+    assert held["visual_decode"].weights == "int8"
+    assert held["visual_decode"].layers == {"int8": 21, "bf16": 1}
+    assert set(held["clip_text"].layers) == {"int4", "bf16"}
+    assert set(held["t5_text"].layers) == {"fp32"}
+    assert "int8" not in held["conditioning"].layers
+    assert manifest.calibration is not None
+    assert manifest.calibration.file in manifest.files
+    assert manifest.calibration.prompts == 2
+
+
+def test_the_report_gives_a_reason_for_every_exception(int8_set: Path) -> None:
+    report = json.loads((int8_set / "report.json").read_text())
+    for name, layer in report["layers"].items():
+        stage = name.partition(":")[0]
+        asked = OVERRIDES["stages"].get(stage, "int8")
+        if layer["given"] not in (asked, "fp32"):
+            assert layer["reason"], name
+    assert "recipe" in report["layers"]["denoise:transformer_blocks.0.attn.to_q"]["reason"]
+    scales = [layer["input_scale"] for layer in report["layers"].values() if "input_scale" in layer]
+    assert len(scales) > 60
+    assert all(scale > 0 for scale in scales)
+    for engine in report["engines"].values():
+        assert engine["parity"]["calls"] > 0
+
+
+def test_pictures_stay_close(int8_set: Path) -> None:
+    case = load_case("case_01")
+    with Generator(int8_set) as generator:
+        result = generator.run(**case.request(), output_type="np")
+    largest = float(np.abs(case.tensors["mllm.tokens_final"]).max())
+    # random weights: nothing was trained to be robust, and 8 bits through all networks add up
+    assert 0 < difference(result.tokens, case.tensors["mllm.tokens_final"]) < 0.2 * largest
+    assert np.abs(result.images.astype(int) - case.tensors["flux.image_u8"]).mean() < 8
+
+
+def test_inspect_says_what_every_layer_is_and_why(
+    int8_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", "--precision", str(int8_set)]) == 0
+    said = capsys.readouterr().out
+    assert "calibrated on 2 prompts, ranges by mse" in said
+    assert "visual_decode, 21 x MatMulIntegerToFloat in onnxruntime" in said
+    assert "(recipe: denoise:transformer_blocks.0.attn.*)" in said
+    assert "branch.vision_head" in said
+
+
+def test_inspect_refuses_a_report_that_was_changed(int8_set: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from bifrost_rt.errors import IntegrityError
+
+    changed = shutil.copytree(int8_set, tmp_path / "set")
+    report = changed / "report.json"
+    report.write_text(report.read_text().replace('"bf16"', '"int8"', 1))
+    with pytest.raises(IntegrityError, match=r"report\.json"):
+        inspect.precision(changed, manifests.read(changed))
+
+
+def test_statistics_are_named_after_their_checkpoint(int8_set: Path, tmp_path: Path) -> None:
+    kept = manifests.read(int8_set).calibration
+    assert kept is not None
+    path = int8_set / kept.file
+    again = Statistics.load(path, kept.checkpoint)
+    assert again.prompts == tuple(PROMPTS.split("\n")[:2])
+    Statistics("0" * 64, again.prompts, again.layers).save(tmp_path / "foreign")
+    with pytest.raises(CalibrationError, match="another checkpoint"):
+        build.build(
+            alpha_recipe(tmp_path / "set", precision="int8", statistics=str(tmp_path / "foreign"))
+        )
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_file_without_prompts_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    (tmp_path / "none.txt").write_text("# nothing here\n")
+    with pytest.raises(CalibrationError, match="holds no prompt"):
+        build.build(
+            alpha_recipe(
+                tmp_path / "set", precision="fp8", calibration_prompts=str(tmp_path / "none.txt")
+            )
+        )
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "int9"}, "precision 'int9' is unknown .did you mean 'int8'"),
+        ({"rest": "fp32"}, "rest 'fp32' is unknown"),
+        ({"stages": {"denoise": "fp6"}}, "stages.denoise 'fp6' is unknown"),
+        ({"layers": {"denoise:*": "half"}}, "'half' is unknown"),
+        ({"scales": "entropy"}, "scales 'entropy' is unknown"),
+        ({"quality_budget": 40.0}, "quality_budget is for quantised sets"),
+        ({"precision": "int8", "quality_budget": -3.0}, "between 0 and 100"),
+        ({"statistics": "x"}, "statistics is for quantised sets"),
+        ({"precision": "int8", "calibration_steps": 0}, "calibration_steps must be at least 1"),
+        ({"stages": {"denoise": 8}}, "stages.denoise: expected str"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(changes: dict[str, object], message: str) -> None:
+    folders = {"mllm": "m", "bifrost": "b", "flux": "f", "output": "o"}
+    with pytest.raises(RecipeError, match=message):
+        load({**folders, **changes}, "recipe")
+
+
+def test_a_recipe_may_name_overrides() -> None:
+    folders = {"mllm": "m", "bifrost": "b", "flux": "f", "output": "o"}
+    recipe = load({**folders, "precision": "fp16", "stages": {"denoise": "int8"}}, "recipe")
+    assert isinstance(recipe, Recipe)
+    assert recipe.quantised
