@@ -15,6 +15,7 @@ A fenced block's first word is its language, the second how it is checked:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import importlib.util
@@ -129,16 +130,31 @@ def serving(text: str, port: str, folder: Path, environment: dict[str, str]) -> 
         assert server.wait(timeout=60) == 0
 
 
+class UnderstoodError(BaseException):
+    """Options were parsed, and nothing shall be done."""
+
+
+def only_parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> None:
+    left = parser.parse_known_args(arguments)[1]
+    assert not left
+    raise UnderstoodError
+
+
 def understood(command: list[str]) -> None:
     """The options of a command that cannot be run here are at least those that it has."""
-    if command[0] == "bifrost-rt" and command[1] not in CHECKOUT_COMMANDS:
+    if command[0] == "bifrost-rt" and command[1] in CHECKOUT_COMMANDS:
+        command = ["python", "-m", CHECKOUT_COMMANDS[command[1]].module, *command[2:]]
+    if command[0] == "bifrost-rt":
         parser().parse_args(command[1:])
     elif command[:2] == ["python", "-m"]:
         name = command[2]
         module = importlib.import_module(name)
         if hasattr(module, "__path__"):
             module = importlib.import_module(f"{name}.__main__")
-        module._parser().parse_args(command[3:])
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(UnderstoodError):
+            patch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+            patch.setattr(sys, "argv", command[2:])
+            module.main()
     elif command[:2] == ["serve", "run"]:
         module_name, _, attribute = command[2].partition(":")
         module = pytest.importorskip(module_name)
@@ -146,6 +162,18 @@ def understood(command: list[str]) -> None:
         assert callable(getattr(module, attribute))
     else:
         raise AssertionError(f"nobody knows how to check {command}")
+
+
+DOCUMENTS = [ROOT / "README.md", *GUIDES]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_indented_commands_are_understood(path: Path) -> None:
+    """What a document shows without running it has at least options that exist."""
+    text = path.read_text().replace("\\\n", " ")
+    for line in re.findall(r"^    ((?:bifrost-rt|python -m) .*)$", text, re.M):
+        if not line.startswith("python -m pytest"):
+            understood(shlex.split(line, comments=True))
 
 
 def test_the_list_of_commands_is_the_parsers() -> None:
