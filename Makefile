@@ -6,7 +6,7 @@ SET := engines/sets/default
 PICTURE := out/demo.png
 CODE := bifrost_rt export benchmarks scenes training tests
 
-.PHONY: demo test check clean
+.PHONY: demo test gpu-checks check clean
 
 demo: $(SET)/manifest.json
 	@$(BIN)/bifrost-rt generate "a red circle above a blue square" \
@@ -15,6 +15,12 @@ demo: $(SET)/manifest.json
 # One thread for torch: its networks are tiny here, and lose more to threads than they gain.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+# On a machine with an NVIDIA GPU, whose extra is installed: parity, graphs, steps at true widths.
+gpu-checks: $(VENV)/installed
+	$(BIN)/python -m pytest tests/gpu tests/contract/test_backends.py \
+		tests/end_to_end/test_golden_cases.py
+	$(BIN)/python -m benchmarks.gpu --json benchmarks/results/gpu.json
 
 check: $(VENV)/installed
 	$(BIN)/ruff check $(CODE)
@@ -33,4 +39,6 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "torch==2.13.0"
 	$(BIN)/pip install --quiet --editable ".[cpu,openvino,export,benchmarks,serve,ray,test]"
+	@# compiles for RTX cards; where there is no package for a machine, its tests are skipped
+	-$(BIN)/pip install --quiet --editable ".[tensorrt-rtx]"
 	touch $@
