@@ -11,6 +11,7 @@ A fenced block's first word is its language, the second how it is checked:
     sh ray, slow, rtx, jetson, parsed
                      parsed: what it needs is not here, or is tested elsewhere
     python           run, like sh
+    yaml, toml       read as what they are
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,8 +37,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bifrost_rt import strict
 from bifrost_rt.cli import reference
 from bifrost_rt.cli.options import CHECKOUT_COMMANDS, parser
+from export.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
@@ -85,6 +89,9 @@ def test_every_command_of_a_guide(path: Path, workspace: Path) -> None:
             language, _, how = block.kind.partition(" ")
             if language == "yaml":
                 assert yaml.safe_load(block.text)["applications"]
+                continue
+            if language == "toml":
+                strict.load(Recipe, tomllib.loads(block.text))
                 continue
             assert language in ("sh", "python"), f"{path.name}: unknown block {block.kind!r}"
             if how in PARSED or (how == "tensorrt-rtx" and not found("tensorrt_rtx")):
