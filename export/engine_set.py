@@ -113,12 +113,11 @@ def _clean_up(output: Path, aside: Path | None) -> None:
         if not ((pid := partial.name.split(".")[-2]).isdigit() and _alive(int(pid)))
     ]
     left.sort(key=lambda partial: partial.stat().st_mtime_ns)
-    if left and aside is not None:
-        latest = left.pop()
-        if latest != aside:
-            latest.rename(aside)
+    latest = left.pop() if left and aside is not None else None
     for partial in left:
         shutil.rmtree(partial, ignore_errors=True)
+    if latest is not None and aside is not None:
+        latest.rename(aside)
 
 
 def _alive(pid: int) -> bool:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from export import stage_cache
+from export.engine_set import written_aside
+from export.errors import BuildError
 from export.stage_cache import StageCache
 
 
@@ -94,3 +101,41 @@ def test_an_engine_that_was_not_asked_for_yet_stays_known(older: Path) -> None:
     (older / "b.onnx").write_text("b")
     cache.put("b", "key", [older / "b.onnx"], {})
     assert StageCache(older).get("a", "key") is not None
+
+
+def ended() -> int:
+    """The id of a process that is no more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_the_next_build_continues_in_the_latest_folder_that_was_left(tmp_path: Path) -> None:
+    for age, text in ((100, "old"), (10, "late")):
+        folder = tmp_path / f".set.{ended()}.partial"
+        folder.mkdir()
+        StageCache(folder).put("a", "key", engine(folder, text), {})
+        os.utime(folder, (time.time() - age,) * 2)
+    with written_aside(tmp_path / "set", finished=stage_cache.REPORT) as folder:
+        assert list(tmp_path.iterdir()) == [folder]
+        assert StageCache(folder).get("a", "key") is not None
+        assert (folder / "a.onnx").read_text() == "late"
+        (folder / "manifest.json").write_text("")
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_build_that_fails_keeps_what_it_has_finished_and_nothing_else(tmp_path: Path) -> None:
+    output = tmp_path / "set"
+    with pytest.raises(RuntimeError), written_aside(output, finished=stage_cache.REPORT) as folder:
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    with (
+        pytest.raises(BuildError, match=r"disk is full; the engines that are finished are kept in"),
+        written_aside(output, finished=stage_cache.REPORT) as folder,
+    ):
+        StageCache(folder).put("a", "key", engine(folder), {})
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(RuntimeError), written_aside(output, finished=stage_cache.REPORT) as folder:
+        assert StageCache(folder).get("a", "key") is not None
+        raise RuntimeError
+    assert not output.exists()
