@@ -24,14 +24,37 @@ def read(path: Path, stage: str) -> ir.Model:
     """A graph of a set; its weights stay in their file.
 
     Raises:
-        CompileError: the file is not an ONNX graph.
+        CompileError: the file is not an ONNX graph, or its weights lie outside of the set.
     """
     try:
-        return ir.load(path)
+        model = ir.load(path)
     except (OSError, DecodeError, ValueError) as error:
         raise CompileError(
             f"stage `{stage}`: {path.name} is not an ONNX graph: {error}", hint=REBUILD
         ) from None
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = _in_the_set(value.const_value, path.parent, stage)
+    return model
+
+
+def _in_the_set(tensor: ir.ExternalTensor, folder: Path, stage: str) -> ir.ExternalTensor:
+    """The tensor by its whole path. Files of a set may be hard links, which the library refuses to
+    read by a path within a folder; that they are the set's own was checked by their hash."""
+    file = (folder / tensor.location).resolve()
+    if not file.is_relative_to(folder.resolve()):
+        raise CompileError(
+            f"stage `{stage}`: the weight {tensor.name} lies outside of the set, in {file}",
+            hint=REBUILD,
+        )
+    return ir.ExternalTensor(
+        str(file),
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=str(tensor.name),
+    )
 
 
 def feed(parser: Any, model: ir.Model) -> list[NDArray[Any]] | None:
@@ -61,8 +84,14 @@ def feed(parser: Any, model: ir.Model) -> list[NDArray[Any]] | None:
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Of all constants that the nodes read."""
-    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+    """Of all constants, as a builder holds them: what is cast to float32, in float32."""
+    found = 0
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        assert tensor is not None
+        cast = any(node.op_type == "Cast" for node in value.consumers())
+        found += max(tensor.nbytes, 4 * tensor.size if cast else 0)
+    return found
 
 
 def _bytes(tensor: ir.TensorProtocol) -> NDArray[Any]:

@@ -50,6 +50,12 @@ def read(trt: Any, network: Any, weights: Collection[str] = ()) -> Arithmetic:
     made_by = {
         layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)
     }
+    # a constant behind a Cast is held as what it is cast to
+    unpacked = {
+        layer.get_input(0).name: layer.get_output(0)
+        for layer in layers
+        if layer.type.name == "CAST"
+    }
     products: Counter[str] = Counter()
     held: Counter[str] = Counter()
     for layer in layers:
@@ -57,7 +63,8 @@ def read(trt: Any, network: Any, weights: Collection[str] = ()) -> Arithmetic:
         if kind in _PRODUCTS:
             products[_computes_in(layer, made_by)] += 1
         if kind == "CONSTANT":
-            held[name(layer.get_output(0).dtype)] += _bits(layer.get_output(0)) // 8
+            tensor = unpacked.get(layer.get_output(0).name, layer.get_output(0))
+            held[name(tensor.dtype)] += _bits(tensor) // 8
         elif kind in ("CONVOLUTION", "DECONVOLUTION"):
             layer.__class__ = getattr(trt, f"I{kind.capitalize()}Layer")  # a derived type
             held[name(layer.get_input(0).dtype)] += layer.kernel.nbytes

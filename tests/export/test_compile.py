@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -292,6 +293,25 @@ def test_a_broken_graph_names_stage_and_layer_and_leaves_nothing(
     assert hint in str(error.value.hint)
     assert "catchCudaError" not in error.value.message
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_files_that_are_links_of_another_sets_are_read(small_set: Path, tmp_path: Path) -> None:
+    """A rebuilt set shares what did not change with the older one."""
+    source = shutil.copytree(small_set, tmp_path / "source", copy_function=os.link)
+    assert compile_set(source, tmp_path / "out", targets=("sm89",), max_images=1)
+
+
+def test_weights_outside_of_the_set_are_not_read(small_set: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(small_set, tmp_path / "source")
+    shutil.copyfile(source / "t5_text.data", tmp_path / "outside.data")
+    model = load(source / "t5_text.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = "../outside.data" if entry.key == "location" else entry.value
+    save(model, source / "t5_text.onnx")
+    rewritten(source, lambda m: m)
+    with pytest.raises(CompileError, match="lies outside of the set, in .*outside.data"):
+        compile_set(source, tmp_path / "out", targets=("sm89",), max_images=1)
 
 
 def test_what_no_machine_can_hold_is_one_error_of_the_builder(alpha_set: Path) -> None:

@@ -14,7 +14,9 @@ import pytest
 from numpy.typing import NDArray
 
 from bifrost_rt import manifest
+from export.compile import builder as builders
 from export.compile import error, graphs, half, simulate
+from export.compile.profiles import Sizes
 from export.errors import CompileError
 from tests.conftest import load_case
 
@@ -104,6 +106,23 @@ def test_a_graph_of_16_bit_weights_uses_them_as_they_are(alpha_set: Path, tmp_pa
     assert not any(
         node.op_type == "Cast" and half.constant(node.inputs[0]) is not None for node in model.graph
     )
+
+
+def test_weights_behind_a_cast_are_held_in_float32(alpha_set: Path, tmp_path: Path) -> None:
+    """In the network of a 16-bit set that shall compute in float32."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    model = graphs.read(alpha_set / "t5_text.onnx", "t5_text")
+    whole = graphs.weight_bytes(model)
+    for value in list(model.graph.initializers.values()):
+        if value.dtype == half.FLOAT and len(value.shape or ()) == 2:
+            store_in_bfloat16(model.graph, value)
+    assert graphs.weight_bytes(model) == whole
+    spec = manifest.read(alpha_set).engine("t5_text")
+    sizes = Sizes({"prompts": (1, 1)})
+    builder = builders.find("tensorrt-rtx")
+    found = builders.compile_graph(builder, model, spec, sizes, ("sm89",)).arithmetic
+    assert (found.compute, found.stored) == ("float32", "float32")
+    assert "bfloat16" not in found.weights
 
 
 def store_in_bfloat16(graph: ir.Graph, value: ir.Value) -> None:
