@@ -303,3 +303,15 @@ def test_python_m_bifrost_rt_is_the_same_command(alpha_set: Path) -> None:
         check=True,
     )
     assert done.stdout.startswith("alpha: Bifrost-1 engine set")
+
+
+def test_a_reader_that_goes_is_no_error(alpha_set: Path) -> None:
+    command = [sys.executable, "-m", "bifrost_rt", "inspect", str(alpha_set)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
