@@ -40,6 +40,11 @@ class Format:
     largest: float
 
     @property
+    def scaled_whole(self) -> bool:
+        """Whether one scale spans all outputs, so that none can be quantised alone."""
+        return self.name == "nvfp4"
+
+    @property
     def calibrated(self) -> bool:
         """Whether layers of this format need statistics of their inputs."""
         return self.activations != "none"

@@ -11,6 +11,11 @@ from export import sources
 from export.quantize import operators
 from export.quantize.formats import FORMATS, Quantised, quantise
 
+# Outputs that are quantised at once: a weight in float32, several times over, is the most memory
+# that a build would take.
+ROWS = 1024
+EACH = ("codes", "scale")
+
 
 class QuantizedLinear(nn.Module):
     """y = round(x · migration) @ dequantise(weight) + bias.
@@ -56,9 +61,15 @@ class QuantizedLinear(nn.Module):
         if migration is not None:
             what += f" after {hashlib.sha256(migration.numpy().tobytes()).hexdigest()}"
 
-        def stored(values: Tensor) -> Quantised:
-            values = values.float().T.contiguous()
+        def part(rows: Tensor) -> Quantised:
+            values = rows.float().T.contiguous()
             return quantise(values if migration is None else values / migration[:, None], form)
+
+        def stored(values: Tensor) -> Quantised:
+            if FORMATS[form].scaled_whole:
+                return part(values)
+            parts = [part(rows) for rows in values.split(ROWS)]
+            return Quantised(*(torch.cat([getattr(p, n) for p in parts], -1) for n in EACH))
 
         shape = (self.in_features, self.out_features)
         # shapes and dtypes, from a weight of zeros that takes no memory

@@ -17,6 +17,7 @@ from export.quantize.formats import FORMATS, INT8_MAX, SMALLEST, activation_scal
 from export.quantize.statistics import Observed
 
 PERCENTILE = 0.9999
+ROWS = 1024  # of a weight that are computed with at once
 CLIPS = torch.linspace(0.02, 1.0, 99, dtype=torch.float64)
 # Migration strengths that are tried (SmoothQuant, arXiv 2211.10438), and what one must gain to be
 # worth a multiplication of its own: a quarter of the error, 6 dB.
@@ -73,7 +74,7 @@ def choose(seen: Observed, weight: Tensor, form: str, method: str) -> Scales:
     if form != "int8":
         return Scales(activation_scale(largest, form))
     squares = seen.channel_square / max(1, seen.rows)
-    lost = clipped(seen, largest) * float(weight.double().square().sum()) / weight.shape[0]
+    lost = clipped(seen, largest) * energy(weight) / weight.shape[0]
     plain = predicted_noise(weight, squares, largest) + lost
     best, migration, note = plain, None, ""
     for strength in STRENGTHS:
@@ -103,11 +104,15 @@ def clipped(seen: Observed, largest: float) -> float:
     return float((beyond * seen.counts).sum()) / max(1, seen.rows)
 
 
+def energy(weight: Tensor) -> float:
+    """Sum of the squares, in float64; a copy of it all would be four times a stored weight."""
+    return sum(float(part.double().square().sum()) for part in weight.split(ROWS))
+
+
 def predicted_noise(weight: Tensor, squares: Tensor, largest: float) -> float:
     """Mean square error of a row of int8 outputs, summed over its N values."""
-    wide = weight.double()
-    of_inputs = (largest / INT8_MAX) ** 2 / 12 * wide.square().sum()
-    steps = wide.abs().amax(0) / INT8_MAX
+    of_inputs = (largest / INT8_MAX) ** 2 / 12 * energy(weight)
+    steps = torch.maximum(weight.amax(0), -weight.amin(0)).double() / INT8_MAX
     of_weights = squares.sum() * steps.square().sum() / 12
     return float(of_inputs + of_weights)
 

@@ -19,6 +19,8 @@ from export import assemble, budget, graph, memory, pieces, sources, streaming
 from export.checkpoint import Checkpoint
 from export.errors import BuildError
 from export.precision import round_weights, store
+from export.quantize import linear
+from export.quantize.formats import FORMATS, quantise
 from export.sources import Source
 from export.stages import Stage
 from tests.conftest import ALPHA, difference, load_case
@@ -215,3 +217,21 @@ def test_a_disk_without_room_is_said_before_anything_is_written(
     with pytest.raises(BuildError, match="will take 5 GiB, its disk has 4 GiB free"):
         budget.check_disk(DEMAND, tmp_path / "deep" / "set")
     budget.check_disk(DEMAND, tmp_path / "deep" / "set", there=2 << 30)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("migrated", [False, True])
+def test_a_weight_is_quantised_in_parts_as_it_would_be_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch, form: str, migrated: bool
+) -> None:
+    monkeypatch.setattr(linear, "ROWS", 16)
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 50)
+    weight = layer.weight.detach().T.contiguous()
+    factors = torch.rand(64) + 0.5 if migrated else None
+    scale = 0.1 if FORMATS[form].calibrated else None
+    found = linear.QuantizedLinear(layer, form, scale, factors)
+    sources.load(found)
+    expected = quantise(weight if factors is None else weight / factors[:, None], form)
+    assert torch.equal(found.codes.view(torch.uint8), expected.codes.view(torch.uint8))
+    assert torch.equal(found.scale.float(), expected.scale.float())
