@@ -46,7 +46,7 @@ def measure(
             (folder / encoder.tokenizer).symlink_to((source / encoder.tokenizer).resolve())
         stages = {}
         for spec in manifest.engines:
-            _simulate(source, folder, spec, types[spec.name])
+            simulated(source, folder, spec, types[spec.name])
             tolerance = half.TOLERANCE[types[spec.name]][spec.name]
             stages[spec.name] = _float32(source, manifest, spec, driver, tolerance)
         try:
@@ -60,7 +60,8 @@ def measure(
     return {name: record for name, record in found.items() if types[name] != "float32"}
 
 
-def _simulate(source: Path, folder: Path, spec: EngineSpec, compute: str) -> None:
+def simulated(source: Path, folder: Path, spec: EngineSpec, compute: str) -> None:
+    """Write one engine's graph, as it computes in `compute`, for the CPU into `folder`."""
     model = graphs.read(source / spec.graph, spec.name)
     if compute != "float32":
         half.convert(model, spec.name, compute)

@@ -41,13 +41,13 @@ FLOAT32_LAYERS = {
 GATE_SHIFT = 64.0
 
 # Largest difference to float32 on real inputs, absolute up to 1 and relative to the largest value
-# above; of 255 for pixels. About four times what the model in the box and the golden one show:
+# above; of 255 for pixels. Three or four times what the model in the box and the golden one show:
 # their networks have three to nine blocks, and errors of more blocks add up as a square root.
 _STAGES = ("text_prefill", "visual_decode", "clip_text", "t5_text", "conditioning", "denoise")
 TOLERANCE = {
     "float32": {**dict.fromkeys(_STAGES, 1e-6), "vae_decode": 0.0},
-    "bfloat16": {**dict.fromkeys(_STAGES, 0.04), "vae_decode": 4.0},
-    "float16": {**dict.fromkeys(_STAGES, 0.008), "vae_decode": 1.0},
+    "bfloat16": {**dict.fromkeys(_STAGES, 0.04), "vae_decode": 8.0},
+    "float16": {**dict.fromkeys(_STAGES, 0.008), "vae_decode": 2.0},
 }
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")

@@ -23,7 +23,7 @@ def test_a_layer_compiles(tmp_path: Path, stage: str) -> None:
     exact, half, outside = rows
     assert half["weights_mb"] < 0.52 * exact["weights_mb"]
     assert half["engine_mb"] < 0.6 * exact["engine_mb"]
-    assert outside["weights_mb"] == half["weights_mb"]
+    assert outside["weights_mb"] == pytest.approx(half["weights_mb"], rel=0.01)
     assert outside["engine_mb"] < 20
     assert outside["peak_mb"] < half["peak_mb"]
     assert outside["peak_mb"] < 2000

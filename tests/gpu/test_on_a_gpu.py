@@ -65,12 +65,12 @@ def test_a_step_calls_nothing_but_its_launch(
 
 
 @pytest.mark.parametrize(
-    ("compute", "allowed"), [("fp16", 0.05), ("bf16", 0.4)], ids=["fp16", "bf16"]
+    ("compute", "allowed"), [("fp16", 0.01), ("bf16", 0.08)], ids=["fp16", "bf16"]
 )
 def test_16_bit_stays_near_the_recordings(
     name: str, alpha_set: Path, tmp_path: Path, compute: str, allowed: float
 ) -> None:
-    """Through both loops; the simulation on a CPU is the measure (`half.TOLERANCE`)."""
+    """Through both loops; three times what the simulation on a CPU differs."""
     if not backends.DRIVERS[name].compiled:
         pytest.skip(f"{name} runs float32 graphs")
     output = compile_set(alpha_set, tmp_path / "rtx", backend=name, max_images=4, compute=compute)
