@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Server
 
 from bifrost_rt.cli import main
+from tests.serve.conftest import Server
 
 
 def test_probes_and_figures(server: Server) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from conftest import FEW, Server
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
+
+from tests.serve.conftest import FEW, Server
 
 SECONDS = 20  # under whatever else the machine does; a hang never ends
 FEW_EXAMPLES, MANY_EXAMPLES = 60, 10_000

@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import FEW, LONG, Server, pixels
 
 from bifrost_rt import Generator
+from tests.serve.conftest import FEW, LONG, Server, pixels
 
 
 def events(server: Server, job_id: str) -> Iterator[tuple[str, Any]]:

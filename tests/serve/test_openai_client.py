@@ -11,10 +11,10 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from conftest import FEW, LONG, Server, pixels
 
 from bifrost_rt import Generator
 from bifrost_rt.cli import main
+from tests.serve.conftest import FEW, LONG, Server, pixels
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Server, pixels
 
 from bifrost_rt import Generator
+from tests.serve.conftest import Server, pixels
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from conftest import FEW, LONG, Server, pixels
 
 from bifrost_rt import Generator
+from tests.serve.conftest import FEW, LONG, Server, pixels
 
 pytest.importorskip("ray.serve", reason="pip install 'bifrost-rt[ray]'")
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FEW, pixels
 
 from bifrost_rt import BudgetError, Generator, request
 from bifrost_rt.pipeline import Output
@@ -18,6 +17,7 @@ from bifrost_rt.serve.metrics import Metrics
 from bifrost_rt.serve.painter import Local, OnStep
 from bifrost_rt.serve.settings import Limits
 from bifrost_rt.serve.studio import FullError, StoppingError, Studio
+from tests.serve.conftest import FEW, pixels
 
 
 class Watched(Local):
