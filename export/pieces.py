@@ -28,6 +28,7 @@ from bifrost_rt.backends.base import (
     check_bindings,
     return_freed_memory,
 )
+from bifrost_rt.backends.onnxruntime import session_options
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import EngineSpec, Range
 from export.errors import ExportError
@@ -104,18 +105,19 @@ class EngineInPieces:
         return call
 
     def _run(self, piece: Piece, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options, disabled = session_options(self.spec)
         options.enable_mem_pattern = False
         options.enable_cpu_mem_arena = False
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self._folder)
         )
         try:
             session = ort.InferenceSession(
-                piece.model, sess_options=options, providers=["CPUExecutionProvider"]
+                piece.model,
+                sess_options=options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=disabled,
             )
         except Exception as error:  # onnxruntime raises many unrelated types here
             raise BackendError(
