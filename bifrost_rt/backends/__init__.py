@@ -21,6 +21,8 @@ class Driver:
         gpu: whether it computes on an NVIDIA GPU.
         compiled: whether it runs engines of `python -m export.compile`, not ONNX graphs.
         provider: what the installed onnxruntime must have been built with.
+        exact: whether it computes in the precision that the set states. Others trade some for
+            speed, and run only when they are asked for by name.
     """
 
     target: str
@@ -30,6 +32,7 @@ class Driver:
     gpu: bool = False
     compiled: bool = False
     provider: str | None = None
+    exact: bool = True
 
     def unavailable(self) -> str | None:
         """The reason why this driver cannot run here, or None."""
@@ -69,6 +72,9 @@ def _installed(name: str) -> bool:
 DRIVERS = {
     "onnxruntime": Driver("bifrost_rt.backends.onnxruntime:OnnxRuntime", "onnxruntime", "cpu"),
     "openvino": Driver("bifrost_rt.backends.openvino:OpenVino", "openvino", "openvino"),
+    "openvino-bf16": Driver(
+        "bifrost_rt.backends.openvino:OpenVinoBf16", "openvino", "openvino", exact=False
+    ),
     "onnxruntime-cuda": Driver(
         "bifrost_rt.backends.onnxruntime_cuda:OnnxRuntimeCuda",
         "onnxruntime",

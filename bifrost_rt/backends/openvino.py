@@ -24,9 +24,10 @@ SIMULATED = {"fp8", "nvfp4"}
 
 
 class OpenVino(HostMemory):
-    """The CPU plugin."""
+    """The CPU plugin, in float32 wherever the graph is."""
 
     name = "openvino"
+    arithmetic = "f32"
 
     def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
         """The mapped file and a reordered copy, in float32 where 16 bit is stored."""
@@ -52,7 +53,7 @@ class OpenVino(HostMemory):
         # Without these, processors with bf16 arithmetic silently run float32 files in it, and
         # weights of 4 bits quietly get activations of 8.
         options = {
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": self.arithmetic,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
             "PERFORMANCE_HINT": "LATENCY",
         }
@@ -65,6 +66,13 @@ class OpenVino(HostMemory):
                 "backend='onnxruntime'",
             ) from error
         return OpenVinoEngine(model, spec, dimensions)
+
+
+class OpenVinoBf16(OpenVino):
+    """bfloat16 where the graph is float32, on processors that have it: faster, and not exact."""
+
+    name = "openvino-bf16"
+    arithmetic = "bf16"
 
 
 class OpenVinoEngine:
