@@ -57,7 +57,7 @@ def compile_set(
         weights: "baked" into the engines or "bound" at run time; None bakes those of engines that
             hold less than `BOUND_FROM`.
         measure: whether to compute the 16-bit graphs here, beside the float32 ones, and to refuse
-            what differs by more than `half.TOLERANCE`.
+            what differs by more than `half.TOLERANCE`. Not for sets with quantised layers.
 
     Raises:
         BifrostError: what is refused is refused before the first engine is compiled; nothing is
@@ -83,7 +83,15 @@ def compile_set(
     jobs = []
     for spec in manifest.engines:
         graph = graphs.read(source / spec.graph, spec.name)
-        check_targets(builder, architectures, sorted(quantized.formats(graph)))
+        formats = sorted(quantized.formats(graph))
+        check_targets(builder, architectures, formats)
+        if measure and formats:
+            raise CompileError(
+                f"stage `{spec.name}` has {', '.join(formats)} layers: beside them a value rounded "
+                "to 16 bit moves others by whole steps, which is no measure of an error",
+                hint="leave --measure out; `export.build --quality-budget` holds pictures to "
+                "float32",
+            )
         jobs.append(_Job.prepare(graph, spec, types[spec.name], weights))
     errors: dict[str, dict[str, Any]] = {}
     if measure:

@@ -36,6 +36,8 @@ def _round(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
     users = list(value.uses())
     if node.op_type != "Cast":
         value.dtype = FLOAT
+        if "output_dtype" in node.attributes:
+            node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", FLOAT.value)
         narrow = _cast(value, half)
         graph.insert_after(node, narrow)
         node, value = narrow, narrow.outputs[0]

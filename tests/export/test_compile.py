@@ -27,7 +27,7 @@ from bifrost_rt.manifest import Manifest, Range
 from export import build
 from export import recipe as recipes
 from export.compile import __main__ as command
-from export.compile import bound, capabilities, graphs
+from export.compile import bound, capabilities, graphs, quantized
 from export.compile import builder as builders
 from export.compile.compiled_set import compile_set
 from export.compile.profiles import Sizes
@@ -234,6 +234,14 @@ def initializers(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
     model = load(path)
     for tensor in model.graph.initializer:
         yield tensor.name, numpy_helper.to_array(tensor)
+
+
+def test_quantised_layers_are_not_measured(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantized, "formats", lambda graph: {"int8"})
+    with pytest.raises(CompileError, match="`clip_text` has int8 layers: .*whole steps"):
+        compile_set(small_set, tmp_path / "out", targets=("sm89",), max_images=1, measure=True)
 
 
 def test_memory_that_is_not_there(
