@@ -26,7 +26,6 @@ from bifrost_rt.text import Tokenizers
 from export import sources
 from export.budget import Share
 from export.errors import ParityError
-from export.quantize.formats import FORMATS
 from export.stages import IMAGES, Stage
 from export.streaming import streamed
 
@@ -38,9 +37,12 @@ PROMPTS = (
     "café 猫",
 )
 
-# Of quantised engines, the relative error in the mean that rounding to other steps may add up to:
-# measured 6e-3 at most on the default model, and one wrong scale is far above it.
-STEPS = 2e-2
+# Relative error in the mean that an engine with rounded activations may have. The smallest
+# difference moves some value to the next step, the next layer sees that, and after a few layers as
+# much of a step differs as rounding itself costs; so the bound is the size of that. On the default
+# model 6e-3, 8e-3 and 1.2e-2 were measured, with random weights of width 1024 3.3e-2 in int8. One
+# layer alone is held to 2e-5, by the tests.
+ROUNDED = {"int8": 0.06, "fp8": 0.12, "nvfp4": 0.25}
 
 
 def sizes(text_tokens: int, max_images: int | None) -> dict[str, int]:
@@ -70,14 +72,15 @@ class Comparison:
         """Root of the mean square error, over that of the values."""
         return math.sqrt(self.error_square / self.value_square) if self.value_square else 0.0
 
-    def passes(self, tolerance: float, quantised: bool) -> bool:
+    def passes(self, tolerance: float, rounded: float | None) -> bool:
         """Rounding grows with the values: tolerances are absolute up to 1, relative above.
 
-        Where layers are quantised, a difference in the last bit now and then becomes a whole step
-        of one value, and no bound on a single value holds: the mean does.
+        Args:
+            rounded: the bound in the mean, for an engine with rounded activations: no bound on a
+                single value holds there.
         """
-        if quantised:
-            return self.relative_error <= STEPS
+        if rounded is not None:
+            return self.relative_error <= rounded
         return self.max_error <= tolerance * max(1.0, self.largest_value)
 
 
@@ -123,19 +126,20 @@ def compare(
     report = {}
     for name, record in paired.records.items():
         tolerance = stages[name].tolerance
-        quantised = not FORMATS.keys().isdisjoint(manifest.engine(name).precision.layers)
-        if not record.passes(tolerance, quantised):
+        formats = ROUNDED.keys() & manifest.engine(name).precision.layers.keys()
+        rounded = max((ROUNDED[form] for form in formats), default=None)
+        if not record.passes(tolerance, rounded):
             raise ParityError(
                 f"engine `{name}`: differs from torch by {record.max_error:.3g} on values up to "
                 f"{record.largest_value:.3g}, {record.relative_error:.2g} in the mean, allowed "
-                + (f"{STEPS:g} in the mean" if quantised else f"{tolerance:.3g}"),
+                + (f"{tolerance:.3g}" if rounded is None else f"{rounded:g} in the mean"),
                 hint="nothing was written; please report this with the recipe and the versions",
             )
         report[name] = {
             "max_error": record.max_error,
             "largest_value": record.largest_value,
             "relative_error": record.relative_error,
-            "tolerance": STEPS if quantised else tolerance,
+            "tolerance": tolerance if rounded is None else rounded,
             "calls": record.calls,
         }
     return report
