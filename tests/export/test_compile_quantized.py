@@ -14,10 +14,11 @@ import pytest
 from numpy.typing import NDArray
 
 from bifrost_rt.manifest import EngineSpec, Precision, TensorSpec
-from export.compile import bound, capabilities, half, quantized
+from export.compile import bound, capabilities, graphs, half, quantized
 from export.compile import builder as builders
 from export.compile.profiles import Sizes
 from export.errors import CompileError
+from tests.export.quantize.test_graphs import built
 
 K, N = 64, 128
 SPEC = EngineSpec(
@@ -173,6 +174,23 @@ def test_it_compiles_with_16_bit_around_it(form: str, target: str) -> None:
     assert arithmetic.stored == DTYPES[form]
     assert arithmetic.weights[DTYPES[form]] == K * N * (0.5 if "4" in form else 1)
     assert arithmetic.weights["bfloat16"] > 2 * N  # the bias, and scales
+
+
+@pytest.mark.parametrize("form", list(DTYPES))
+def test_layers_compile_as_a_build_writes_them(form: str, tmp_path: Path) -> None:
+    """Traced, stored and read again; a layer in 16 bit behind the quantised one."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    _, spec = built(tmp_path, form)
+    graph = graphs.read(tmp_path / spec.graph, spec.name)
+    assert quantized.formats(graph) == {form}
+    quantized.rewrite(graph)
+    half.convert(graph, spec.name, "bfloat16")
+    builder, sizes = builders.find("tensorrt-rtx"), Sizes({"images": (1, 2)})
+    found = builders.compile_graph(builder, graph, spec, sizes, ("sm120",)).arithmetic
+    weight_only = form == "int4"
+    expected = {"bfloat16": 2} if weight_only else {DTYPES[form]: 1, "bfloat16": 1}
+    assert found.products == expected
+    assert found.weights[DTYPES[form]] >= 512 * 96 * (0.5 if "4" in form else 1)
 
 
 @pytest.mark.parametrize("form", list(DTYPES))
