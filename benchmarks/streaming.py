@@ -62,6 +62,7 @@ def build(folder: Path, output: Path, precision: str) -> None:
     from export import graph
     from export import precision as precisions
     from export.checkpoint import Checkpoint
+    from export.parity import STEPS
     from export.pieces import EngineInPieces
     from export.stages import visual_decode
     from export.streaming import largest, streamed
@@ -102,7 +103,8 @@ def build(folder: Path, output: Path, precision: str) -> None:
         values=int(wanted.size),
         max_error=float(np.abs(wanted - found).max()),
         largest_value=float(np.abs(wanted).max()),
-        tolerance=stage.tolerance,
+        relative_error=float(np.linalg.norm(wanted - found) / np.linalg.norm(wanted)),
+        tolerance=stage.tolerance if precision in PRECISIONS else STEPS,
     )
 
 

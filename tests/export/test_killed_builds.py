@@ -33,13 +33,13 @@ KILLS = 20
 
 def recipe(folder: Path, output: Path) -> Recipe:
     parts = {part: str(folder / part) for part in ("mllm", "bifrost", "flux")}
-    return Recipe(**parts, output=str(output), t5_max_length=14)
+    return Recipe(**parts, output=str(output), precision="bf16", t5_max_length=14)
 
 
 def start(wanted: Recipe) -> subprocess.Popen[bytes]:
     flags = [
         *("--mllm", wanted.mllm, "--bifrost", wanted.bifrost, "--flux", wanted.flux),
-        *("--output", wanted.output, "--t5-max-length", "14"),
+        *("--output", wanted.output, "--precision", wanted.precision, "--t5-max-length", "14"),
     ]
     return subprocess.Popen([sys.executable, "-m", "export.build", *flags], cwd=ROOT)
 
