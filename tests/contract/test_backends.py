@@ -36,6 +36,11 @@ def engine(backend: Backend, folder: Path) -> Iterator[Engine]:
     opened.close()
 
 
+def allowed(backend: Backend) -> float:
+    """Of values up to 4: the backend whose name says bf16 rounds every operation; measured 0.05."""
+    return 0.2 if backend.name.endswith("-bf16") else 1e-4
+
+
 def inputs(backend: Backend) -> tuple[dict[str, Any], np.ndarray]:
     case = load_case("case_04")
     ids = case.tensors["flux.t5_input_ids"].astype(np.int64)
@@ -47,11 +52,11 @@ def test_a_bound_call_reads_and_writes_its_buffers(backend: Backend, engine: Eng
     out = backend.empty(expected.shape, np.float32)
     call = engine.bind(given, {"prompt_embeds": out})
     call()
-    assert difference(backend.download(out), expected) < 1e-4
+    assert difference(backend.download(out), expected) < allowed(backend)
     swapped = backend.download(given["input_ids"])[::-1].copy()
     backend.write(given["input_ids"], swapped)
     call()
-    assert difference(backend.download(out), expected[::-1]) < 1e-4
+    assert difference(backend.download(out), expected[::-1]) < allowed(backend)
 
 
 def test_buffers_outlive_the_callers_names(backend: Backend, engine: Engine) -> None:
@@ -62,7 +67,7 @@ def test_buffers_outlive_the_callers_names(backend: Backend, engine: Engine) -> 
     del given
     junk = [np.full((4, 32), 7, np.int64) for _ in range(100)]
     call()
-    assert difference(backend.download(out), expected) < 1e-4
+    assert difference(backend.download(out), expected) < allowed(backend)
     assert len(junk) == 100
 
 
