@@ -82,13 +82,13 @@ def demand(
         largest = streaming.largest(stage.module)
         with sources.on_meta(stage.module):
             trace = run_without_values(stage, sizes)
-            elements = count_elements(stage.module, trace)
+            elements = count_elements(stage, trace)
         needs = round(SCRATCH * trace.scratch) + COPIES * largest
         if needs > most:
             most, worst, tensor = needs, stage.name, largest
         base += TRACED * sum(1 for _ in stage.module.modules())
         held += round(UNPACKED * elements.bytes_at(None))
-        stored += elements.bytes_at(STORAGES.get(precisions[stage.name], STORAGES["int8"]))
+        stored += elements.bytes_at(STORAGES[precisions[stage.name]])
     return Demand(base, base + most, base + held + most, stored + BESIDE, worst, tensor)
 
 

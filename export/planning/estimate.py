@@ -56,7 +56,6 @@ class Plan:
 
     device: str
     precision: str
-    buildable: bool
     budget_bytes: int
     fits: bool
     peak_bytes: int
@@ -103,7 +102,6 @@ def plan(
     result = Plan(
         device=device.title,
         precision=storage.name if storage else "as built",
-        buildable=storage is None or storage.buildable,
         budget_bytes=budget,
         fits=bool(steps) and supported,
         peak_bytes=max(stage.peak_bytes for stage in stages),

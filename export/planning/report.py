@@ -38,8 +38,6 @@ def describe(plan: Plan) -> str:
     if plan.changes:
         lines += ["", "what gives" if plan.fits else "what to change"]
         lines += [f"  {change}" for change in plan.changes]
-    if not plan.buildable:
-        lines += ["", f"note: this version plans {plan.precision} and does not build it yet"]
     return "\n".join(lines)
 
 

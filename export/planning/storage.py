@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from export.precision import PRECISIONS
-
 
 @dataclass(frozen=True)
 class Storage:
     """A precision of stored weights, and what the device computes in.
 
     Attributes:
-        linear_bits: per weight of a linear layer; fp4 with one fp8 scale to 16 weights.
+        linear_bits: per weight of a linear layer, scales of blocks included.
         other_bytes: per weight of an embedding or a convolution.
         channel_bytes: per output channel of a linear layer, for its scale.
         compute: which of a device's peak rates applies to linear layers.
@@ -25,9 +23,9 @@ class Storage:
     compute: str
 
     @property
-    def buildable(self) -> bool:
-        """Whether `export.build` of this version writes it."""
-        return self.name in PRECISIONS
+    def kept_bits(self) -> float:
+        """Per weight of a linear layer that a quantised set keeps in 16 bit."""
+        return max(16, self.linear_bits)
 
     @property
     def activation_scale(self) -> float:
@@ -43,7 +41,8 @@ STORAGES = {
         Storage("fp16", 16, 2, 0, "fp16"),
         Storage("fp8", 8, 2, 4, "fp8"),
         Storage("int8", 8, 2, 4, "int8"),
-        Storage("fp4", 4.5, 2, 0, "fp4"),
+        Storage("nvfp4", 4.5, 2, 0, "fp4"),
+        Storage("int4", 4.5, 2, 0, "fp16"),
     )
 }
 
@@ -54,13 +53,15 @@ class Elements:
 
     Attributes:
         linear: weights of linear layers.
-        channels: their output channels.
+        excepted: of further ones, which stay in 16 bit where others are quantised.
+        channels: output channels of `linear`.
         other: weights of embeddings and convolutions.
         kept: bytes of what stays in float32 at every precision: norms, biases, tables, and whatever
             is too small to be worth a conversion.
     """
 
     linear: int
+    excepted: int
     channels: int
     other: int
     kept: int
@@ -71,7 +72,8 @@ class Elements:
         scales = self.channels * s.channel_bytes
         return (
             round(self.linear * s.linear_bits / 8)
+            + round(self.excepted * s.kept_bits / 8)
             + self.other * s.other_bytes
             + scales
-            + (self.kept)
+            + self.kept
         )

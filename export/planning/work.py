@@ -23,6 +23,7 @@ from export.checkpoint import Checkpoint
 from export.planning.storage import Elements, Storage
 from export.planning.trace import Trace, run_without_values, storage_key
 from export.precision import ROUNDED, SMALL
+from export.quantize import policy
 from export.stages import Stage
 from export.text import clip_length
 
@@ -127,7 +128,7 @@ def _of_stage(stage: Stage, sizes: Mapping[str, int], calls: int) -> Work:
         precision=Precision("fp32", "float32", "float32"),
     )
     trace = run_without_values(stage, sizes)
-    elements = count_elements(stage.module, trace)
+    elements = count_elements(stage, trace)
     return Work(
         engine=stage.name,
         weights=elements.bytes_at,
@@ -148,13 +149,13 @@ def _cache(spec: EngineSpec, sizes: Mapping[str, int]) -> int:
     )
 
 
-def count_elements(module: nn.Module, trace: Trace) -> Elements:
+def count_elements(stage: Stage, trace: Trace) -> Elements:
     """The numbers that an engine stores, by how a precision treats them: the weights that meet an
     input, and what the exporter computes beforehand from those that do not."""
-    linear = channels = kept = 0
+    linear = excepted = channels = kept = 0
     other = trace.folded // 4
     seen: set[int] = set()
-    for layer in module.modules():
+    for path, layer in stage.module.named_modules():
         for name, tensor in (*layer._parameters.items(), *layer._buffers.items()):
             if tensor is None or (key := storage_key(tensor)) in seen or key not in trace.weights:
                 continue
@@ -162,9 +163,11 @@ def count_elements(module: nn.Module, trace: Trace) -> Elements:
             whole = name != "weight" or not isinstance(layer, ROUNDED)
             if whole or tensor.nbytes < SMALL:
                 kept += tensor.nbytes
+            elif isinstance(layer, nn.Linear) and policy.exception(f"{stage.name}:{path}"):
+                excepted += tensor.numel()
             elif isinstance(layer, nn.Linear):
                 linear += tensor.numel()
                 channels += tensor.shape[0]
             else:
                 other += tensor.numel()
-    return Elements(linear, channels, other, kept)
+    return Elements(linear, excepted, channels, other, kept)

@@ -93,7 +93,8 @@ def choose(
             name = f"{stage.name}:{path}"
             form, reason = wanted, ""
             if wanted in FORMATS:
-                form, reason = _excepted(name, wanted, rest)
+                reason = exception(name)
+                form = rest if reason else wanted
             fitting = [pattern for pattern in of_layers if fnmatchcase(name, pattern)]
             used.update(fitting)
             if fitting:
@@ -110,11 +111,9 @@ def choose(
     return choices
 
 
-def _excepted(name: str, wanted: str, rest: str) -> tuple[str, str]:
-    for pattern, reason in EXCEPTIONS:
-        if fnmatchcase(name, pattern):
-            return rest, reason
-    return wanted, ""
+def exception(name: str) -> str:
+    """Why a layer stays in 16 bit where others are quantised; empty where it does not."""
+    return next((reason for pattern, reason in EXCEPTIONS if fnmatchcase(name, pattern)), "")
 
 
 def _divisible(linear: nn.Linear, form: str, reason: str, rest: str) -> tuple[str, str]:

@@ -116,7 +116,6 @@ def test_7b_at_fp8_fits_12_gb_and_says_why(release: list[Work]) -> None:
     text = report.describe(plan)
     assert "GeForce RTX 4070 12 GB, weights fp8: fits" in text
     assert "`conditioning`, `t5_text` must leave before `denoise`" in text
-    assert "this version plans fp8 and does not build it yet" in text
 
 
 def test_7b_at_bf16_on_24_gb_says_what_must_give(release: list[Work]) -> None:

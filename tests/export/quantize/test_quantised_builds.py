@@ -11,10 +11,13 @@ import pytest
 from bifrost_rt import Generator, cli, inspect
 from bifrost_rt import manifest as manifests
 from export import build
+from export.checkpoint import Checkpoint
 from export.errors import CalibrationError, RecipeError
+from export.planning import work
+from export.planning.storage import STORAGES
 from export.quantize.statistics import Statistics
 from export.recipe import Recipe, load
-from tests.conftest import alpha_recipe, difference, load_case
+from tests.conftest import ALPHA, alpha_recipe, difference, load_case
 
 PROMPTS = "a photo of a red apple\na green bench\n"
 OVERRIDES = {
@@ -154,3 +157,17 @@ def test_a_recipe_may_name_overrides() -> None:
     recipe = load({**folders, "precision": "fp16", "stages": {"denoise": "int8"}}, "recipe")
     assert isinstance(recipe, Recipe)
     assert recipe.quantised
+
+
+def test_planned_weights_are_the_built_ones(int8_set: Path) -> None:
+    works = work.of_checkpoint(
+        Checkpoint(*(ALPHA / part for part in ("mllm", "bifrost", "flux")), read=False),
+        mllm_max_length=48,
+        t5_length=32,
+        steps=28,
+    )
+    planned = {one.engine: one.weights(STORAGES["int8"]) for one in works}
+    report = json.loads((int8_set / "report.json").read_text())["engines"]
+    as_asked = ("text_prefill", "visual_decode", "conditioning", "vae_decode")  # no overrides there
+    found = sum(sum(report[name]["weight_bytes"].values()) for name in as_asked)
+    assert sum(planned[name] for name in as_asked) == pytest.approx(found, rel=0.01)
