@@ -53,7 +53,8 @@ def run(
         listening.listen(config.backlog)  # from here on, who connects is answered
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         print(f"http://{host}:{listening.getsockname()[1]}/", flush=True)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn handles it, then raises it again
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # uvicorn handles it, then raises it again
         Server(config, studio).run([listening])
     return 0
 

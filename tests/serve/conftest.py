@@ -45,10 +45,10 @@ class Server:
         assert self.url, self.stop()
         self.client = httpx.Client(base_url=self.url, timeout=60)
 
-    def stop(self) -> tuple[int, str]:
+    def stop(self, by: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
         """Tell it to stop; its exit status and its log."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(by)
         status = self.process.wait(timeout=60)
         self._reader.join()
         for pipe in (self.process.stdout, self.process.stderr):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -164,3 +166,12 @@ def _resident(server: Server) -> int:
     with open(f"/proc/{server.process.pid}/status") as file:
         fields = dict(line.split(":", 1) for line in file)
     return int(fields["VmRSS"].split()[0])
+
+
+def test_ctrl_c_ends_it_without_a_trace(alpha_set: Path) -> None:
+    server = Server(alpha_set)
+    assert server.draw().status_code == 200
+    server.client.close()
+    status, log = server.stop(signal.SIGINT)
+    assert status == 0, log
+    assert "Traceback" not in log
