@@ -12,9 +12,11 @@ demo: $(SET)/manifest.json
 	@$(BIN)/bifrost-rt generate "a red circle above a blue square" \
 		--engines $(SET) --seed 1 --output $(PICTURE)
 
-# One thread for torch: its networks are tiny here, and lose more to threads than they gain.
+# One thread for torch: its networks are tiny here, and lose more to threads than they gain. A file's
+# tests stay together, because they share what they build.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" \
+		--numprocesses auto --maxprocesses 4 --dist loadfile
 
 # On a machine with an NVIDIA GPU, whose extra is installed: parity, graphs, steps at true widths.
 gpu-checks: $(VENV)/installed
