@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="this many prompts, evenly over the families")
     parser.add_argument("--bridge", choices=BRIDGES, default="on")
     parser.add_argument("--against", type=Path, help="another set: PSNR and SSIM to its pictures")
+    parser.add_argument("--backend", help="default: the one that the set was built for")
     parser.add_argument("--steps", type=int, help="denoising steps")
     parser.add_argument("--decoding-steps", type=int)
     parser.add_argument("--scale", type=float, help="ControlNet scale")
@@ -199,12 +200,18 @@ def main() -> None:
         )
         if value is not None
     }
-    with Generator(given.engines) as generator:
+    with Generator(given.engines, backend=given.backend) as generator:
         other = Generator(given.against) if given.against else None
         drawn, pictures = measure(generator, chosen(given.limit), given.bridge, options, other)
         if other:
             other.close()
-        setting = {"set": generator.manifest.name, "bridge": given.bridge, **options}
+        backend = given.backend or generator.manifest.backend
+        setting = {
+            "set": generator.manifest.name,
+            "backend": backend,
+            "bridge": given.bridge,
+            **options,
+        }
     result = report(drawn, setting)
     print(table(result, drawn))
     if given.json:

@@ -62,7 +62,7 @@ def build(folder: Path, output: Path, precision: str) -> None:
     from export import graph
     from export import precision as precisions
     from export.checkpoint import Checkpoint
-    from export.parity import STEPS
+    from export.parity import ROUNDED
     from export.pieces import EngineInPieces
     from export.stages import visual_decode
     from export.streaming import largest, streamed
@@ -104,7 +104,7 @@ def build(folder: Path, output: Path, precision: str) -> None:
         max_error=float(np.abs(wanted - found).max()),
         largest_value=float(np.abs(wanted).max()),
         relative_error=float(np.linalg.norm(wanted - found) / np.linalg.norm(wanted)),
-        tolerance=stage.tolerance if precision in PRECISIONS else STEPS,
+        tolerance=ROUNDED.get(precision, stage.tolerance),
     )
 
 

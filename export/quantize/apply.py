@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bifrost_rt.backends.base import return_freed_memory
 from export import sources
 from export.quantize import scales
 from export.quantize.formats import FORMATS
@@ -57,7 +58,11 @@ def decide(
 ) -> list[Decision]:
     """What every layer becomes, from what was seen at its door."""
     seen = {} if statistics is None else statistics.layers
-    return [_decide(stages[c.stage], c, seen.get(c.name), rest, method) for c in choices]
+    decisions = []
+    for choice in choices:
+        decisions.append(_decide(stages[choice.stage], choice, seen.get(choice.name), rest, method))
+        return_freed_memory()  # a layer's copies are many, and of all sizes
+    return decisions
 
 
 def _decide(

@@ -108,7 +108,7 @@ def dequantised(codes: Tensor, scale: Tensor, tensor_scale: Tensor | None, form:
     """`dequantise` on loose tensors."""
     block = FORMATS[form].block
     if block is None:
-        return codes.float() * scale
+        return codes.float().mul_(scale)  # in place: this is the largest tensor of a build
     if form == "int4":
         values, scale = codes.float(), scale.float()
     else:
@@ -116,7 +116,7 @@ def dequantised(codes: Tensor, scale: Tensor, tensor_scale: Tensor | None, form:
         magnitude = torch.tensor(E2M1_VALUES)[(codes & 7).long()]
         values = torch.where(codes >= 8, -magnitude, magnitude)
         scale = scale.float() * tensor_scale
-    return (values.unflatten(0, (-1, block)) * scale[:, None]).flatten(0, 1)
+    return values.unflatten(0, (-1, block)).mul_(scale[:, None]).flatten(0, 1)
 
 
 def round_activations(x: Tensor, scale: Tensor, form: str) -> Tensor:

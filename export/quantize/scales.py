@@ -17,7 +17,7 @@ from export.quantize.formats import FORMATS, INT8_MAX, SMALLEST, activation_scal
 from export.quantize.statistics import Observed
 
 PERCENTILE = 0.9999
-ROWS = 1024  # of a weight that are computed with at once
+OUTPUTS = 512  # of a weight that are computed with at once
 CLIPS = torch.linspace(0.02, 1.0, 99, dtype=torch.float64)
 # Migration strengths that are tried (SmoothQuant, arXiv 2211.10438), and what one must gain to be
 # worth a multiplication of its own: a quarter of the error, 6 dB.
@@ -74,15 +74,15 @@ def choose(seen: Observed, weight: Tensor, form: str, method: str) -> Scales:
     if form != "int8":
         return Scales(activation_scale(largest, form))
     squares = seen.channel_square / max(1, seen.rows)
-    lost = clipped(seen, largest) * energy(weight) / weight.shape[0]
+    energy = sum(float(part.double().square().sum()) for part in _parts(weight))
+    lost = clipped(seen, largest) * energy / weight.shape[0]
     plain = predicted_noise(weight, squares, largest) + lost
     best, migration, note = plain, None, ""
     for strength in STRENGTHS:
         factors = migration_factors(seen.channel_max, weight, strength)
         moved = seen.channel_max * factors
-        noise = predicted_noise(
-            weight / factors[:, None], squares * factors.double().square(), float(moved.max())
-        )
+        moved_squares = squares * factors.double().square()
+        noise = predicted_noise(weight, moved_squares, float(moved.max()), factors)
         if noise * GAIN < plain and noise < best:
             best, migration, largest = noise, factors, float(moved.max())
             gained = 10 * math.log10(plain / noise)
@@ -104,24 +104,33 @@ def clipped(seen: Observed, largest: float) -> float:
     return float((beyond * seen.counts).sum()) / max(1, seen.rows)
 
 
-def energy(weight: Tensor) -> float:
-    """Sum of the squares, in float64; a copy of it all would be four times a stored weight."""
-    return sum(float(part.double().square().sum()) for part in weight.split(ROWS))
+def predicted_noise(
+    weight: Tensor, squares: Tensor, largest: float, factors: Tensor | None = None
+) -> float:
+    """Mean square error of a row of int8 outputs, summed over its N values.
+
+    Args:
+        squares, largest: of the inputs; with `factors`, of the inputs times these.
+        factors: [K] of the inputs, whose inverse the weight takes.
+    """
+    energy, steps = 0.0, 0.0
+    for part in _parts(weight):
+        moved = part if factors is None else part / factors[:, None]
+        energy += float(moved.double().square().sum())
+        steps += float((moved.abs().amax(0).double() / INT8_MAX).square().sum())
+    return ((largest / INT8_MAX) ** 2 * energy + float(squares.sum()) * steps) / 12
 
 
-def predicted_noise(weight: Tensor, squares: Tensor, largest: float) -> float:
-    """Mean square error of a row of int8 outputs, summed over its N values."""
-    of_inputs = (largest / INT8_MAX) ** 2 / 12 * energy(weight)
-    steps = torch.maximum(weight.amax(0), -weight.amin(0)).double() / INT8_MAX
-    of_weights = squares.sum() * steps.square().sum() / 12
-    return float(of_inputs + of_weights)
+def _parts(weight: Tensor) -> tuple[Tensor, ...]:
+    """Of all inputs and some outputs each: whole copies would be the most memory of a build."""
+    return weight.split(OUTPUTS, dim=1)
 
 
 def migration_factors(channel_max: Tensor, weight: Tensor, strength: float) -> Tensor:
     """Factors [K] of the inputs; the weights take their inverse. Their geometric mean is 1, and
     channels that are always 0 keep theirs."""
     inputs = channel_max.clamp(min=1e-5)
-    weights = weight.abs().amax(1).clamp(min=1e-5)
+    weights = torch.maximum(weight.amax(1), -weight.amin(1)).clamp(min=1e-5)
     factors = weights ** (1 - strength) / inputs**strength
     factors = torch.where(channel_max > 0, factors, torch.ones_like(factors))
     return factors / factors.log().mean().exp()

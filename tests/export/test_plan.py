@@ -115,7 +115,7 @@ def test_7b_at_fp8_fits_12_gb_and_says_why(release: list[Work]) -> None:
     assert plan.resident_bytes > 32e9
     text = report.describe(plan)
     assert "GeForce RTX 4070 12 GB, weights fp8: fits" in text
-    assert "`conditioning`, `t5_text` must leave before `denoise`" in text
+    assert "`conditioning` must leave before `denoise`" in text
 
 
 def test_7b_at_bf16_on_24_gb_says_what_must_give(release: list[Work]) -> None:
