@@ -83,7 +83,7 @@ def build(
                 checkpoint, model, mllm_max_length, written.clip.max_length, recipe.t5_max_length
             )
         }
-        asked = {name: recipe.stages.get(name, recipe.precision) for name in parts}
+        asked = {name: recipe.precision_of(name) for name in parts}
         sizes = parity.sizes(mllm_max_length, recipe.max_images)
         wanted = budget.demand(parts.values(), sizes, asked)
         share = budget.share(wanted, memory_budget)
@@ -139,7 +139,7 @@ def build(
                     graph=first,
                     files=tuple(done.files),
                     precision=Precision(
-                        requested=outcome.asked[name],
+                        requested=asked[name],
                         weights=next(iter(done.facts["weight_bytes"])),
                         compute=audit.compute(layers),
                         layers=audit.formats(layers),

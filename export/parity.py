@@ -23,7 +23,7 @@ from bifrost_rt.backends.base import Backend, Buffer, Engine
 from bifrost_rt.engines import Engines
 from bifrost_rt.manifest import EngineSpec, Manifest, Range
 from bifrost_rt.text import Tokenizers
-from export import sources
+from export import chain, sources
 from export.budget import Share
 from export.errors import ParityError
 from export.stages import IMAGES, Stage
@@ -211,13 +211,10 @@ class PairedEngine:
         run = self._engine.bind(inputs, outputs)
 
         def call() -> None:
-            given = [torch.from_numpy(np.array(inputs[t.name])) for t in self._stage.inputs]
-            with torch.inference_mode():
-                wanted = self._stage.module(*given)
+            wanted = chain.evaluate(self._stage, inputs)
             run()
-            wanted = wanted if isinstance(wanted, tuple) else (wanted,)
-            for spec, expected in zip(self._stage.outputs, wanted, strict=True):
-                self._compare(expected, torch.from_numpy(np.asarray(outputs[spec.name])))
+            for name, expected in wanted.items():
+                self._compare(expected, torch.from_numpy(np.asarray(outputs[name])))
 
         return call
 

@@ -70,6 +70,10 @@ class Recipe:
         asked = {self.precision, *self.stages.values(), *self.layers.values()}
         return not asked.isdisjoint(QUANTISED)
 
+    def precision_of(self, stage: str) -> str:
+        """What a stage was asked to be."""
+        return self.stages.get(stage, self.precision)
+
     def __post_init__(self) -> None:
         for name, value, known in self._named_choices():
             if value not in known:

@@ -60,7 +60,6 @@ class Layer:
     """
 
     form: str
-    operator: str
     shape: tuple[int, ...]
     bytes: int
 
@@ -92,7 +91,6 @@ def read(path: Path) -> dict[str, Layer]:
         rounded = _rounded(node.input[of_input], makers, weights) if kind != "float" else ""
         found[path_of] = Layer(
             FORMS.get((kind, rounded), f"{kind}/{rounded or 'float'}"),
-            node.op_type,
             tuple(stored.dims),
             _bytes(stored) + sum(_bytes(scale) for scale in scales if len(scale.dims) > 1),
         )

@@ -5,7 +5,7 @@ of the model itself, built from standard operators: onnxruntime has no kernels f
 them as a simulation; the compiler for RTX cards puts its own operators in their place.
 
 int8 activations are unsigned with zero point 128, which is what onnxruntime wants on x86 and what
-OpenVINO takes as well; `tensorrt` rewrites them.
+OpenVINO takes as well; `export/compile/quantized.py` rewrites them.
 """
 
 from __future__ import annotations

@@ -26,13 +26,11 @@ class Outcome:
     """What became of every linear layer.
 
     Attributes:
-        asked: stage -> precision, from the recipe.
         rest: stage -> what its other weights are stored in.
         calibration: None where no layer needed one.
         swept: None where no quality budget was set.
     """
 
-    asked: dict[str, str]
     rest: dict[str, str]
     decisions: tuple[Decision, ...]
     calibration: Calibration | None
@@ -85,9 +83,8 @@ def quantise(
         swept = sweep.sweep(bench, decisions, recipe.quality_budget, say)
         decisions = sweep.keep(decisions, swept.kept, recipe.rest)
     apply.replace(stages, decisions)
-    asked = {name: recipe.stages.get(name, recipe.precision) for name in stages}
-    outcome = Outcome(asked, {}, tuple(decisions), calibration, swept)
-    rest = {name: _rest(asked[name], outcome.of(name), recipe.rest) for name in stages}
+    outcome = Outcome({}, tuple(decisions), calibration, swept)
+    rest = {n: _rest(recipe.precision_of(n), outcome.of(n), recipe.rest) for n in stages}
     for name, stage in stages.items():
         precision.round_weights(stage.module, rest[name], outcome.sixteen_bit(name))
     return dataclasses.replace(outcome, rest=rest)
