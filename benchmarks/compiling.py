@@ -38,6 +38,7 @@ BOUNDS = {
     **dict.fromkeys(("texts", "branches"), (1, 2)),
     "text_tokens": (1, 300),
     "steps": (1, 256),
+    "revealed": (1, 256),
 }
 CASES = (("fp32", "baked"), ("bf16", "baked"), ("bf16", "bound"))
 

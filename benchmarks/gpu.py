@@ -36,7 +36,7 @@ from export.compile.profiles import Sizes
 from export.planning import devices
 
 # one picture, its longest prompt, the release's steps
-SIZES = {"images": 1, "branches": 1, "text_tokens": 300, "steps": 256}
+SIZES = {"images": 1, "branches": 1, "text_tokens": 300, "steps": 256, "revealed": 1}
 RATES = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16"}
 CASES = (
     ("onnxruntime-cuda", "fp32", "baked", False),

@@ -98,7 +98,8 @@ def measure(folder: Path, backend: str, share: float) -> dict[str, Any]:
     wanted = needs(folder, backend)
     everything = sum(need.held for need in wanted) + max(need.tensors for need in wanted)
     budget = max(int(everything * share), max(need.total for need in wanted))
-    planned = residency.schedule(wanted, budget)
+    ahead = backends.load(backend).opens_in_threads
+    planned = residency.schedule(wanted, budget, ahead=ahead)
     return {
         "machine": machine.describe(),
         "set": folder.name,

@@ -112,7 +112,9 @@ def _inputs(stage: Any) -> dict[str, Any]:
     """One picture at a short prompt, with random values."""
     import numpy as np
 
-    sizes = {"images": 1, "branches": 1, "text_tokens": TEXT_TOKENS, "steps": 2}
+    from bifrost_rt import schedules
+
+    sizes = {"images": 1, "branches": 1, "text_tokens": TEXT_TOKENS, "steps": 2, "revealed": 256}
     rng = np.random.default_rng(0)
     found: dict[str, Any] = {}
     for spec in stage.inputs:
@@ -123,6 +125,8 @@ def _inputs(stage: Any) -> dict[str, Any]:
             "int64": np.zeros(shape, np.int64),
         }[spec.dtype]
     found["text_length"][:] = TEXT_TOKENS
+    every = np.ones((sizes["steps"], 1, sizes["revealed"]), bool)
+    found["reveal_places"], found["token_sources"] = schedules.reveal_rows(every)
     return found
 
 
@@ -171,7 +175,7 @@ def _spec(stage: Any, files: list[Path]) -> Any:
 def _ranges() -> Any:
     from export.stages import dimensions
 
-    return dimensions(300, None)
+    return dimensions(300, 256, None)
 
 
 def measure(folder: Path, output: Path, precision: str) -> dict[str, Any]:

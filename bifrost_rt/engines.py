@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bifrost_rt.backends.base import Backend, Buffer, Engine, output_shape, symb
 from bifrost_rt.errors import BudgetError
 from bifrost_rt.manifest import EngineSpec, Manifest
 from bifrost_rt.residency import Need, Sizes, Step
+from bifrost_rt.workspace import Workspace
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
@@ -36,6 +38,9 @@ def verify(folder: Path, manifest: Manifest) -> None:
 class Engines:
     """All engines of a set on one backend.
 
+    Where the backend allows it, engines are opened side by side, and the next one while the
+    current one works, if there is room for both.
+
     Args:
         budget: bytes that engines and their tensors may take together. None opens everything now
             and keeps it.
@@ -51,6 +56,9 @@ class Engines:
         self.budget = budget
         self._folder, self._manifest = folder, manifest
         self._open: dict[str, Engine] = {}
+        self._arriving: dict[str, Future[Engine]] = {}
+        self._pool = ThreadPoolExecutor(os.cpu_count()) if backend.opens_in_threads else None
+        self._workspace = Workspace(backend)
         self._held: dict[str, int] = {}
         self._steps: dict[str, Step] = {}
         self._needs: dict[str, Need] = {}
@@ -75,11 +83,17 @@ class Engines:
             return
         needs = residency.needs(self._manifest, order, at, self.backend.weights_in_memory)
         try:
-            steps = residency.schedule(needs, self.budget, self._held)
+            steps = residency.schedule(needs, self.budget, self._held, ahead=self._pool is not None)
         except BudgetError as error:
             raise BudgetError(error.message, hint=self._advice(needs, order)) from None
         self._needs = {need.engine: need for need in needs}
         self._steps = {step.engine: step for step in steps}
+        # buffers that stay are all in memory at once
+        all_tensors = sum(need.tensors for need in needs)
+        held = {**self._held, **{need.engine: need.held for need in needs}}
+        self._workspace.keep = sum(held.values()) + all_tensors <= self.budget
+        if not self._workspace.keep:
+            self._workspace.clear()
 
     def _advice(self, needs: Sequence[Need], order: Sequence[str]) -> str:
         assert self.budget is not None
@@ -100,40 +114,82 @@ class Engines:
         return ", or ".join([*ways, f"give it at least {residency.size_text(least, up=True)}"])
 
     def _enter_all(self, names: Sequence[str]) -> None:
+        if self._pool is not None:
+            for name in names:
+                self._arrive(name)
         for name in names:
             self._enter(name)
         self._steps = {}
 
     def _enter(self, name: str) -> Engine:
-        """The engine, opened; what the schedule wants gone has left before."""
+        """The engine, opened; what the schedule wants gone has left before, and what it wants
+        opened meanwhile has begun to."""
         step = self._steps.get(name)
         for leaving in step.evict if step else ():
-            if leaving in self._open:
-                self._open.pop(leaving).close()
-                del self._held[leaving]
+            self._leave(leaving)
         if name not in self._open:
-            spec = self._manifest.engine(name)
-            self._open[name] = self.backend.open(self._folder, spec, self._manifest.dimensions)
+            self._held.pop(name, None)  # counted again when it is there
+            coming = self._arriving.pop(name, None)
+            self._open[name] = self._opened(name) if coming is None else coming.result()
+        self._count(name)
+        for coming_next in step.ahead if step else ():
+            self._arrive(coming_next)
+        return self._open[name]
+
+    def _arrive(self, name: str) -> None:
+        """Begin to open an engine in another thread; an error is raised where it is entered."""
+        if name not in self._open and name not in self._arriving:
+            assert self._pool is not None
+            self._arriving[name] = self._pool.submit(self._opened, name)
+            self._count(name)
+
+    def _opened(self, name: str) -> Engine:
+        return self.backend.open(
+            self._folder, self._manifest.engine(name), self._manifest.dimensions
+        )
+
+    def _count(self, name: str) -> None:
         if name in self._needs:
             self._held[name] = max(self._held.get(name, 0), self._needs[name].held)
-        return self._open[name]
+
+    def _leave(self, name: str) -> None:
+        self._held.pop(name, None)
+        if name in self._open:
+            self._open.pop(name).close()
+        elif name in self._arriving:
+            coming = self._arriving.pop(name)
+            if coming.exception() is None:
+                coming.result().close()
 
     def spec(self, name: str) -> EngineSpec:
         """What the engine `name` takes and gives."""
         return self._manifest.engine(name)
+
+    def put(self, name: str, **arrays: NDArray[Any]) -> dict[str, Buffer]:
+        """Host arrays as inputs of the engine `name`, in memory that the next run uses again."""
+        return {
+            tensor: self._workspace.put(f"{name}.{tensor}", array)
+            for tensor, array in arrays.items()
+        }
 
     @property
     def resident(self) -> tuple[str, ...]:
         """The engines that are in memory now."""
         return tuple(self._open)
 
+    @property
+    def arriving(self) -> tuple[str, ...]:
+        """The engines that are being opened for the stages to come."""
+        return tuple(self._arriving)
+
     def run(
         self, name: str, inputs: Mapping[str, Buffer], timings: dict[str, float]
     ) -> dict[str, Buffer]:
-        """Run an engine once, into new buffers; adds its seconds to `timings[name]`."""
+        """Run an engine once; adds its seconds to `timings[name]`. Its next run writes to the same
+        buffers: copy what must outlive that."""
         engine = self._enter(name)
-        outputs = _allocate(self.backend, engine.spec, inputs)
-        call = engine.bind(inputs, outputs)
+        outputs = _outputs(self._workspace, engine.spec, inputs)
+        call = self._workspace.bind(engine, inputs, outputs)
         start = time.perf_counter()
         call()
         timings[name] = timings.get(name, 0.0) + time.perf_counter() - start
@@ -141,14 +197,16 @@ class Engines:
 
     def loop(self, name: str, inputs: Mapping[str, Buffer], timings: dict[str, float]) -> Loop:
         """Prepare an engine for repeated steps."""
-        return Loop(self.backend, self._enter(name), inputs, timings)
+        return Loop(self.backend, self._enter(name), inputs, timings, self._workspace)
 
     def close(self) -> None:
         """Close every engine."""
-        for engine in self._open.values():
-            engine.close()
-        self._open.clear()
-        self._held.clear()
+        self._workspace.clear()
+        for name in (*self._arriving, *self._open):
+            self._leave(name)
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
 
 
 class Loop:
@@ -164,19 +222,22 @@ class Loop:
         engine: Engine,
         inputs: Mapping[str, Buffer],
         timings: dict[str, float],
+        workspace: Workspace | None = None,
     ) -> None:
+        workspace = Workspace(backend) if workspace is None else workspace
         carry = engine.spec.carry  # output name -> input name
         ping = {carry[out]: inputs[carry[out]] for out in carry}
-        pong = {
-            carry[out]: buffer for out, buffer in _allocate(backend, engine.spec, inputs).items()
-        }
+        outputs = _outputs(workspace, engine.spec, inputs)
+        pong = {carry[out]: buffer for out, buffer in outputs.items()}
         fixed = {name: buffer for name, buffer in inputs.items() if name not in ping}
         self._backend = backend
         self._timings = timings
         self._name = engine.spec.name
         self._now, self._next = ping, pong
-        self._call = engine.bind({**fixed, **ping}, {o: pong[i] for o, i in carry.items()})
-        self._other = engine.bind({**fixed, **pong}, {o: ping[i] for o, i in carry.items()})
+        self._call, self._other = (
+            workspace.bind(engine, {**fixed, **now}, {o: after[i] for o, i in carry.items()})
+            for now, after in ((ping, pong), (pong, ping))
+        )
 
     def step(self) -> None:
         """One step."""
@@ -214,8 +275,11 @@ def _finished() -> None:
     raise AssertionError("a finished loop was stepped")
 
 
-def _allocate(
-    backend: Backend, spec: EngineSpec, inputs: Mapping[str, Buffer]
+def _outputs(
+    workspace: Workspace, spec: EngineSpec, inputs: Mapping[str, Buffer]
 ) -> dict[str, Buffer]:
     sizes = symbol_sizes(spec, inputs)
-    return {t.name: backend.empty(output_shape(t, sizes), t.dtype) for t in spec.outputs}
+    return {
+        t.name: workspace.empty(f"{spec.name}.{t.name}", output_shape(t, sizes), t.dtype)
+        for t in spec.outputs
+    }

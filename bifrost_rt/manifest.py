@@ -17,7 +17,7 @@ from typing import Any
 from bifrost_rt import strict
 from bifrost_rt.errors import EngineSetError, IntegrityError
 
-FORMAT = 1
+FORMAT = 2
 FILENAME = "manifest.json"
 REBUILD = "rebuild the set with `python -m export.build`"
 

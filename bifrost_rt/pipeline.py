@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +53,7 @@ def generate(
     """
     start = time.perf_counter()
     timings: dict[str, float] = {}
-    up, down = engines.backend.upload, engines.backend.download
+    down = engines.backend.download
 
     # 0  Which engines are in memory when.
     engines.begin(stages(request), sizes(manifest, request))
@@ -61,27 +62,24 @@ def generate(
     if request.tokens is None:
         tokens = _decode(engines, tokenizers, request, timings, on_step_end)
     else:
-        tokens = up(request.tokens)
+        tokens = engines.put("conditioning", tokens=request.tokens)["tokens"]
 
     # 4  The raw prompt -> text embeddings of the diffusion networks.
     prompts = request.prompts
-    pooled = engines.run("clip_text", {"input_ids": up(tokenizers.clip(prompts))}, timings)
-    embeds = engines.run("t5_text", {"input_ids": up(tokenizers.t5(prompts))}, timings)
+    clip_ids = engines.put("clip_text", input_ids=tokenizers.clip(prompts))
+    pooled = engines.run("clip_text", clip_ids, timings)
+    t5_ids = engines.put("t5_text", input_ids=tokenizers.t5(prompts))
+    embeds = engines.run("t5_text", t5_ids, timings)
 
     # 5  Everything about the image that no denoising step changes.
     sigmas = schedules.sigmas(
         request.num_inference_steps, manifest.model.num_image_tokens, manifest.scheduler
     )
     timesteps = schedules.timesteps(sigmas, manifest.scheduler)
-    inputs: dict[str, Buffer] = {
-        **pooled,
-        **embeds,
-        "tokens": tokens,
-        "prompt_index": up(request.prompt_index),
-        "timesteps": up(timesteps),
-    }
+    facts: dict[str, NDArray[Any]] = {"prompt_index": request.prompt_index, "timesteps": timesteps}
     if manifest.model.guidance_embeds:
-        inputs["guidance_scale"] = up(np.array([request.guidance_scale], np.float32))
+        facts["guidance_scale"] = np.array([request.guidance_scale], np.float32)
+    inputs = {**pooled, **embeds, "tokens": tokens, **engines.put("conditioning", **facts)}
     conditions = engines.run("conditioning", inputs, timings)
     del inputs, embeds
 
@@ -91,10 +89,13 @@ def generate(
         "denoise",
         {
             **conditions,
-            "latents": up(request.latents.copy()),
-            "step": up(np.zeros(1, np.int64)),
-            "sigma_pairs": up(np.stack([sigmas[:-1], sigmas[1:]], axis=1)),
-            "controlnet_conditioning_scale": up(scale),
+            **engines.put(
+                "denoise",
+                latents=request.latents.copy(),
+                step=np.zeros(1, np.int64),
+                sigma_pairs=np.stack([sigmas[:-1], sigmas[1:]], axis=1),
+                controlnet_conditioning_scale=scale,
+            ),
         },
         timings,
     )
@@ -109,7 +110,7 @@ def generate(
     images = None
     if request.output_type != "latent":
         decoded = engines.run("vae_decode", {"latents": latents}, timings)
-        images = down(decoded["images"])
+        images = down(decoded["images"]).copy()
     timings["total"] = time.perf_counter() - start
     return Output(down(tokens).copy(), down(latents).copy(), images, timings)
 
@@ -141,8 +142,6 @@ def _decode(
     on_step_end: StepEnd | None,
 ) -> Buffer:
     """The MLLM's part: the final visual tokens [B, N, D]."""
-    up = engines.backend.upload
-
     # 1  Prompt -> ids. At cfg 1 the unconditional half cancels and is not computed.
     guided = request.cfg_weight != 1.0
     texts = list(dict.fromkeys(["", *request.prompts] if guided else request.prompts))
@@ -154,7 +153,7 @@ def _decode(
     # 2  Text -> keys and values of every layer, and the all-masked start of the visual tokens.
     prefill = engines.run(
         "text_prefill",
-        {"input_ids": up(_right_padded(ids)), "text_index": up(text_index)},
+        engines.put("text_prefill", input_ids=_right_padded(ids), text_index=text_index),
         timings,
     )
     tokens = prefill.pop("tokens")
@@ -162,15 +161,20 @@ def _decode(
     # 3  Masked decoding. Steps that reveal nothing change nothing and are not run.
     masks = schedules.reveal_masks(request.order, request.decoding_steps)
     active = [bool(mask.any()) for mask in masks]
+    places, sources = schedules.reveal_rows(masks[active])
     decode = engines.loop(
         "visual_decode",
         {
             **prefill,
             "tokens": tokens,
-            "step": up(np.zeros(1, np.int64)),
-            "text_length": up(lengths[text_index]),
-            "reveal_masks": up(masks[active]),
-            "cfg_weight": up(np.array([request.cfg_weight], np.float32)),
+            **engines.put(
+                "visual_decode",
+                step=np.zeros(1, np.int64),
+                text_length=lengths[text_index],
+                reveal_places=places,
+                token_sources=sources,
+                cfg_weight=np.array([request.cfg_weight], np.float32),
+            ),
         },
         timings,
     )

@@ -68,10 +68,8 @@ class Previews:
         began = time.perf_counter()
         sigma, sigma_next = self._sigmas[step], self._sigmas[step + 1]
         x_0 = latents - sigma_next * ((latents - x_t) / (sigma_next - sigma))
-        backend = self._engines.backend
-        decoded = self._engines.run(
-            "vae_decode", {"latents": backend.upload(x_0.astype(np.float32))}, {}
-        )
-        picture: NDArray[np.uint8] = backend.download(decoded["images"]).copy()
+        given = self._engines.put("vae_decode", latents=x_0.astype(np.float32))
+        decoded = self._engines.run("vae_decode", given, {})
+        picture: NDArray[np.uint8] = self._engines.backend.download(decoded["images"]).copy()
         self.seconds += time.perf_counter() - began
         return picture

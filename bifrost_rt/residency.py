@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bifrost_rt import schedules
 from bifrost_rt.errors import BudgetError, RequestError, RequestTypeError
 from bifrost_rt.manifest import EngineSpec, Manifest
 
@@ -56,27 +57,35 @@ class Need:
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a run: what leaves, whether the engine must be loaded, and the memory then."""
+    """One stage of a run: what leaves, whether the engine must be loaded before it, what is loaded
+    while it works, and the memory then."""
 
     engine: str
     evict: tuple[str, ...]
     load: bool
     peak: int
+    ahead: tuple[str, ...] = ()
 
 
 def schedule(
-    needs: Sequence[Need], budget: int, held: Mapping[str, int] | None = None
+    needs: Sequence[Need],
+    budget: int,
+    held: Mapping[str, int] | None = None,
+    *,
+    ahead: bool = False,
 ) -> tuple[Step, ...]:
     """What leaves and what arrives before each stage, so that memory stays within `budget`.
 
     Runs repeat, so the engine that leaves first is the one whose next use is farthest away,
     counted in a circle (Belady's rule): the stage that has just ended before one that the next
-    picture needs sooner. What fits stays.
+    picture needs sooner. What fits stays. The engine of the next stage is loaded while the current
+    one works, if there is room for both as they are: nothing leaves for it.
 
     Args:
         needs: one per stage, in the order of use; an engine is used once.
         budget: bytes.
         held: bytes of the engines that are open when the run begins.
+        ahead: whether an engine may be loaded while another one works.
 
     Raises:
         BudgetError: a stage takes more than the budget by itself; nothing was loaded.
@@ -117,7 +126,14 @@ def schedule(
             if excess + leaving[engine] <= 0:
                 here[engine] = leaving.pop(engine)
                 excess += here[engine]
-        steps.append(Step(need.engine, tuple(leaving), load, sum(here.values()) + need.tensors))
+        coming = [
+            after.engine
+            for after in (needs[i + 1 : i + 2] if ahead else ())
+            if after.engine not in here and sum(here.values()) + need.tensors + after.held <= budget
+        ]
+        here.update((after.engine, after.held) for after in needs if after.engine in coming)
+        peak = sum(here.values()) + need.tensors
+        steps.append(Step(need.engine, tuple(leaving), load, peak, tuple(coming)))
     return tuple(steps)
 
 
@@ -146,7 +162,9 @@ def sizes(
         "text_tokens": manifest.text.mllm.max_length,
         "steps": num_inference_steps or defaults.num_inference_steps,
     }
-    decoding = {**common, "steps": decoding_steps or defaults.decoding_steps}
+    steps = decoding_steps or defaults.decoding_steps
+    revealed = schedules.most_revealed(manifest.model.num_visual_tokens, steps)
+    decoding = {**common, "steps": steps, "revealed": revealed}
     return lambda engine: decoding if engine == "visual_decode" else common
 
 

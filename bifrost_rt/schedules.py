@@ -46,6 +46,30 @@ def reveal_masks(order: NDArray[np.integer], decoding_steps: int) -> NDArray[np.
     return np.stack([(rank < a) & (rank >= b) for a, b in itertools.pairwise(before)])
 
 
+def most_revealed(num_tokens: int, decoding_steps: int) -> int:
+    """The most places that one step reveals."""
+    kept = [num_tokens, *kept_counts(num_tokens, decoding_steps)]
+    return max(before - after for before, after in itertools.pairwise(kept))
+
+
+def reveal_rows(masks: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Masks [steps, images, N] as the row numbers that a decoding step gathers by.
+
+    Returns:
+        places: [steps, images, K], the places that a step predicts: those that it reveals, in
+            order, then others up to the largest step's number.
+        sources: [steps, images, N], where each place's token comes from, as a row of
+            [tokens of all images; predictions of all images]: [images*N + images*K].
+    """
+    _, images, num_tokens = masks.shape
+    most = int(masks.sum(axis=-1).max())
+    places = np.argsort(~masks, axis=-1, kind="stable")[..., :most]
+    kept = np.arange(images * num_tokens).reshape(images, num_tokens)
+    first = images * num_tokens + most * np.arange(images)[:, None]
+    predicted = first + np.cumsum(masks, axis=-1) - 1
+    return np.ascontiguousarray(places), np.where(masks, predicted, kept)
+
+
 def sigmas(steps: int, image_seq_len: int, scheduler: Scheduler) -> NDArray[np.float32]:
     """Noise levels of a FLUX denoising run, [steps + 1], from 1 to 0.
 

@@ -84,7 +84,7 @@ def build(
             )
         }
         asked = {name: recipe.precision_of(name) for name in parts}
-        sizes = parity.sizes(mllm_max_length, recipe.max_images)
+        sizes = parity.sizes(mllm_max_length, model.num_visual_tokens, recipe.max_images)
         wanted = budget.demand(parts.values(), sizes, asked)
         share = budget.share(wanted, memory_budget)
         budget.check_disk(wanted, output, cache.bytes_there)
@@ -105,7 +105,9 @@ def build(
                 controlnet_conditioning_scale=0.7,
             ),
             text=written,
-            dimensions=dict(stages.dimensions(mllm_max_length, recipe.max_images)),
+            dimensions=dict(
+                stages.dimensions(mllm_max_length, model.num_visual_tokens, recipe.max_images)
+            ),
             engines=tuple(_outline(stage) for stage in parts.values()),
             files={},
         )

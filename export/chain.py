@@ -33,6 +33,7 @@ class Torch(HostMemory):
     """
 
     name = "torch"
+    opens_in_threads = False  # weights are read as modules are called
 
     def __init__(self, stages: Mapping[str, Stage], kept: int | None = None) -> None:
         self._stages = stages

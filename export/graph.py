@@ -26,14 +26,16 @@ from export.errors import ExportError
 from export.initializers import Weight
 from export.quantize import operators
 from export.sources import Source
-from export.stages import BRANCHES, IMAGES, PROMPTS, STEPS, TEXT_TOKENS, TEXTS, Stage
+from export.stages import BRANCHES, IMAGES, PROMPTS, REVEALED, STEPS, TEXT_TOKENS, TEXTS, Stage
 
 OPSET = 23  # the first with Attention and RMSNormalization, the last that all consumers load
 
 # Sizes of the example inputs. All differ and none is 0 or 1, so that torch.export cannot mistake
 # one symbol for another or for a constant.
-EXAMPLE_SIZES = {IMAGES: 3, PROMPTS: 4, TEXTS: 5, BRANCHES: 2, TEXT_TOKENS: 7, STEPS: 6}
-
+EXAMPLE_SIZES = {
+    **{IMAGES: 3, PROMPTS: 4, TEXTS: 5, BRANCHES: 2, TEXT_TOKENS: 7, STEPS: 6},
+    REVEALED: 11,
+}
 
 # One line per torchvision operator that is not there; no stage has one.
 logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from bifrost_rt.residency import COUNTED_STEPS
 from export.flops import shape_of
-from export.stages import BRANCHES, IMAGES, PROMPTS, STEPS, TEXT_TOKENS, TEXTS
+from export.stages import BRANCHES, IMAGES, PROMPTS, REVEALED, STEPS, TEXT_TOKENS, TEXTS
 
 SCORES = 2 * 4  # bytes: scores and softmax, in float32
 # What an arena loses to fragmentation: onnxruntime's took 416 MB for the 298 MB that `denoise`
@@ -24,7 +24,7 @@ ARENA = 1.5
 def one_picture(text_tokens: int) -> dict[str, int]:
     """The sizes for which a manifest states scratch memory: the longest prompt, the default
     steps, no guidance."""
-    one = dict.fromkeys((IMAGES, PROMPTS, TEXTS, BRANCHES), 1)
+    one = dict.fromkeys((IMAGES, PROMPTS, TEXTS, BRANCHES, REVEALED), 1)
     return {**one, TEXT_TOKENS: text_tokens, STEPS: COUNTED_STEPS}
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
 
-from bifrost_rt import pipeline, request
+from bifrost_rt import pipeline, request, schedules
 from bifrost_rt.backends.base import Backend, Buffer, Engine
 from bifrost_rt.engines import Engines
 from bifrost_rt.manifest import EngineSpec, Manifest, Range
@@ -37,6 +37,8 @@ PROMPTS = (
     "café 猫",
 )
 
+STEPS = 4  # of the decoding loop, where there are so many places
+
 # Relative error in the mean that an engine with rounded activations may have. The smallest
 # difference moves some value to the next step, the next layer sees that, and after a few layers as
 # much of a step differs as rounding itself costs; so the bound is the size of that. On the default
@@ -45,11 +47,19 @@ PROMPTS = (
 ROUNDED = {"int8": 0.06, "fp8": 0.12, "nvfp4": 0.25}
 
 
-def sizes(text_tokens: int, max_images: int | None) -> dict[str, int]:
+def sizes(text_tokens: int, num_visual_tokens: int, max_images: int | None) -> dict[str, int]:
     """Of the run in which engines are compared, at most."""
     images = min(len(PROMPTS), max_images or len(PROMPTS))
     same = dict.fromkeys(("images", "prompts"), images)
-    return {**same, "texts": images + 1, "branches": 2, "text_tokens": text_tokens, "steps": 4}
+    steps = min(STEPS, num_visual_tokens)
+    return {
+        **same,
+        "texts": images + 1,
+        "branches": 2,
+        "text_tokens": text_tokens,
+        "steps": steps,
+        "revealed": schedules.most_revealed(num_visual_tokens, steps),
+    }
 
 
 def prompts(manifest: Manifest) -> list[str]:
@@ -101,7 +111,6 @@ def compare(
         ParityError: naming the engine that differs, by how much and by how much it may.
     """
     paired = PairedBackend(driver, stages, share.kept if share else None)
-    steps = min(4, manifest.model.num_visual_tokens)
     checked = request.check(
         manifest,
         prompt=prompts(manifest),
@@ -110,7 +119,7 @@ def compare(
         num_inference_steps=3,
         guidance_scale=None,
         controlnet_conditioning_scale=None,
-        decoding_steps=steps,
+        decoding_steps=min(STEPS, manifest.model.num_visual_tokens),
         cfg_weight=2.0,
         height=None,
         width=None,
@@ -149,6 +158,7 @@ class PairedBackend:
     """A driver beside torch. Buffers are the driver's own, which must be host memory."""
 
     name = "paired"
+    opens_in_threads = False
 
     def __init__(self, driver: Backend, stages: Mapping[str, Stage], kept: int | None) -> None:
         self._driver = driver

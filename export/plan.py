@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from bifrost_rt import backends, residency, strict
 from bifrost_rt import manifest as manifests
+from bifrost_rt.backends.base import Backend
 from bifrost_rt.errors import BifrostError
 from bifrost_rt.manifest import EngineSpec, Precision
 from export import recipe as recipes
@@ -83,7 +84,7 @@ def of_set(folder: Path, device: devices.Device, budget: int | None = None) -> P
         spec = manifest.engine(one.engine)
         return driver.weights_in_memory(spec, sum(manifest.files[f].size for f in spec.files))
 
-    return estimate.plan(works, device, None, budget, in_memory)
+    return estimate.plan(works, device, None, budget, in_memory, driver.opens_in_threads)
 
 
 def of_recipe(
@@ -99,8 +100,11 @@ def of_recipe(
     works = work.of_checkpoint(checkpoint, length, recipe.t5_max_length, STEPS)
     storage = storage or STORAGES[recipe.precision]
     # the recipe's driver runs here; a device of the table runs compiled engines
-    in_memory = _driver(recipe.backend, storage) if device.name == devices.HERE else None
-    return estimate.plan(works, device, storage, budget, in_memory)
+    if device.name != devices.HERE:
+        return estimate.plan(works, device, storage, budget)
+    driver = backends.load(recipe.backend)
+    in_memory = _in_memory(driver, storage)
+    return estimate.plan(works, device, storage, budget, in_memory, driver.opens_in_threads)
 
 
 def of_shapes(
@@ -133,11 +137,12 @@ def works_of_shapes(name: str) -> list[Work]:
         return work.of_checkpoint(checkpoint, checkpoint.max_seq_length, RELEASE_T5_LENGTH, STEPS)
 
 
-def _driver(name: str, storage: Storage) -> InMemory:
-    driver = backends.load(name)
-    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(storage.name, "float32")
+def _in_memory(driver: Backend, storage: Storage) -> InMemory:
+    from export.quantize import policy
 
     def in_memory(work: Work, stored: int) -> int:
+        whole_stage = policy.exception(f"{work.engine}:*")
+        dtype = "bfloat16" if storage.linear_bits <= 8 and whole_stage else storage.dtype
         precision = Precision(storage.name, dtype, "float32")
         spec = EngineSpec(work.engine, "", (), (), (), {}, precision)
         return driver.weights_in_memory(spec, stored)

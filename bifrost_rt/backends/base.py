@@ -56,6 +56,8 @@ class Backend(Protocol):
     """One driver."""
 
     name: str
+    opens_in_threads: bool
+    """Whether an engine may be opened in another thread, beside others and while one runs."""
 
     def open(self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]) -> Engine:
         """Load one engine of the set in `folder`."""
@@ -86,6 +88,8 @@ class Backend(Protocol):
 
 class HostMemory:
     """Buffers of a driver whose device is the host: numpy arrays, never copied."""
+
+    opens_in_threads = True
 
     def free_memory(self) -> int | None:
         """What the machine can give without swapping."""

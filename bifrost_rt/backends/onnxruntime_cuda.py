@@ -48,6 +48,7 @@ class OnnxRuntimeCuda:
     """
 
     name = "onnxruntime-cuda"
+    opens_in_threads = False  # never tried on a GPU
 
     def __init__(
         self, graphs: bool = False, provider: str = PROVIDER, device: str = "cuda"

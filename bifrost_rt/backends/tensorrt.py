@@ -59,6 +59,7 @@ class TensorRt:
     """
 
     name = "tensorrt"
+    opens_in_threads = False  # never tried on a GPU
     module = "tensorrt"
 
     def __init__(

@@ -13,8 +13,9 @@ from bifrost_rt.manifest import Defaults, EngineSpec, Range, TensorSpec
 from export.errors import CompileError
 
 IMAGES, PROMPTS, TEXTS, STEPS = "images", "prompts", "texts", "steps"
-# One picture at a time, without guidance, is what an edge device does all day.
-_ONE = (IMAGES, PROMPTS, TEXTS, "branches")
+# One picture at a time, without guidance, is what an edge device does all day, and the release
+# reveals one token in a step.
+_ONE = (IMAGES, PROMPTS, TEXTS, "branches", "revealed")
 
 Shape = tuple[int, ...]
 

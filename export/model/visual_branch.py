@@ -33,30 +33,46 @@ class VisualBranch(nn.Module):
         text_keys: Sequence[Tensor],
         text_values: Sequence[Tensor],
         text_mask: Tensor,
+        wanted: Tensor,
     ) -> Tensor:
-        """One prediction for every place.
+        """Predictions for the places that are wanted.
+
+        The last layer gives every place's key and value, and everything else for the wanted places
+        alone: nothing reads the other rows. The reference computes them and does not use them.
 
         Args:
             tokens: [R, N, D], `mask_token` where masked. The positional embedding is added here
                 and never kept.
             text_keys, text_values: per layer [R, kv_heads, S, head_dim], from `TextBranch`.
             text_mask: bool [R, S], true where a text token is real.
+            wanted: int64 [R, K], places of each row.
 
         Returns:
-            [R, N, D]. Visual tokens see all real text and each other, both ways; their rotary
+            [R, K, D]. Visual tokens see all real text and each other, both ways; their rotary
             position is 0, the identity, so no rotation appears here.
         """
         rows, places = tokens.shape[0], tokens.shape[1]
         visible = torch.cat((text_mask, text_mask.new_ones(rows, places)), dim=1)[:, None, None, :]
         mask = visible.expand(-1, -1, places, -1)  # [R, 1, N, S+N]
         x = tokens + self.learnable_pos_emb
+        last = self.layers[-1]
         for layer, text_k, text_v in zip(self.layers, text_keys, text_values, strict=True):
             h = layer.input_layernorm(x)
             k, v = layer.self_attn.key_value(h)
             k, v = torch.cat((text_k, k), dim=2), torch.cat((text_v, v), dim=2)
+            if layer is last:
+                x, h = _rows(x, wanted), _rows(h, wanted)
+                mask = visible.expand(-1, -1, wanted.shape[1], -1)
             x = x + layer.self_attn.attend(layer.self_attn.query(h), k, v, mask=mask)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return self.vision_head(self.norm(x))
+
+
+def _rows(x: Tensor, places: Tensor) -> Tensor:
+    """[R, N, D] at [R, K] -> [R, K, D]: whole rows of memory, which gather would take apart."""
+    rows, length = x.shape[:2]
+    flat = places + length * torch.arange(rows, device=x.device)[:, None]
+    return x.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, places.shape)
 
 
 def visual_key(name: str) -> str:

@@ -74,6 +74,7 @@ def plan(
     storage: Storage | None,
     budget: int | None = None,
     in_memory: InMemory | None = None,
+    ahead: bool = False,
 ) -> Plan:
     """Plan one picture.
 
@@ -82,6 +83,7 @@ def plan(
         budget: bytes, instead of the device's.
         in_memory: (engine, stored bytes) -> bytes once a driver has opened it. Default: as stored,
             which is what a compiled engine takes on a GPU.
+        ahead: whether the driver opens the next engine while one works.
     """
     budget = device.memory if budget is None else budget
     keep = in_memory or (lambda work, stored: stored)
@@ -91,7 +93,7 @@ def plan(
         Need(w.engine, keep(w, w.weights(storage)), round(w.scratch * scale), w.tensors)
         for w in works
     ]
-    steps, later = _schedules(needs, budget)
+    steps, later = _schedules(needs, budget, ahead)
     supported = _supported(device, storage)
     stages = tuple(
         _stage(work, need, step, storage, device, scale)
@@ -106,9 +108,7 @@ def plan(
         fits=bool(steps) and supported,
         peak_bytes=max(stage.peak_bytes for stage in stages),
         resident_bytes=sum(n.held for n in needs) + max(n.tensors for n in needs),
-        load_bytes=sum(
-            work.weights(storage) for work, step in zip(works, later, strict=False) if step.load
-        ),
+        load_bytes=_loaded(works, later, storage),
         seconds=seconds,
         joules=None if seconds is None or watts is None else seconds * watts,
         limit=_main_limit(stages),
@@ -118,17 +118,25 @@ def plan(
     return replace(result, changes=_changes(result, works, needs, device, storage, budget, keep))
 
 
-def _schedules(needs: Sequence[Need], budget: int) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+def _loaded(works: Sequence[Work], steps: Sequence[Step], storage: Storage | None) -> int:
+    loaded = {step.engine for step in steps if step.load}
+    loaded.update(engine for step in steps for engine in step.ahead)
+    return sum(work.weights(storage) for work in works if work.engine in loaded)
+
+
+def _schedules(
+    needs: Sequence[Need], budget: int, ahead: bool
+) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
     """Of the first picture, and of those after it. Empty where a stage cannot fit."""
     try:
-        first = residency.schedule(needs, budget)
+        first = residency.schedule(needs, budget, ahead=ahead)
     except BudgetError:
         return (), ()
     left: dict[str, int] = {}
     for step, need in zip(first, needs, strict=True):
         left = {name: held for name, held in left.items() if name not in step.evict}
         left[need.engine] = need.held
-    return first, residency.schedule(needs, budget, left)
+    return first, residency.schedule(needs, budget, left, ahead=ahead)
 
 
 def _stage(

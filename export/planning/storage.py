@@ -13,6 +13,7 @@ class Storage:
         linear_bits: per weight of a linear layer, scales of blocks included.
         other_bytes: per weight of an embedding or a convolution.
         channel_bytes: per output channel of a linear layer, for its scale.
+        dtype: of most of the bytes, as a manifest calls it.
         compute: which of a device's peak rates applies to linear layers.
     """
 
@@ -20,6 +21,7 @@ class Storage:
     linear_bits: float
     other_bytes: int
     channel_bytes: int
+    dtype: str
     compute: str
 
     @property
@@ -36,13 +38,13 @@ class Storage:
 STORAGES = {
     storage.name: storage
     for storage in (
-        Storage("fp32", 32, 4, 0, "fp32"),
-        Storage("bf16", 16, 2, 0, "fp16"),
-        Storage("fp16", 16, 2, 0, "fp16"),
-        Storage("fp8", 8, 2, 4, "fp8"),
-        Storage("int8", 8, 2, 4, "int8"),
-        Storage("nvfp4", 4.5, 2, 0, "fp4"),
-        Storage("int4", 4.5, 2, 0, "fp16"),
+        Storage("fp32", 32, 4, 0, "float32", "fp32"),
+        Storage("bf16", 16, 2, 0, "bfloat16", "fp16"),
+        Storage("fp16", 16, 2, 0, "float16", "fp16"),
+        Storage("fp8", 8, 2, 4, "float8_e4m3fn", "fp8"),
+        Storage("int8", 8, 2, 4, "int8", "int8"),
+        Storage("nvfp4", 4.5, 2, 0, "uint4", "fp4"),
+        Storage("int4", 4.5, 2, 0, "int4", "fp16"),
     )
 }
 

@@ -12,6 +12,7 @@ from bifrost_rt.manifest import Range, TensorSpec
 # Sizes that callers choose. Everything else is a number in the graph.
 IMAGES, PROMPTS, TEXTS = "images", "prompts", "texts"
 BRANCHES, TEXT_TOKENS, STEPS = "branches", "text_tokens", "steps"
+REVEALED = "revealed"
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,14 @@ class Stage:
     carry: dict[str, str] = field(default_factory=dict)
 
 
-def dimensions(mllm_max_length: int, max_images: int | None) -> Mapping[str, Range]:
+def dimensions(
+    mllm_max_length: int, num_visual_tokens: int, max_images: int | None
+) -> Mapping[str, Range]:
     """The range of every symbol.
 
     `branches` is 1, or 2 with classifier-free guidance; `texts` are the distinct texts that the
-    MLLM reads, `prompts` the distinct prompts.
+    MLLM reads, `prompts` the distinct prompts, `revealed` the most places that a decoding step
+    reveals.
     """
     more = None if max_images is None else max_images + 1
     return {
@@ -46,4 +50,5 @@ def dimensions(mllm_max_length: int, max_images: int | None) -> Mapping[str, Ran
         BRANCHES: Range(1, 2),
         TEXT_TOKENS: Range(1, mllm_max_length),
         STEPS: Range(1, None),
+        REVEALED: Range(1, num_visual_tokens),
     }

@@ -8,15 +8,16 @@ from torch import Tensor, nn
 from bifrost_rt.manifest import TensorSpec
 from export.model.decoder import DecoderConfig
 from export.model.visual_branch import VisualBranch
-from export.stages import BRANCHES, IMAGES, STEPS, Stage
+from export.stages import BRANCHES, IMAGES, REVEALED, STEPS, Stage
 from export.stages.text_prefill import cache_specs
 
 
 class VisualDecode(nn.Module):
-    """Predict every place, write those that this step reveals, count the step.
+    """Predict the places that this step reveals, write them, count the step.
 
-    The schedule is data: the step reads its row of `reveal_masks`, so a loop needs nothing from the
-    host.
+    The schedule is data: the step reads its row of `reveal_places` and `token_sources`, so a loop
+    needs nothing from the host. Steps that reveal fewer places than the largest one predict some
+    that no source names.
     """
 
     def __init__(self, branch: VisualBranch) -> None:
@@ -28,7 +29,8 @@ class VisualDecode(nn.Module):
         tokens: Tensor,
         step: Tensor,
         text_length: Tensor,
-        reveal_masks: Tensor,
+        reveal_places: Tensor,
+        token_sources: Tensor,
         cfg_weight: Tensor,
         *cache: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -38,13 +40,16 @@ class VisualDecode(nn.Module):
         text_mask = places < text_length.flatten()[:, None]  # [G*B, S]
         rows = tokens[None].expand(branches, -1, -1, -1).flatten(0, 1)  # [G*B, N, D]
         flat = [cached.flatten(0, 1) for cached in cache]
-        pred = self.branch(rows, flat[0::2], flat[1::2], text_mask)
-        pred = pred.unflatten(0, text_length.shape)  # [G, B, N, D]
+        revealed = reveal_places.index_select(0, step)  # [1, B, K]
+        wanted = revealed.expand(branches, -1, -1).flatten(0, 1)  # [G*B, K]
+        pred = self.branch(rows, flat[0::2], flat[1::2], text_mask, wanted)
+        pred = pred.unflatten(0, text_length.shape)  # [G, B, K, D]
         # With one branch the first is the last, and guidance adds an exact zero.
         uncond, cond = pred[0], pred[-1]
         pred = uncond + cfg_weight * (cond - uncond)
-        reveal = reveal_masks.index_select(0, step).squeeze(0)  # [B, N]
-        return torch.where(reveal[..., None], pred, tokens), step + 1
+        known = torch.cat((tokens.flatten(0, 1), pred.flatten(0, 1)))  # [B*N + B*K, D]
+        source = token_sources.index_select(0, step).flatten()  # [B*N]
+        return known.index_select(0, source).view_as(tokens), step + 1
 
 
 def stage(branch: VisualBranch, c: DecoderConfig) -> Stage:
@@ -58,7 +63,8 @@ def stage(branch: VisualBranch, c: DecoderConfig) -> Stage:
             TensorSpec("tokens", "float32", tokens),
             TensorSpec("step", "int64", (1,)),
             TensorSpec("text_length", "int64", (BRANCHES, IMAGES)),
-            TensorSpec("reveal_masks", "bool", (STEPS, IMAGES, num_tokens)),
+            TensorSpec("reveal_places", "int64", (STEPS, IMAGES, REVEALED)),
+            TensorSpec("token_sources", "int64", (STEPS, IMAGES, num_tokens)),
             TensorSpec("cfg_weight", "float32", (1,)),
             *cache_specs(c),
         ),

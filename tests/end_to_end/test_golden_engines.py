@@ -62,6 +62,7 @@ def test_every_decoding_step_equals_the_references(engines: Engines, case: Case)
     steps = case.tensors["mllm.tokens_steps"]
     masks = schedules.reveal_masks(case.tensors["mllm.orders"], case.facts["num_iter"])
     assert np.array_equal(masks, case.tensors["mllm.reveal_mask"].astype(bool))
+    places, sources = schedules.reveal_rows(masks)
     tokens = cache.pop("tokens")
     for step, expected in enumerate(steps):
         outputs = engines.run(
@@ -70,7 +71,8 @@ def test_every_decoding_step_equals_the_references(engines: Engines, case: Case)
                 **cache,
                 "tokens": np.ascontiguousarray(tokens),
                 "step": np.array([step]),
-                "reveal_masks": masks,
+                "reveal_places": places,
+                "token_sources": sources,
                 "cfg_weight": np.array([case.facts["cfg"]], np.float32),
             },
             {},

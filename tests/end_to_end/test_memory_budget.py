@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import DTypeLike, NDArray
 
-from bifrost_rt import BudgetError, Generator, manifest, pipeline, residency
+from bifrost_rt import BackendError, BudgetError, Generator, manifest, pipeline, residency
 from bifrost_rt.backends.onnxruntime import OnnxRuntime, OnnxRuntimeEngine
 from bifrost_rt.cli import main
 from bifrost_rt.manifest import EngineSpec, Manifest, Range
@@ -80,8 +81,9 @@ def test_an_engine_that_left_is_gone(alpha_set: Path, facts: Manifest) -> None:
     def count(*_: Any) -> None:
         nonlocal most
         alive = driver.alive()
-        assert alive == set(small._engines.resident)
-        most = max(most, sum(weight[name] for name in alive))
+        resident, arriving = set(small._engines.resident), set(small._engines.arriving)
+        assert resident <= alive <= resident | arriving
+        most = max(most, sum(weight[name] for name in resident | arriving))
 
     with Generator(alpha_set, backend=driver, memory_budget=half(facts)) as small:
         for _ in range(2):
@@ -105,6 +107,43 @@ def test_modulation_leaves_before_the_loop(alpha_set: Path, facts: Manifest) -> 
     assert "conditioning" not in seen[-1]
 
 
+def test_the_next_engine_arrives_while_one_works(
+    generator: Generator, alpha_set: Path, facts: Manifest
+) -> None:
+    seen: dict[str, set[str]] = {"tokens": set(), "latents": set()}
+
+    def look(g: Generator, step: int, timestep: float | None, tensors: dict[str, Any]) -> None:
+        here = {*g._engines.arriving, *g._engines.resident}
+        seen["tokens" if timestep is None else "latents"] |= here
+
+    with Generator(alpha_set, memory_budget=half(facts)) as small:
+        found = small.run("a cow", seed=5, callback_on_step_end=look, **FEW)
+    assert "clip_text" in seen["tokens"]  # the next stage's
+    assert "t5_text" not in seen["tokens"]  # the one after it
+    assert np.array_equal(found.images, generator.run("a cow", seed=5, **FEW).images)
+
+
+def test_an_engine_that_fails_on_its_way_fails_at_its_stage(
+    alpha_set: Path, facts: Manifest
+) -> None:
+    class Broken(Watched):
+        broken = True
+
+        def open(
+            self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]
+        ) -> OnnxRuntimeEngine:
+            if spec.name == "vae_decode" and self.broken:
+                raise BackendError("stage `vae_decode`: no room")
+            return super().open(folder, spec, dimensions)
+
+    driver = Broken()
+    with Generator(alpha_set, backend=driver, memory_budget=half(facts)) as small:
+        with pytest.raises(BackendError, match="vae_decode"):
+            small.run("a cow", seed=1, **FEW)
+        driver.broken = False
+        small.run("a cow", seed=1, **FEW)
+
+
 def test_a_failed_run_leaves_a_generator_that_runs(alpha_set: Path, facts: Manifest) -> None:
     class Stop(Exception):
         pass
@@ -118,6 +157,61 @@ def test_a_failed_run_leaves_a_generator_that_runs(alpha_set: Path, facts: Manif
         first = small.run("a cow", seed=1, **FEW)
     with Generator(alpha_set) as whole:
         assert np.array_equal(whole.run("a cow", seed=1, **FEW).images, first.images)
+
+
+class Counted(OnnxRuntime):
+    """onnxruntime, with a count of what is allocated and bound."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocated = self.bound = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        self.allocated += 1
+        return super().empty(shape, dtype)
+
+    def open(
+        self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]
+    ) -> OnnxRuntimeEngine:
+        engine = super().open(folder, spec, dimensions)
+        bind = engine.bind
+
+        def counted(*buffers: Any) -> Any:
+            self.bound += 1
+            return bind(*buffers)
+
+        engine.bind = counted  # type: ignore[method-assign]
+        return engine
+
+
+def test_the_next_picture_uses_the_same_buffers(alpha_set: Path) -> None:
+    driver = Counted()
+    with Generator(alpha_set, backend=driver) as whole:
+        first = whole.run("a red cow", seed=1, **FEW)
+        kept = first.images.copy(), first.tokens.copy(), first.latents.copy()
+        before = driver.allocated, driver.bound
+        assert min(before) > 0
+        again = whole.run("a red cow", seed=2, **FEW)
+        assert (driver.allocated, driver.bound) == before
+        assert not np.array_equal(again.images, first.images)
+        # what a result holds is its own
+        assert np.array_equal(first.images, kept[0])
+        assert np.array_equal(first.tokens, kept[1])
+        assert np.array_equal(first.latents, kept[2])
+        # other sizes get buffers of their own, and the first ones' pictures come back the same
+        two = whole.run(["a red cow", "a cow by the sea"], seed=1, **FEW)
+        assert driver.allocated > before[0]
+        assert np.array_equal(whole.run("a red cow", seed=1, **FEW).images, kept[0])
+    np.testing.assert_allclose(two.images[0].astype(int), kept[0][0], atol=1)
+
+
+def test_within_a_budget_buffers_go_with_their_stage(alpha_set: Path, facts: Manifest) -> None:
+    driver = Counted()
+    with Generator(alpha_set, backend=driver, memory_budget=half(facts)) as small:
+        small.run("a cow", seed=1, **FEW)
+        before = driver.allocated
+        small.run("a cow", seed=1, **FEW)
+        assert driver.allocated == 2 * before
 
 
 def test_without_a_budget_everything_stays(alpha_set: Path, facts: Manifest) -> None:

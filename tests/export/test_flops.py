@@ -16,6 +16,7 @@ from export.stages import text_prefill, visual_decode
 
 TOKENS, STEPS, MAX_LENGTH, LAYERS = 256, 256, 300, 28
 SIZES = {"branches": 1, "images": 1, "texts": 1, "text_tokens": MAX_LENGTH, "steps": STEPS}
+SIZES["revealed"] = 1  # as many steps as tokens
 
 
 def config(layers: int) -> DecoderConfig:

@@ -16,6 +16,7 @@ DIMENSIONS = {
     "prompts": Range(1, None),
     "texts": Range(1, None),
     "branches": Range(1, 2),
+    "revealed": Range(1, 16),
     "text_tokens": Range(1, 48),
     "steps": Range(1, None),
 }
@@ -95,8 +96,10 @@ def test_profiles_follow_the_dimensions() -> None:
     found = sizes(DIMENSIONS, DEFAULTS, 4, None)
     assert found.ranges()["texts"] == Range(1, 5)  # one more, for guidance
     assert found.ranges()["steps"] == Range(1, 28)  # the larger of the two loops' defaults
-    masks = TensorSpec("reveal_masks", "bool", ("steps", "images", 16))
-    assert found.of(masks) == ((1, 1, 16), (28, 1, 16), (28, 4, 16))
+    sources = TensorSpec("token_sources", "int64", ("steps", "images", 16))
+    assert found.of(sources) == ((1, 1, 16), (28, 1, 16), (28, 4, 16))
+    places = TensorSpec("reveal_places", "int64", ("steps", "images", "revealed"))
+    assert found.of(places) == ((1, 1, 1), (28, 1, 1), (28, 4, 16))
 
 
 def test_a_sets_own_limit_holds() -> None:

@@ -36,6 +36,7 @@ def follow(steps: tuple[Step, ...], needs: list[Need], held: dict[str, int]) -> 
             del held[engine]
         assert step.load == (need.engine not in held)
         held[need.engine] = max(need.held, held.get(need.engine, 0))
+        held.update((n.engine, n.held) for n in needs if n.engine in step.ahead)
         taken.append(sum(held.values()) + need.tensors)
     return taken
 
@@ -46,6 +47,23 @@ def test_where_everything_fits_nothing_leaves() -> None:
     assert all(step.load for step in steps)
     again = schedule(release(), 32 * GB, {n.engine: n.held for n in release()})
     assert not any(step.load or step.evict for step in again)
+
+
+def test_the_next_engine_is_loaded_ahead_where_there_is_room() -> None:
+    steps = schedule(release(), 12 * GB, ahead=True)
+    coming = {step.engine: step.ahead for step in steps if step.ahead}
+    # 6.5 beside 7.1, 3.6 beside 6.5 + 0.1 + 4.8, or 9.4 beside 3.6 + 4.8 is more than 12
+    assert coming == {
+        "visual_decode": ("clip_text",),
+        "clip_text": ("t5_text",),
+        "denoise": ("vae_decode",),
+    }
+    assert [step.load for step in steps] == [True, True, False, False, True, True, False]
+    assert max(step.peak for step in steps) <= 12 * GB
+
+
+def test_nothing_is_loaded_ahead_unless_asked() -> None:
+    assert not any(step.ahead for step in schedule(release(), 32 * GB))
 
 
 def test_modulation_leaves_before_the_loop() -> None:
@@ -86,7 +104,7 @@ def test_memory_never_exceeds_the_budget(seed: int) -> None:
             for name, size in weights.items()
             if rng.random() < 0.8
         ]
-        steps = schedule(needs, budget, held)
+        steps = schedule(needs, budget, held, ahead=rng.random() < 0.5)
         taken = follow(steps, needs, held)
         assert taken == [step.peak for step in steps]
         assert max(taken, default=0) <= budget

@@ -61,6 +61,19 @@ def test_the_end_of_the_order_is_revealed_first() -> None:
     assert [int(mask.argmax()) for mask in masks[:, 0]] == [1, 3, 0, 2]
 
 
+@pytest.mark.parametrize(("tokens", "steps"), [(16, 1), (16, 5), (16, 16), (36, 7)])
+def test_rows_take_each_token_from_where_it_is(tokens: int, steps: int) -> None:
+    order = np.stack([np.random.default_rng(i).permutation(tokens) for i in range(3)])
+    masks = schedules.reveal_masks(order, steps)
+    places, sources = schedules.reveal_rows(masks)
+    assert places.shape == (steps, 3, schedules.most_revealed(tokens, steps))
+    for mask, place, source in zip(masks, places, sources, strict=True):
+        before = np.arange(3 * tokens).reshape(3, tokens)
+        predicted = 1000 + np.take_along_axis(before, place, axis=1)
+        after = np.concatenate([before.ravel(), predicted.ravel()])[source]
+        assert np.array_equal(after, np.where(mask, 1000 + before, before))
+
+
 def test_randomness_of_an_image_depends_on_seed_and_index_alone() -> None:
     assert np.array_equal(schedules.random_orders(3, 5, 36)[:2], schedules.random_orders(3, 2, 36))
     few, many = (schedules.random_latents(3, n, (4, 8)) for n in (1, 4))
