@@ -76,6 +76,7 @@ class Generator:
         controlnet_conditioning_scale: float | None = None,
         decoding_steps: int | None = None,
         cfg_weight: float | None = None,
+        cache_interval: int | None = None,
         height: int | None = None,
         width: int | None = None,
         order: ArrayLike | None = None,
@@ -99,6 +100,8 @@ class Generator:
             controlnet_conditioning_scale: how strongly the CLIP latents steer the image.
             decoding_steps: steps in which the MLLM reveals its N visual tokens, from 1 to beyond N.
             cfg_weight: classifier-free guidance of the MLLM. 1 is off and costs nothing.
+            cache_interval: compute every so many denoising steps and extrapolate the others. 1 is
+                off; above, pictures are another: `python -m benchmarks.options` says by how much.
             height, width: must be the set's own, where given.
             order: [n, N], per image a permutation of its places, instead of the seed's.
             latents: [n, S, C] packed starting noise, instead of the seed's.
@@ -129,6 +132,7 @@ class Generator:
             controlnet_conditioning_scale=controlnet_conditioning_scale,
             decoding_steps=decoding_steps,
             cfg_weight=cfg_weight,
+            cache_interval=cache_interval,
             height=height,
             width=width,
             order=order,

@@ -75,8 +75,12 @@ def generate(
     sigmas = schedules.sigmas(
         request.num_inference_steps, manifest.model.num_image_tokens, manifest.scheduler
     )
+    plan = schedules.denoising_plan(sigmas, request.cache_interval)
     timesteps = schedules.timesteps(sigmas, manifest.scheduler)
-    facts: dict[str, NDArray[Any]] = {"prompt_index": request.prompt_index, "timesteps": timesteps}
+    facts: dict[str, NDArray[Any]] = {
+        "prompt_index": request.prompt_index,
+        "timesteps": timesteps[list(plan.computed)],
+    }
     if manifest.model.guidance_embeds:
         facts["guidance_scale"] = np.array([request.guidance_scale], np.float32)
     inputs = {**pooled, **embeds, "tokens": tokens, **engines.put("conditioning", **facts)}
@@ -92,15 +96,17 @@ def generate(
             **engines.put(
                 "denoise",
                 latents=request.latents.copy(),
+                velocity=np.zeros_like(request.latents),
                 step=np.zeros(1, np.int64),
-                sigma_pairs=np.stack([sigmas[:-1], sigmas[1:]], axis=1),
+                step_weights=plan.weights,
                 controlnet_conditioning_scale=scale,
             ),
         },
         timings,
     )
     for t in range(request.num_inference_steps):
-        denoise.step()  # 6.t
+        if plan.computed[t]:
+            denoise.step()  # 6.t
         if on_step_end:
             on_step_end("latents", t, float(timesteps[t]), denoise)
     latents = denoise.finish("latents")

@@ -39,9 +39,12 @@ class Previews:
         self._engines = engines
         self._every = every
         self._x_t: NDArray[np.float32] = request.latents
-        self._sigmas = schedules.sigmas(
+        sigmas = schedules.sigmas(
             request.num_inference_steps, manifest.model.num_image_tokens, manifest.scheduler
         )
+        self._level = sigmas[0]
+        self._reached = schedules.denoising_plan(sigmas, request.cache_interval).reached
+        self._x_0: NDArray[np.float32] = request.latents
 
     def replaced(self, latents: NDArray[np.float32]) -> None:
         """The next step starts from these latents."""
@@ -57,7 +60,11 @@ class Previews:
             BudgetError: the schedule of this many pictures had the VAE leave.
         """
         x_t, self._x_t = self._x_t, latents.copy()
-        if (step + 1) % self._every or step + 2 == len(self._sigmas):
+        before, self._level = self._level, self._reached[step]
+        if self._level != before:  # a step that was computed
+            velocity = (latents - x_t) / (self._level - before)
+            self._x_0 = (latents - self._level * velocity).astype(np.float32)
+        if (step + 1) % self._every or self._level == 0:
             return None
         if "vae_decode" not in self._engines.resident:
             raise BudgetError(
@@ -66,9 +73,7 @@ class Previews:
                 hint="leave previews out, or draw fewer pictures at a time",
             )
         began = time.perf_counter()
-        sigma, sigma_next = self._sigmas[step], self._sigmas[step + 1]
-        x_0 = latents - sigma_next * ((latents - x_t) / (sigma_next - sigma))
-        given = self._engines.put("vae_decode", latents=x_0.astype(np.float32))
+        given = self._engines.put("vae_decode", latents=self._x_0)
         decoded = self._engines.run("vae_decode", given, {})
         picture: NDArray[np.uint8] = self._engines.backend.download(decoded["images"]).copy()
         self.seconds += time.perf_counter() - began

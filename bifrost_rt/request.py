@@ -36,6 +36,7 @@ class Request:
     latents: NDArray[np.float32]  # [n, S, C]
     output_type: OutputType
     tokens: NDArray[np.float32] | None  # [n, N, D] instead of the MLLM's
+    cache_interval: int = 1
 
     @property
     def images(self) -> int:
@@ -47,6 +48,7 @@ class Request:
         """What all images of one run share; requests that agree in it can be merged."""
         return (
             *(self.num_inference_steps, self.decoding_steps, self.output_type),
+            self.cache_interval,
             *(self.guidance_scale, self.cfg_weight, self.controlnet_conditioning_scale),
             self.tokens is None,
         )
@@ -90,6 +92,7 @@ def check(
     latents: ArrayLike | None,
     output_type: str,
     tokens: ArrayLike | None = None,
+    cache_interval: int | None = None,
 ) -> Request:
     """Fill in the set's defaults and refuse what cannot be served.
 
@@ -142,6 +145,7 @@ def check(
         tokens=None
         if tokens is None
         else _floats("tokens", tokens, (n, model.num_visual_tokens, model.hidden_size)),
+        cache_interval=_count("cache_interval", cache_interval, 1),
     )
 
 
@@ -156,6 +160,7 @@ def parameters(checked: Request, prompt: str | Sequence[str], per_prompt: int) -
         "controlnet_conditioning_scale": checked.controlnet_conditioning_scale,
         "decoding_steps": checked.decoding_steps,
         "cfg_weight": checked.cfg_weight,
+        "cache_interval": checked.cache_interval,
     }
 
 

@@ -21,7 +21,7 @@ from export.streaming import streamed
 
 OPTIONS = (
     *("num_inference_steps", "guidance_scale", "controlnet_conditioning_scale"),
-    *("decoding_steps", "cfg_weight", "height", "width", "order", "latents"),
+    *("decoding_steps", "cfg_weight", "cache_interval", "height", "width", "order", "latents"),
 )
 
 

@@ -20,7 +20,7 @@ from bifrost_rt.result import Result, picture_path, read_parameters
 # Options that are arguments of `run` under the same name.
 ARGUMENTS = (
     *("seed", "num_images_per_prompt", "num_inference_steps", "decoding_steps"),
-    *("guidance_scale", "cfg_weight", "controlnet_conditioning_scale"),
+    *("guidance_scale", "cfg_weight", "controlnet_conditioning_scale", "cache_interval"),
 )
 
 

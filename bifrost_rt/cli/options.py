@@ -62,6 +62,7 @@ def _generate(command: argparse.ArgumentParser) -> None:
     add("--decoding-steps", type=int, metavar="N", help="masked decoding steps")
     add("--guidance-scale", type=float, metavar="X", help="embedded guidance")
     add("--cfg-weight", type=float, metavar="X", help="guidance of the MLLM")
+    add("--cache-interval", type=int, metavar="N", help="compute every N-th denoising step (1)")
     add("--controlnet-conditioning-scale", type=float, metavar="X", help="weight of the latents")
     add("--size", type=size, metavar="WxH", help="refused where it is not the set's own")
     add("--json", action="store_true", help="one line of JSON per picture, instead of its path")

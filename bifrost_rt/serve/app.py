@@ -214,6 +214,7 @@ def _job(body: schema.ImageRequest, previews: bool, manifest: Manifest, settings
             include={
                 *("prompt", "seed", "num_inference_steps", "decoding_steps"),
                 *("guidance_scale", "cfg_weight", "controlnet_conditioning_scale"),
+                "cache_interval",
             }
         ),
     }

@@ -36,6 +36,9 @@ class ImageRequest(BaseModel):
     decoding_steps: Steps | None = None
     guidance_scale: Number | None = None
     cfg_weight: Number | None = None
+    cache_interval: Steps | None = Field(
+        None, description="compute every so many denoising steps; 1 is off"
+    )
     controlnet_conditioning_scale: Number | None = None
 
 

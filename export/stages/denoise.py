@@ -1,4 +1,4 @@
-"""`denoise`: one denoising step: ControlNet, transformer and Euler update in one graph."""
+"""`denoise`: one denoising step: ControlNet, transformer and the move of the latents."""
 
 from __future__ import annotations
 
@@ -46,28 +46,30 @@ class Denoise(nn.Module):
     def forward(
         self,
         latents: Tensor,
+        velocity: Tensor,
         step: Tensor,
-        sigma_pairs: Tensor,
+        step_weights: Tensor,
         controlnet_conditioning_scale: Tensor,
         control_condition: Tensor,
         controlnet_context: Tensor,
         transformer_context: Tensor,
         modulation: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`velocity` is that of the computed step before; an Euler step gives it no weight."""
         row = modulation.index_select(0, step).squeeze(0)  # [B, both networks' widths]
         samples, single_samples = self._controlnet(
             latents, control_condition, controlnet_context, row[:, : self.controlnet_width]
         )
         scale = controlnet_conditioning_scale
-        velocity = self._transformer(
+        found = self._transformer(
             latents,
             transformer_context,
             row[:, self.controlnet_width :],
             [sample * scale for sample in samples],
             [sample * scale for sample in single_samples],
         )
-        sigma, sigma_next = sigma_pairs.index_select(0, step).unbind(1)
-        return latents + (sigma_next - sigma) * velocity, step + 1
+        now, before = step_weights.index_select(0, step).unbind(1)
+        return latents + (now * found + before * velocity), found, step + 1
 
     def _controlnet(
         self, latents: Tensor, condition: Tensor, context: Tensor, row: Tensor
@@ -123,15 +125,17 @@ def stage(module: Denoise, inner: int, text_tokens: int, modulation: int) -> Sta
         module=module,
         inputs=(
             TensorSpec("latents", "float32", latents),
+            TensorSpec("velocity", "float32", latents),
             TensorSpec("step", "int64", (1,)),
-            TensorSpec("sigma_pairs", "float32", (STEPS, 2)),
+            TensorSpec("step_weights", "float32", (STEPS, 2)),
             TensorSpec("controlnet_conditioning_scale", "float32", (1,)),
             *output_specs(inner, text_tokens, image_tokens, modulation),
         ),
         outputs=(
             TensorSpec("next_latents", "float32", latents),
+            TensorSpec("next_velocity", "float32", latents),
             TensorSpec("next_step", "int64", (1,)),
         ),
         tolerance=1e-4,
-        carry={"next_latents": "latents", "next_step": "step"},
+        carry={"next_latents": "latents", "next_velocity": "velocity", "next_step": "step"},
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -72,6 +73,45 @@ def test_rows_take_each_token_from_where_it_is(tokens: int, steps: int) -> None:
         predicted = 1000 + np.take_along_axis(before, place, axis=1)
         after = np.concatenate([before.ravel(), predicted.ravel()])[source]
         assert np.array_equal(after, np.where(mask, 1000 + before, before))
+
+
+def velocities(steps: int) -> list[float]:
+    """Of some smooth path, on the noise levels of a run."""
+    levels = schedules.sigmas(steps, 1024, FLUX)
+    return [math.sin(3 * float(level)) + float(level) ** 2 for level in levels]
+
+
+def test_an_interval_of_1_is_eulers_method() -> None:
+    levels = schedules.sigmas(28, 1024, FLUX)
+    plan = schedules.denoising_plan(levels, 1)
+    assert plan.computed == (True,) * 28
+    assert np.array_equal(plan.weights[:, 0], levels[1:] - levels[:-1])
+    assert not plan.weights[:, 1].any()
+    assert np.array_equal(plan.reached, levels[1:])
+
+
+@pytest.mark.parametrize(("steps", "interval"), [(28, 2), (28, 3), (28, 9), (5, 4), (2, 3), (1, 2)])
+def test_steps_between_are_eulers_with_a_velocity_on_a_line(steps: int, interval: int) -> None:
+    """Against the plain way: every step taken, its velocity computed or read off the line."""
+    levels = schedules.sigmas(steps, 1024, FLUX)
+    plan = schedules.denoising_plan(levels, interval)
+    v, sigma = velocities(steps), levels.astype(np.float64)
+    x, at = 0.0, [0]
+    for i in range(steps):
+        if plan.computed[i]:
+            at = [*at[-1:], i]
+            found = v[i]
+        else:
+            a, b = at
+            found = v[b] + (v[b] - v[a]) * (sigma[i] - sigma[b]) / (sigma[b] - sigma[a])
+        x += (sigma[i + 1] - sigma[i]) * found
+    done = [i for i in range(steps) if plan.computed[i]]
+    before = [0.0, *(v[i] for i in done)]
+    moves = [w @ (v[i], p) for w, i, p in zip(plan.weights, done, before, strict=False)]
+    assert sum(moves) == pytest.approx(x, abs=1e-6)
+    assert plan.reached[-1] == 0
+    assert done[:3] == list(range(min(3, steps)))
+    assert set(np.diff(done[2:])) <= {interval}
 
 
 def test_randomness_of_an_image_depends_on_seed_and_index_alone() -> None:
