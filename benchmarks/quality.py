@@ -205,10 +205,9 @@ def main() -> None:
         drawn, pictures = measure(generator, chosen(given.limit), given.bridge, options, other)
         if other:
             other.close()
-        backend = given.backend or generator.manifest.backend
         setting = {
             "set": generator.manifest.name,
-            "backend": backend,
+            "backend": generator.backend.name,
             "bridge": given.bridge,
             **options,
         }

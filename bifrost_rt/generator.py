@@ -14,6 +14,7 @@ from PIL import Image
 
 from bifrost_rt import backends, engines, handover, manifest, pipeline, request, residency
 from bifrost_rt.backends.base import Backend
+from bifrost_rt.backends.choice import Choice, choose
 from bifrost_rt.engines import Loop
 from bifrost_rt.errors import BudgetError, EngineSetError, RequestError, RequestTypeError
 from bifrost_rt.previews import Previews
@@ -35,11 +36,14 @@ class Generator:
             model's set, where `python -m export.build` writes it: `engines/sets/default` in the
             current folder or in this package's checkout.
         backend: a driver's name, or one that is already started. Default: the one that the set was
-            built for.
+            compiled for; for ONNX graphs, the fastest exact one that is installed for the CPU.
         memory_budget: what engines and their tensors may take together, as bytes or as text
             ("8GiB"); the Python process itself comes on top. Engines leave and come back as it
             demands, and the pictures stay the same. Default: what the device has free when the
             set is opened, less a tenth. Where everything fits, everything stays open.
+
+    Attributes:
+        backend: the driver's name, and why it was taken.
 
     Raises:
         EngineSetError, IntegrityError: the set is missing, foreign or damaged; every file is
@@ -59,9 +63,15 @@ class Generator:
         self.path = default_set() if path is None else Path(path)
         self.manifest = manifest.read(self.path)
         engines.verify(self.path, self.manifest)
-        driver = self.manifest.backend if backend is None else backend
+        if backend is None:
+            self.backend = choose(self.manifest)
+        else:
+            name = backend if isinstance(backend, str) else backend.name
+            self.backend = Choice(name, "it was asked for")
+        log.info("backend %s: %s", self.backend.name, self.backend.reason)
         self._tokenizers = Tokenizers(self.path, self.manifest.text)
-        started = backends.load(driver) if isinstance(driver, str) else driver
+        asked = self.backend.name if backend is None else backend
+        started = backends.load(asked) if isinstance(asked, str) else asked
         budget = residency.default_budget(started.free_memory()) if given is None else given
         self._engines = engines.Engines(self.path, self.manifest, started, budget)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bifrost_rt import manifest as manifests
+from bifrost_rt.backends.choice import choose
 from bifrost_rt.errors import EngineSetError
 from bifrost_rt.manifest import EngineSpec, Manifest, Range, TensorSpec
 
@@ -17,6 +18,7 @@ REPORT = "report.json"
 def describe(manifest: Manifest) -> str:
     """Several lines of text: the model, the defaults, the engines and their tensors."""
     m, d = manifest.model, manifest.defaults
+    chosen = choose(manifest)
     total = sum(file.size for file in manifest.files.values())
     lines = [
         f"{manifest.name}: Bifrost-1 engine set for {manifest.backend}, {_bytes(total)}",
@@ -30,6 +32,7 @@ def describe(manifest: Manifest) -> str:
         + (f"guidance {d.guidance_scale:g}" if m.guidance_embeds else "no guidance embedding"),
         "  built by   " + ", ".join(f"{k} {v}" for k, v in manifest.builder.items()),
         *_compiled(manifest),
+        f"  runs on    {chosen.name}: {chosen.reason}",
         "  sizes      " + ", ".join(f"{n} {_range(r)}" for n, r in manifest.dimensions.items()),
         "",
     ]

@@ -45,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
     with Generator(
         options.engines, backend=options.backend, memory_budget=options.memory_budget
     ) as generator:
+        if sys.stderr.isatty():
+            print(f"{generator.backend.name}: {generator.backend.reason}", file=sys.stderr)
         for task in tasks:
             _draw(generator, task, options.json)
     return 0
@@ -64,13 +66,20 @@ def _draw(generator: Generator, task: Task, as_json: bool) -> None:
         images = [result.images[task.image]]
         result = dataclasses.replace(result, images=images, parameters=about)
     for i, path in enumerate(result.save(task.output)):
-        print(_line(result, path, i) if as_json else path, flush=True)
+        line = _line(result, path, i, generator.backend.name) if as_json else path
+        print(line, flush=True)
 
 
-def _line(result: Result, path: Path, image: int) -> str:
+def _line(result: Result, path: Path, image: int, backend: str) -> str:
     seconds = {name: round(value, 4) for name, value in result.timings.items()}
     return json.dumps(
-        {"path": str(path), "image": image, **result.parameters, "seconds": seconds},
+        {
+            "path": str(path),
+            "image": image,
+            **result.parameters,
+            "backend": backend,
+            "seconds": seconds,
+        },
         ensure_ascii=False,
     )
 

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="check a set: hashes, engines, a test picture")
     verify.add_argument("engines", metavar="DIR", help="the engine set")
-    verify.add_argument("--backend", metavar="NAME", help="default: the set's own")
+    verify.add_argument("--backend", metavar="NAME", help="default: the fastest that is installed")
 
     commands.add_parser("doctor", help="say what this machine can run, and why not the rest")
     _serve(commands.add_parser("serve", help="serve pictures over HTTP, with a page"))
@@ -95,7 +95,7 @@ def _serve(command: argparse.ArgumentParser) -> None:
 
 def _runs_a_set(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--backend", metavar="NAME", help="default: the set's own")
+    add("--backend", metavar="NAME", help="default: the fastest that is installed")
     add("--memory-budget", metavar="SIZE", help="for engines, like 8GiB; default: what is free")
 
 

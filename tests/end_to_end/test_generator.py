@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from bifrost_rt import BudgetError, Generator, RequestError, RequestTypeError, handover, residency
+from bifrost_rt.backends.choice import choose
 
 FEW = {"num_inference_steps": 2, "decoding_steps": 4}
 
@@ -91,6 +92,41 @@ def test_any_number_of_decoding_steps(generator: Generator, decoding_steps: int)
         callback_on_step_end=lambda g, step, t, tensors: calls.append(next(iter(tensors))),
     )
     assert calls == ["tokens"] * decoding_steps + ["latents"] * 2
+
+
+def test_cached_steps_are_extrapolated(generator: Generator) -> None:
+    """An interval changes nothing before the first step that it skips; then the picture stays
+    close, and every step still calls back."""
+    steps = {"num_inference_steps": 12, "output_type": "np"}
+    seen = []
+
+    def keep(_: Any, step: int, timestep: float | None, tensors: dict[str, Any]) -> None:
+        if timestep is not None:
+            seen.append(tensors["latents"])
+
+    exact = run(generator, **steps, callback_on_step_end=keep)
+    every, seen = seen, []
+    cached = run(generator, **steps, cache_interval=3, callback_on_step_end=keep)
+    assert cached.parameters["cache_interval"] == 3
+    assert len(seen) == len(every) == 12
+    # 0, 1, 2, 5, 8 and 11 are computed, and the latents of 2 are those that 5 starts from
+    moved = [i for i in range(1, 12) if not np.array_equal(seen[i], seen[i - 1])]
+    assert moved == [1, 2, 5, 8, 11]
+    assert all(np.array_equal(a, b) for a, b in zip(seen[:2], every[:2], strict=True))
+    assert not np.array_equal(cached.latents, exact.latents)
+    difference = np.abs(cached.latents - exact.latents)
+    assert difference.max() < 0.1 * np.abs(exact.latents).max()
+    two = {**steps, "num_inference_steps": 3}
+    assert np.array_equal(
+        run(generator, **two, cache_interval=2).images, run(generator, **two).images
+    )
+
+
+def test_a_generator_says_what_it_took(alpha_set: Path) -> None:
+    with Generator(alpha_set) as generator:
+        assert generator.backend == choose(generator.manifest)
+    with Generator(alpha_set, backend="onnxruntime") as generator:
+        assert generator.backend.reason == "it was asked for"
 
 
 def test_output_types(generator: Generator) -> None:

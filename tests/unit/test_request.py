@@ -81,6 +81,7 @@ def test_a_prompt_that_is_not_text(prompt: Any) -> None:
         ({"prompt": "a\ud800"}, "not valid Unicode"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
         ({"decoding_steps": 0}, "decoding_steps must be at least 1, got 0"),
+        ({"cache_interval": 0}, "cache_interval must be at least 1, got 0"),
         ({"decoding_steps": -3}, "decoding_steps must be at least 1"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1"),
         ({"num_inference_steps": 2.5}, "whole number"),
