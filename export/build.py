@@ -66,7 +66,7 @@ def build(
     from export.checkpoint import Checkpoint
     from export.pieces import Bounded
     from export.quantize import audit
-    from export.quantize.quantise import quantise
+    from export.quantize.quantise import STATISTICS, quantise
 
     say = progress or (lambda message: None)
     output = Path(recipe.output)
@@ -74,8 +74,8 @@ def build(
     checkpoint = Checkpoint(Path(recipe.mllm), Path(recipe.bifrost), Path(recipe.flux), read=False)
     model = assemble.facts(checkpoint)
     mllm_max_length = recipe.mllm_max_length or checkpoint.max_seq_length
-    with written_aside(output, finished=stage_cache.REPORT) as folder:
-        cache = stage_cache.StageCache(folder, output)
+    with written_aside(output, finished=(stage_cache.REPORT, STATISTICS)) as folder:
+        cache = stage_cache.StageCache(folder, output, keep=[STATISTICS])
         written = text.write(checkpoint, folder, mllm_max_length, recipe.t5_max_length)
         parts = {
             stage.name: stage
@@ -111,7 +111,7 @@ def build(
             engines=tuple(_outline(stage) for stage in parts.values()),
             files={},
         )
-        outcome = quantise(recipe, folder, manifest, parts, say, share.kept)
+        outcome = quantise(recipe, folder, manifest, parts, say, share.kept, output)
         configs = stage_cache.configs_digest(checkpoint.mllm, checkpoint.bifrost, checkpoint.flux)
         engines: list[EngineSpec] = []
         for name, stage in parts.items():

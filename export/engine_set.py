@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -24,12 +24,12 @@ LITTLE = 16 << 20
 
 
 @contextlib.contextmanager
-def written_aside(output: Path, finished: str | None = None) -> Iterator[Path]:
+def written_aside(output: Path, finished: Sequence[str] = ()) -> Iterator[Path]:
     """A folder to build in; on success it takes the place of `output`.
 
     Args:
-        finished: the name of a file that says what is finished. A folder that has it outlives a
-            failure, and the next build of the set continues in it. None: nothing does.
+        finished: names of files that hold what is finished. A folder that has one of them outlives
+            a failure, and the next build of the set continues in it.
 
     Raises:
         BuildError: `output` is something other than an engine set, the disk is full, or a file
@@ -53,7 +53,7 @@ def written_aside(output: Path, finished: str | None = None) -> Iterator[Path]:
             ) from error
         raise BuildError(f"{output}: cannot be built: {error}; {_kept(aside, finished)}") from error
     finally:
-        if not (finished and (aside / finished).is_file()):
+        if not _holds(aside, finished):
             shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -68,9 +68,13 @@ def describe_files(folder: Path, known: Mapping[str, File] | None = None) -> dic
     }
 
 
-def _kept(aside: Path, finished: str | None) -> str:
-    if finished and (aside / finished).is_file():
-        return f"the engines that are finished are kept in {aside}"
+def _holds(aside: Path, finished: Sequence[str]) -> bool:
+    return any((aside / name).is_file() for name in finished)
+
+
+def _kept(aside: Path, finished: Sequence[str]) -> str:
+    if _holds(aside, finished):
+        return f"what is finished is kept in {aside}"
     return "nothing was kept"
 
 

@@ -66,11 +66,19 @@ def key(stage: Stage, configs: str, rest: str, text_tokens: int) -> str:
         "rest": rest,
         "modules": str(stage.module),
         "text_tokens": text_tokens if any(TEXT_TOKENS in d.shape for d in doors) else None,
+        **surroundings(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def surroundings() -> dict[str, Any]:
+    """What decides the bytes of everything that is built: this package's code, and what it runs
+    on."""
+    return {
         "code": code_digest(),
         "python": platform.python_version(),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def configs_digest(*checkpoints: Path) -> str:
@@ -102,9 +110,10 @@ class StageCache:
         folder: where the set is built. What an earlier build left there is kept where it is whole,
             and deleted where it is not.
         older: a set whose engines are used where they are what would be built.
+        keep: further files of an earlier build that stay.
     """
 
-    def __init__(self, folder: Path, older: Path | None = None) -> None:
+    def __init__(self, folder: Path, older: Path | None = None, keep: Sequence[str] = ()) -> None:
         self._folder = folder
         self._places = [folder] if older is None else [folder, older]
         self._known = {place: read(place) for place in self._places}
@@ -113,7 +122,7 @@ class StageCache:
         for path in folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name not in (*kept, REPORT):
+            elif path.name not in (*kept, *keep, REPORT):
                 path.unlink()
 
     @property

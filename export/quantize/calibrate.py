@@ -70,28 +70,33 @@ def calibrate(
     folder: Path,
     manifest: Manifest,
     stages: Mapping[str, Stage],
-    prompts: Sequence[str],
-    checkpoint: str,
+    found: Statistics,
     progress: Callable[[str], None],
     steps: int | None = None,
     kept: int | None = None,
+    keep: Callable[[Statistics], None] = lambda found: None,
 ) -> Statistics:
     """Run the chain on every prompt and record what every linear layer of every stage sees.
 
     Args:
-        checkpoint: its fingerprint.
+        found: of these prompts; its runs are not repeated.
+        keep: called with what was seen so far after every run.
         steps: of both loops; None: the set's defaults.
         kept: bytes of weights that may stay in memory between calls; None: all.
     """
-    found = Statistics(checkpoint, tuple(prompts))
     with contextlib.ExitStack() as watched:
         for stage in stages.values():
             for path, linear in linears(stage):
                 watched.enter_context(_watch(linear, f"{stage.name}:{path}", found.layers))
         limits = {} if steps is None else dict.fromkeys(STEPS, steps)
-        for at, batch, options in _runs(manifest, prompts):
-            progress(f"calibrating on prompts {at + 1} to {at + len(batch)} of {len(prompts)}")
+        runs = list(_runs(manifest, found.prompts))
+        for at, batch, options in runs[found.runs :]:
+            last = at + len(batch)
+            progress(f"calibrating on prompts {at + 1} to {last} of {len(found.prompts)}")
             chain.run(folder, manifest, stages, batch, seed=at, kept=kept, **limits, **options)
+            found.runs += 1
+            found.complete = found.runs == len(runs)
+            keep(found)
     return found
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bifrost_rt.manifest import Calibration, Manifest
-from export import precision
+from export import precision, stage_cache
 from export.quantize import apply, calibrate, policy, sweep
 from export.quantize.apply import Decision
 from export.quantize.formats import FORMATS
 from export.quantize.statistics import Statistics
 from export.quantize.sweep import Sweep
 from export.recipe import Recipe
-from export.stages import Stage
+from export.stages import IMAGES, Stage
 
 STATISTICS = "calibration.safetensors"
 
@@ -56,12 +58,15 @@ def quantise(
     stages: Mapping[str, Stage],
     say: Callable[[str], None],
     kept: int | None = None,
+    older: Path | None = None,
 ) -> Outcome:
     """Calibrate where it is needed, decide, and change the stages' modules in place.
 
     Args:
         folder: of the set that is built; its tokenizers are there, and the statistics go there.
         kept: bytes of weights that may stay in memory while the chain runs in torch; None: all.
+        older: a set whose statistics are used where they are what would be seen. What a build that
+            was cut off has left in `folder` is continued.
 
     Raises:
         RecipeError: overrides that fit nothing.
@@ -72,7 +77,7 @@ def quantise(
     )
     statistics, calibration = None, None
     if any(c.quantised and FORMATS[c.form].calibrated for c in choices):
-        statistics, calibration = _statistics(recipe, folder, manifest, stages, say, kept)
+        statistics, calibration = _statistics(recipe, folder, manifest, stages, say, kept, older)
     decisions = apply.decide(stages, choices, statistics, recipe.rest, recipe.scales)
     swept = None
     if recipe.quality_budget is not None:
@@ -108,21 +113,39 @@ def _statistics(
     stages: Mapping[str, Stage],
     say: Callable[[str], None],
     kept: int | None,
+    older: Path | None,
 ) -> tuple[Statistics, Calibration]:
     checkpoint = calibrate.fingerprint([Path(recipe.mllm), Path(recipe.bifrost), Path(recipe.flux)])
     if recipe.statistics is not None:
         found = Statistics.load(Path(recipe.statistics), checkpoint)
     else:
         prompts = calibrate.read_prompts(_prompts(recipe))
+        key = _key(recipe, manifest, checkpoint, prompts)
+        places = [place / STATISTICS for place in (folder, older) if place is not None]
+        earlier = (Statistics.unfinished(place, key) for place in places)
         found = calibrate.calibrate(
             folder,
             manifest,
             stages,
-            prompts,
-            checkpoint,
+            next(filter(None, earlier), Statistics(checkpoint, prompts, key=key)),
             say,
             steps=recipe.calibration_steps,
             kept=kept,
+            keep=lambda seen: seen.save(folder / STATISTICS),
         )
     found.save(folder / STATISTICS)
     return found, Calibration(STATISTICS, checkpoint, len(found.prompts), recipe.scales)
+
+
+def _key(recipe: Recipe, manifest: Manifest, checkpoint: str, prompts: Sequence[str]) -> str:
+    """Changes with everything that decides what calibration sees."""
+    facts = {
+        "checkpoint": checkpoint,
+        "prompts": list(prompts),
+        "steps": recipe.calibration_steps,
+        "defaults": dataclasses.asdict(manifest.defaults),
+        "text": dataclasses.asdict(manifest.text),
+        "images": manifest.dimensions[IMAGES].max,
+        **stage_cache.surroundings(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

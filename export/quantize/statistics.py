@@ -19,8 +19,9 @@ from torch import Tensor
 
 from export.errors import CalibrationError
 
-VERSION = 1
+VERSION = 2
 BINS = 2048
+AGAIN = "calibrate again: leave --statistics out"
 
 
 @dataclass
@@ -85,14 +86,20 @@ class Statistics:
         checkpoint: fingerprint of the weights that the chain ran on.
         prompts: the prompts, in order.
         layers: "stage:path.of.the.layer" -> what it saw.
+        key: of everything that decides what is seen; empty where nobody asks.
+        runs: of the chain that are in it, and
+        complete: whether that is all of them.
     """
 
     checkpoint: str
     prompts: tuple[str, ...]
     layers: dict[str, Observed] = field(default_factory=dict)
+    key: str = ""
+    runs: int = 0
+    complete: bool = False
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file; the same statistics give the same bytes."""
+        """Write a safetensors file, aside and renamed; the same statistics give the same bytes."""
         tensors: dict[str, Tensor] = {}
         for name, seen in sorted(self.layers.items()):
             tensors[f"{name}/channel_max"] = seen.channel_max
@@ -101,20 +108,55 @@ class Statistics:
             tensors[f"{name}/totals"] = torch.tensor(
                 [seen.rows, seen.top, seen.output_square], dtype=torch.float64
             )
-        about = {"version": VERSION, "checkpoint": self.checkpoint, "prompts": self.prompts}
-        save_file(tensors, path, {"calibration": json.dumps(about, ensure_ascii=False)})
+        about = {
+            "version": VERSION,
+            **{name: getattr(self, name) for name in ("checkpoint", "prompts", "key")},
+            **{name: getattr(self, name) for name in ("runs", "complete")},
+        }
+        aside = path.with_name(f".{path.name}")
+        save_file(tensors, aside, {"calibration": json.dumps(about, ensure_ascii=False)})
+        aside.replace(path)
 
     @classmethod
     def load(cls, path: Path, checkpoint: str) -> Statistics:
-        """Read a file that `save` wrote.
+        """Read a file that `save` wrote when a calibration had ended.
 
         Raises:
-            CalibrationError: not such a file, or made with another checkpoint.
+            CalibrationError: not such a file, cut off, or made with another checkpoint.
         """
-        again = "calibrate again: leave --statistics out"
+        found = cls._read(path)
+        if found.checkpoint != checkpoint:
+            raise CalibrationError(
+                f"{path}: statistics of another checkpoint: expected {checkpoint[:12]}…, found "
+                f"{found.checkpoint[:12]}…",
+                hint=AGAIN,
+            )
+        if not found.complete:
+            raise CalibrationError(
+                f"{path}: of a calibration that was cut off after {found.runs} runs", hint=AGAIN
+            )
+        return found
+
+    @classmethod
+    def unfinished(cls, path: Path, key: str) -> Statistics | None:
+        """What an earlier build has seen so far, or all of it; None where there is nothing that
+        was made from the same."""
+        try:
+            found = cls._read(path)
+        except CalibrationError:
+            return None
+        return found if found.key == key else None
+
+    @classmethod
+    def _read(cls, path: Path) -> Statistics:
         try:
             with safe_open(path, framework="pt") as stream:
                 about = json.loads((stream.metadata() or {})["calibration"])
+                if about.get("version") != VERSION:
+                    raise CalibrationError(
+                        f"{path}: statistics of version {about.get('version')}, expected {VERSION}",
+                        hint=AGAIN,
+                    )
                 names = {key.rpartition("/")[0] for key in stream.keys()}  # noqa: SIM118
                 layers = {}
                 for name in sorted(names):
@@ -126,19 +168,10 @@ class Statistics:
                     layers[name] = Observed(
                         rows=int(rows), top=top, output_square=output_square, **read
                     )
+            prompts = tuple(about["prompts"])
+            rest = {name: about[name] for name in ("key", "runs", "complete")}
+            return cls(about["checkpoint"], prompts, layers, **rest)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CalibrationError(
-                f"{path}: not a file of statistics: {error}", hint=again
+                f"{path}: not a file of statistics: {error}", hint=AGAIN
             ) from None
-        if about.get("version") != VERSION:
-            raise CalibrationError(
-                f"{path}: statistics of version {about.get('version')}, expected {VERSION}",
-                hint=again,
-            )
-        if about["checkpoint"] != checkpoint:
-            raise CalibrationError(
-                f"{path}: statistics of another checkpoint: expected {checkpoint[:12]}…, found "
-                f"{about['checkpoint'][:12]}…",
-                hint=again,
-            )
-        return cls(about["checkpoint"], tuple(about["prompts"]), layers)

@@ -116,7 +116,7 @@ def test_the_next_build_continues_in_the_latest_folder_that_was_left(tmp_path: P
         folder.mkdir()
         StageCache(folder).put("a", "key", engine(folder, text), {})
         os.utime(folder, (time.time() - age,) * 2)
-    with written_aside(tmp_path / "set", finished=stage_cache.REPORT) as folder:
+    with written_aside(tmp_path / "set", finished=[stage_cache.REPORT]) as folder:
         assert list(tmp_path.iterdir()) == [folder]
         assert StageCache(folder).get("a", "key") is not None
         assert (folder / "a.onnx").read_text() == "late"
@@ -126,16 +126,22 @@ def test_the_next_build_continues_in_the_latest_folder_that_was_left(tmp_path: P
 
 def test_a_build_that_fails_keeps_what_it_has_finished_and_nothing_else(tmp_path: Path) -> None:
     output = tmp_path / "set"
-    with pytest.raises(RuntimeError), written_aside(output, finished=stage_cache.REPORT) as folder:
+    with (
+        pytest.raises(RuntimeError),
+        written_aside(output, finished=[stage_cache.REPORT]) as folder,
+    ):
         raise RuntimeError
     assert not list(tmp_path.iterdir())
     with (
-        pytest.raises(BuildError, match=r"disk is full; the engines that are finished are kept in"),
-        written_aside(output, finished=stage_cache.REPORT) as folder,
+        pytest.raises(BuildError, match=r"disk is full; what is finished is kept in"),
+        written_aside(output, finished=[stage_cache.REPORT]) as folder,
     ):
         StageCache(folder).put("a", "key", engine(folder), {})
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(RuntimeError), written_aside(output, finished=stage_cache.REPORT) as folder:
+    with (
+        pytest.raises(RuntimeError),
+        written_aside(output, finished=[stage_cache.REPORT]) as folder,
+    ):
         assert StageCache(folder).get("a", "key") is not None
         raise RuntimeError
     assert not output.exists()

@@ -112,12 +112,53 @@ def test_statistics_are_named_after_their_checkpoint(int8_set: Path, tmp_path: P
     path = int8_set / kept.file
     again = Statistics.load(path, kept.checkpoint)
     assert again.prompts == tuple(PROMPTS.split("\n")[:2])
-    Statistics("0" * 64, again.prompts, again.layers).save(tmp_path / "foreign")
+    foreign = Statistics("0" * 64, again.prompts, again.layers, complete=True)
+    foreign.save(tmp_path / "foreign")
     with pytest.raises(CalibrationError, match="another checkpoint"):
         build.build(
             alpha_recipe(tmp_path / "set", precision="int8", statistics=str(tmp_path / "foreign"))
         )
     assert not (tmp_path / "set").exists()
+
+
+def test_a_build_that_was_cut_off_goes_on_with_what_it_has_seen(
+    int8_set: Path, tmp_path: Path
+) -> None:
+    class Cut(Exception):
+        pass
+
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    recipe = alpha_recipe(
+        tmp_path / "set",
+        precision="int8",
+        calibration_prompts=str(tmp_path / "prompts.txt"),
+        calibration_steps=3,
+        **OVERRIDES,
+    )
+    said: list[str] = []
+
+    def cut(at: int, word: str) -> None:
+        def say(message: str) -> None:
+            said.append(message)
+            if sum(word in line for line in said) > at:
+                raise Cut
+
+        said.clear()
+        with pytest.raises(Cut):
+            build.build(recipe, say)
+
+    cut(1, "calibrating")  # within the second run, the guided one
+    [kept] = tmp_path.glob(".set.*.partial/calibration.safetensors")
+    calibration = manifests.read(int8_set).calibration
+    assert calibration is not None
+    with pytest.raises(CalibrationError, match="cut off after 1 runs"):
+        Statistics.load(kept, calibration.checkpoint)  # nobody else may use it
+    cut(0, "building")
+    assert sum("calibrating" in line for line in said) == 1
+    cut(1, "building")
+    assert not any("calibrating" in line for line in said)
+    [kept] = tmp_path.glob(".set.*.partial/calibration.safetensors")
+    assert kept.read_bytes() == (int8_set / "calibration.safetensors").read_bytes()
 
 
 def test_a_file_without_prompts_is_refused_before_anything_is_built(tmp_path: Path) -> None:

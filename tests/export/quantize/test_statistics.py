@@ -42,7 +42,8 @@ def test_statistics_are_those_of_all_calls_together() -> None:
 
 
 def test_the_file_is_the_same_for_the_same_statistics_and_reads_back(tmp_path: Path) -> None:
-    made = Statistics("print", ("a", "猫"), {"denoise:b": seen(torch.randn(9, 16))})
+    layers = {"denoise:b": seen(torch.randn(9, 16))}
+    made = Statistics("print", ("a", "猫"), layers, key="k", runs=2, complete=True)
     for name in ("one", "two"):
         made.save(tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
@@ -54,8 +55,23 @@ def test_the_file_is_the_same_for_the_same_statistics_and_reads_back(tmp_path: P
     assert torch.equal(there.channel_max, here.channel_max)
 
 
+def test_what_was_cut_off_is_continued_and_never_used(tmp_path: Path) -> None:
+    layers = {"denoise:b": seen(torch.randn(9, 16))}
+    Statistics("print", ("a",), layers, key="k", runs=1).save(tmp_path / "s")
+    with pytest.raises(CalibrationError, match="cut off after 1 runs"):
+        Statistics.load(tmp_path / "s", "print")
+    found = Statistics.unfinished(tmp_path / "s", "k")
+    assert found is not None
+    assert found.runs == 1
+    assert Statistics.unfinished(tmp_path / "s", "other") is None
+    assert Statistics.unfinished(tmp_path / "nowhere", "k") is None
+    (tmp_path / "s").write_bytes((tmp_path / "s").read_bytes()[:-1])
+    assert Statistics.unfinished(tmp_path / "s", "k") is None
+
+
 def test_statistics_of_another_checkpoint_are_refused(tmp_path: Path) -> None:
-    Statistics("a" * 64, ("a",), {"b": seen(torch.randn(9, 16))}).save(tmp_path / "s")
+    layers = {"b": seen(torch.randn(9, 16))}
+    Statistics("a" * 64, ("a",), layers, complete=True).save(tmp_path / "s")
     with pytest.raises(CalibrationError, match="another checkpoint: expected bbbb") as caught:
         Statistics.load(tmp_path / "s", "b" * 64)
     assert "--statistics" in str(caught.value.hint)

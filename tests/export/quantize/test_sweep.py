@@ -15,6 +15,7 @@ from export.errors import PrecisionError
 from export.quantize import apply, calibrate, policy, sweep
 from export.quantize.apply import Decision
 from export.quantize.linear import QuantizedLinear
+from export.quantize.statistics import Statistics
 from export.stages import Stage
 from tests.conftest import ALPHA
 
@@ -39,7 +40,9 @@ def stages() -> dict[str, Stage]:
 @pytest.fixture(scope="module")
 def decisions(alpha_set: Path, short: Manifest, stages: dict[str, Stage]) -> list[Decision]:
     said: list[str] = []
-    statistics = calibrate.calibrate(alpha_set, short, stages, PROMPTS, "print", said.append)
+    nothing = Statistics("print", tuple(PROMPTS))
+    statistics = calibrate.calibrate(alpha_set, short, stages, nothing, said.append)
+    assert statistics.complete
     assert any("prompts 1 to 2 of 2" in line for line in said)
     choices = policy.choose(list(stages.values()), "int8", "bf16", {}, {})
     return apply.decide(stages, choices, statistics, "bf16", "mse")
