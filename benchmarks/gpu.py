@@ -169,11 +169,8 @@ def example(driver: Backend, spec: EngineSpec, sizes: Mapping[str, int]) -> dict
 
 def peak_rate(card: str, compute: str) -> float | None:
     """The card's 10^12 operations a second in a precision, or None where it is not known."""
-    words = card.lower().replace("nvidia", "").replace("geforce", "").split()
-    try:
-        return devices.find("-".join(words)).value(RATES[compute])
-    except BifrostError:  # another card, or a slower one of the same number: a laptop's
-        return None
+    device = devices.of_machine(card)
+    return None if device is None else device.value(RATES[compute])
 
 
 if __name__ == "__main__":

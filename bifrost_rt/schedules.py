@@ -34,6 +34,12 @@ def kept_counts(num_tokens: int, decoding_steps: int) -> list[int]:
     return [*kept, 0]
 
 
+def active_steps(num_tokens: int, decoding_steps: int) -> int:
+    """How many decoding steps reveal anything; the others change nothing and are not run."""
+    kept = [num_tokens, *kept_counts(num_tokens, decoding_steps)]
+    return sum(before != after for before, after in itertools.pairwise(kept))
+
+
 def reveal_masks(order: NDArray[np.integer], decoding_steps: int) -> NDArray[np.bool_]:
     """The places that leave the mask in each step.
 

@@ -15,6 +15,8 @@ RATES = ("fp32", "fp16", "fp8", "int8", "fp4")
 FIGURES = ("memory_gib", "bandwidth", "watts", *RATES)
 CERTAINTY = ("published", "derived", "unconfirmed")
 GIB = 1 << 30
+# What a Jetson's device tree adds to the name of its module.
+KIT = ("engineering", "reference", "developer", "kit", "super")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,27 @@ def find(name: str) -> Device:
             hint=f"known: {', '.join([HERE, *devices])}",
         )
     return devices[name]
+
+
+def of_machine(title: str, memory: int | None = None) -> Device | None:
+    """The device of the table that a machine's own name means, or None.
+
+    A laptop's card of the same number is another, slower one, and none of the table's.
+
+    Args:
+        title: as the driver or a Jetson's device tree gives it, such as "NVIDIA GeForce RTX 4090".
+        memory: bytes that it shows, a little less than it has; tells sizes of one name apart.
+    """
+    words = title.lower().replace("nvidia", "").replace("geforce", "").split()
+    if words[:1] == ["jetson"]:
+        words = [word for word in words if word not in KIT]
+    name = "-".join(words)
+    for key, device in read(TABLE).items():
+        size = device.figures["memory_gib"].value
+        fits = memory is not None and 0.85 * size < memory / GIB <= size
+        if key == name or (key == f"{name}-{size:.0f}gb" and fits):
+            return device
+    return None
 
 
 def read(path: Path) -> dict[str, Device]:

@@ -168,8 +168,20 @@ def _roofline(
     bandwidth = device.value("bandwidth")
     if rate is None or bandwidth is None:
         return None, None
+    return least_seconds(work, stored + work.tensors, rate, bandwidth)
+
+
+def least_seconds(work: Work, moved: int, rate: float, bandwidth: float) -> tuple[float, str]:
+    """All calls of an engine at once the peak rate and the whole bandwidth, and which of the two
+    is the limit.
+
+    Args:
+        moved: bytes that each call moves between memory and processor.
+        rate: 10^12 operations a second.
+        bandwidth: GB/s.
+    """
     compute = work.flops / (rate * 1e12)
-    memory = (stored + work.tensors) / (bandwidth * 1e9)
+    memory = moved / (bandwidth * 1e9)
     return work.calls * max(compute, memory), "compute" if compute >= memory else "bandwidth"
 
 

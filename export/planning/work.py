@@ -7,7 +7,6 @@ built set, by reading its graphs without their weights.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -79,10 +78,24 @@ def of_checkpoint(
     ]
 
 
-def of_set(folder: Path, manifest: Manifest, steps: int) -> list[Work]:
-    """The engines of a built set, from its graphs; weights are not read."""
-    at = residency.sizes(manifest, num_inference_steps=steps)
-    calls = _calls(manifest.model.num_visual_tokens, manifest.defaults.decoding_steps, steps)
+def of_set(
+    folder: Path,
+    manifest: Manifest,
+    steps: int,
+    decoding_steps: int | None = None,
+    at: residency.Sizes | None = None,
+) -> list[Work]:
+    """The engines of a built set, from its graphs; weights are not read.
+
+    Args:
+        steps: denoising steps.
+        decoding_steps: of the MLLM. Default: the set's.
+        at: engine -> a number for every symbol of its doors. Default: one picture of the longest
+            prompt, without guidance.
+    """
+    decoding_steps = decoding_steps or manifest.defaults.decoding_steps
+    at = at or residency.sizes(manifest, decoding_steps=decoding_steps, num_inference_steps=steps)
+    calls = _calls(manifest.model.num_visual_tokens, decoding_steps, steps)
     found = []
     for spec in manifest.engines:
         graph = ir.load(folder / spec.graph)
@@ -111,10 +124,8 @@ def _fixed(stored: int) -> Callable[[Storage | None], int]:
 
 
 def _calls(tokens: int, decoding_steps: int, steps: int) -> dict[str, int]:
-    """Engines that run in a loop. A decoding step that reveals nothing is not run."""
-    kept = [tokens, *schedules.kept_counts(tokens, decoding_steps)]
-    active = sum(before != after for before, after in itertools.pairwise(kept))
-    return {"visual_decode": active, "denoise": steps}
+    """Engines that run in a loop."""
+    return {"visual_decode": schedules.active_steps(tokens, decoding_steps), "denoise": steps}
 
 
 def _of_stage(stage: Stage, sizes: Mapping[str, int], calls: int) -> Work:

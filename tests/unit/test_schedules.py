@@ -34,6 +34,13 @@ def test_static_shift_as_flux_schnell_has_it() -> None:
     np.testing.assert_allclose(schedules.sigmas(4, 4096, static), [1, 0.75, 0.5, 0.25, 0])
 
 
+@pytest.mark.parametrize(("tokens", "steps", "active"), [(16, 4, 4), (16, 16, 16), (16, 40, 16)])
+def test_steps_that_reveal_nothing_are_not_counted(tokens: int, steps: int, active: int) -> None:
+    masks = schedules.reveal_masks(np.arange(tokens)[None], steps)
+    assert sum(bool(mask.any()) for mask in masks) == active
+    assert schedules.active_steps(tokens, steps) == active
+
+
 @pytest.mark.parametrize("name", REVEALED)
 def test_reveal_counts_are_the_references(name: str) -> None:
     tokens, _, steps, _ = name.split("_")
