@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
+
+from benchmarks import host, jetson, nvidia
 
 # Instruction sets that decide the speed of these networks on a CPU.
 CPU_FEATURES = (
@@ -16,33 +16,29 @@ CPU_FEATURES = (
     *("amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve"),
 )
 LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-rtx", "tensorrt", "torch")
-_NVIDIA = ("name", "driver_version", "memory.total", "clocks.sm", "clocks.mem", "power.limit")
 
 
 def describe() -> dict[str, Any]:
-    """Processor, memory, GPU, power mode, temperature and versions of the libraries."""
+    """Processor, memory, GPU, model and power mode of a Jetson, temperature and versions of the
+    libraries."""
     found = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "cpu": _cpu(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpu": _gpu(),
-        "power_mode": _output("nvpmodel", "-q"),  # Jetson
-        "temperature_c": temperature(),
+        "gpu": nvidia.describe(),
+        **jetson.describe(),
+        "temperature_c": host.temperature(),
         "libraries": _versions(),
     }
     return {name: value for name, value in found.items() if value}
 
 
-def temperature() -> float | None:
-    """The hottest thermal zone, in degrees Celsius."""
-    readings = []
-    for path in Path("/sys/class/thermal").glob("thermal_zone*/temp"):
-        try:
-            readings.append(int(path.read_text()) / 1000)
-        except (OSError, ValueError):  # a zone that is switched off
-            continue
-    return max(readings, default=None)
+def cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _cpu() -> dict[str, Any]:
@@ -52,23 +48,14 @@ def _cpu() -> dict[str, Any]:
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())
     flags = set(fields.get("flags", fields.get("Features", "")).split())
-    return {
+    found = {
         "name": fields.get("model name", platform.processor() or platform.machine()),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": cores(),
         "features": [name for name in CPU_FEATURES if name in flags],
         "mhz": fields.get("cpu MHz"),
+        **host.frequency_rules(),
     }
-
-
-def _gpu() -> dict[str, str] | None:
-    line = _output("nvidia-smi", f"--query-gpu={','.join(_NVIDIA)}", "--format=csv,noheader")
-    if not line:
-        return None
-    return dict(
-        zip(_NVIDIA, (part.strip() for part in line.splitlines()[0].split(",")), strict=False)
-    )
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _versions() -> dict[str, str]:
@@ -79,10 +66,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _output(*command: str) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    return done.stdout.strip() or None if done.returncode == 0 else None
