@@ -1,56 +1,108 @@
-"""What is timed: an engine set, or the official loop on the same checkpoint.
-
-Each contender lives in a process of its own, so that loading, first image and peak memory are its
-alone, and the parent can let them run in turn.
-"""
+"""What is timed: an engine set, its graphs bare in their library, or the official loop."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import time
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from bifrost_rt import manifest
-from bifrost_rt.errors import BifrostError, EngineSetError
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.metering import Meter, MeteredBackend
+from bifrost_rt import backends, manifest
+from bifrost_rt.backends.choice import choose
+from bifrost_rt.errors import EngineSetError
 
 MLLM = ("text_prefill", "visual_decode")
+Kind = Literal["set", "bare", "reference", "reference-compiled"]
+KINDS: tuple[Kind, ...] = ("bare", "reference", "reference-compiled")
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A contender as the command line names it: a set, its backend, or the reference loop on the
-    checkpoint that the set was built from."""
+    """A contender as the command line names it.
+
+    Attributes:
+        engines: the set; for the reference, the one from whose checkpoint it is.
+        backend: the driver; of a bare run, the one whose library and arithmetic it takes.
+    """
 
     name: str
     engines: str
-    backend: str | None = None
-    reference: bool = False
+    backend: str
+    kind: Kind = "set"
+
+    @property
+    def runs_the_set(self) -> bool:
+        """Whether it computes the set's graphs."""
+        return self.kind in ("set", "bare")
+
+
+def parse(text: str, first: str) -> Spec:
+    """`DIR`, `DIR@BACKEND`, `bare`, `bare@BACKEND`, `reference` or `reference-compiled`.
+
+    Args:
+        first: the contender that the others are compared with; the latter four are of its set.
+
+    Raises:
+        EngineSetError: there is no set, or the reference was asked for on a backend.
+    """
+    what, _, backend = text.partition("@")
+    folder, _, its_backend = first.partition("@")
+    kind: Kind = next((kind for kind in KINDS if kind == what), "set")
+    if kind == "set":
+        folder, its_backend = what, ""
+    elif backend and kind != "bare":
+        raise EngineSetError(f"{text}: the official loop runs in torch, on no other backend")
+    driver = backend or its_backend or choose(manifest.read(Path(folder))).name
+    return Spec(text.rstrip("/"), folder, driver, kind)
 
 
 class Contender(Protocol):
-    """Runs requests; `image` gives seconds per part, `mllm` and `total` among them."""
+    """Draws requests."""
 
-    def image(self, request: dict[str, Any]) -> dict[str, float]:
-        """Run one request."""
+    def draw(self, request: dict[str, Any]) -> tuple[NDArray[np.uint8], dict[str, float]]:
+        """Pictures [n, H, W, 3], and seconds per part, `mllm` and `total` among them."""
+
+
+def load(spec: Spec, meter: Meter) -> Contender:
+    """Everything that is loaded before a first request.
+
+    Args:
+        meter: counts what the engines take.
+
+    Raises:
+        BifrostError: it cannot be loaded, with the reason.
+    """
+    if spec.kind == "set":
+        return EngineSet(spec, meter)
+    if spec.kind == "bare":
+        from benchmarks.bare import Bare
+
+        return Bare(spec.engines, spec.backend, meter)
+    return ReferenceLoop(spec)
 
 
 class EngineSet:
     """`bifrost_rt` on one set."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Spec, meter: Meter) -> None:
         from bifrost_rt import Generator
 
-        self._generator = Generator(spec.engines, backend=spec.backend)
+        driver: Any = MeteredBackend(backends.load(spec.backend), meter)
+        self._generator = Generator(spec.engines, backend=driver)
 
-    def image(self, request: dict[str, Any]) -> dict[str, float]:
-        """One run."""
-        timings = self._generator.run(**request).timings
-        return {**timings, "mllm": sum(timings[name] for name in MLLM)}
+    def draw(self, request: dict[str, Any]) -> tuple[NDArray[np.uint8], dict[str, float]]:
+        """One run. The total is all that a caller waits for, the check of the request included."""
+        start = time.perf_counter()
+        result = self._generator.run(**request, output_type="np")
+        total = time.perf_counter() - start
+        timings = {**result.timings, "total": total}
+        return np.asarray(result.images), {**timings, "mllm": sum(timings[name] for name in MLLM)}
 
 
 class ReferenceLoop:
@@ -68,8 +120,10 @@ class ReferenceLoop:
             mllm_max_length=self._facts.text.mllm.max_length,
             t5_max_length=self._facts.text.t5.max_length,
         )
+        if spec.kind == "reference-compiled":
+            self._reference.compile()
 
-    def image(self, request: dict[str, Any]) -> dict[str, float]:
+    def draw(self, request: dict[str, Any]) -> tuple[NDArray[np.uint8], dict[str, float]]:
         """One run, with the order and noise that the runtime draws from the same seed."""
         from bifrost_rt import schedules
 
@@ -89,75 +143,10 @@ class ReferenceLoop:
             guidance_scale=defaults.guidance_scale,
             controlnet_conditioning_scale=defaults.controlnet_conditioning_scale,
         )
-        return {**result.timings, "total": time.perf_counter() - start}
-
-
-class Remote:
-    """A contender in a process of its own.
-
-    Raises:
-        EngineSetError: it could not be loaded; with the message of the process.
-    """
-
-    def __init__(self, spec: Spec) -> None:
-        self.spec = spec
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(spec, theirs), daemon=True)
-        start = time.perf_counter()
-        self._process.start()
-        theirs.close()
-        self.load_seconds = float(self._receive())
-        self.start_seconds = time.perf_counter() - start
-
-    def image(self, request: dict[str, Any]) -> dict[str, float]:
-        """Run one request there."""
-        self._pipe.send(request)
-        timings: dict[str, float] = self._receive()
-        return timings
-
-    def close(self) -> int:
-        """End the process and return its peak memory in bytes."""
-        self._pipe.send(None)
-        peak = int(self._receive())
-        self._process.join()
-        return peak
-
-    def _receive(self) -> Any:
-        try:
-            kind, value = self._pipe.recv()
-        except EOFError:
-            raise EngineSetError(
-                f"{self.spec.name}: the process ended with status {self._process.exitcode}",
-                hint="out of memory is the usual cause",
-            ) from None
-        if kind == "error":
-            raise EngineSetError(f"{self.spec.name}: {value}")
-        return value
+        total = time.perf_counter() - start
+        return result.image_u8.numpy(), {**result.timings, "total": total}
 
 
 def set_digest(engines: str) -> str:
     """What identifies a set: the hash of its manifest, which holds the hash of everything else."""
     return hashlib.sha256((Path(engines) / manifest.FILENAME).read_bytes()).hexdigest()
-
-
-def _serve(spec: Spec, pipe: Connection) -> None:
-    try:
-        start = time.perf_counter()
-        contender: Contender = ReferenceLoop(spec) if spec.reference else EngineSet(spec)
-        pipe.send(("ok", time.perf_counter() - start))
-        while (request := pipe.recv()) is not None:
-            pipe.send(("ok", contender.image(request)))
-        pipe.send(("ok", _peak_bytes()))
-    except BifrostError as error:
-        pipe.send(("error", str(error)))
-
-
-def _peak_bytes() -> int:
-    path = Path("/proc/self/status")  # the peak of getrusage is the parent's across a fork
-    for line in path.read_text().splitlines() if path.exists() else ():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

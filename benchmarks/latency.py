@@ -1,29 +1,38 @@
 """How fast, next to what: images in turn, from processes of their own, with the machine on record.
 
-    python -m benchmarks.latency --engines A [--versus B | --versus reference …]
+    python -m benchmarks.latency --engines A [--versus B | --versus bare | --versus reference …]
         [--json FILE] [--plot FILE]
 
-A contender is a set's folder, a set on another backend (`DIR@openvino`), or `reference`: the
-official loop in torch on the checkpoint that A was built from. Everyone draws the same image before
-anyone draws the next, so a machine that slows down slows them all.
+A contender is a set's folder, a set on another backend (`DIR@openvino`), `bare`: A's own graphs run
+by the library alone (`bare@openvino`), or `reference`: the official loop in torch on the checkpoint
+that A was built from, `reference-compiled` with its networks through torch.compile. Everyone draws
+the same image before anyone draws the next, so a machine that slows down slows them all.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures, machine
-from benchmarks.contenders import Remote, Spec, set_digest
-from bifrost_rt import manifest
+import numpy as np
+
+from benchmarks import chart, contenders, figures, host, machine, roofline, table, telemetry
+from benchmarks.contenders import Spec
+from benchmarks.remote import First, Remote
+from benchmarks.telemetry import Log, Telemetry
+from bifrost_rt import manifest, schedules
 from bifrost_rt.errors import BifrostError
 
-FORMAT = 1
+FORMAT = 2
 PROMPT = "a photo of a red circle above a blue square"
+# Seconds before each turn: threads of the contender before go on spinning for a while, and would
+# take the cores from the next one's first engines.
+SETTLE = 0.3
 
 
 def measure(
@@ -52,38 +61,39 @@ def measure(
         "decoding_steps": decoding_steps or facts.defaults.decoding_steps,
         "num_inference_steps": num_inference_steps or facts.defaults.num_inference_steps,
     }
-    contenders = [Remote(spec) for spec in specs]
-    first = [c.image({**request, "seed": 0})["total"] for c in contenders]
-    timed: list[list[dict[str, float]]] = [[] for _ in contenders]
-    began = time.perf_counter()
-    for i in range(images):
-        if i and time.perf_counter() - began > seconds:
-            break
-        for contender, results in zip(contenders, timed, strict=True):
-            results.append(contender.image({**request, "seed": i + 1}))
-    rates = [_rates(c, request, batches) for c in contenders]
-    steps = {
-        "visual_decode": request["decoding_steps"],
-        "denoise": request["num_inference_steps"],
-    }
-    record: dict[str, Any] = {
-        "format": FORMAT,
-        "machine": machine.describe(),
-        "request": request,
-        "contenders": [
-            {
-                "name": c.spec.name,
-                "set_sha256": set_digest(c.spec.engines),
-                "load_seconds": c.load_seconds,
-                "first_image_seconds": first_image,
-                "peak_memory_bytes": c.close(),
-                "steps": steps,
-                **figures.summarise(results),
-                "images_per_second": rate,
-            }
-            for c, first_image, results, rate in zip(contenders, first, timed, rates, strict=True)
-        ],
-    }
+    found = machine.describe()
+    with contextlib.ExitStack() as stack:
+        watch = telemetry.open_all()
+        stack.callback(watch.close)
+        remotes = []
+        for spec in specs:
+            remotes.append(Remote(spec))
+            stack.callback(remotes[-1].end)
+        first = [_first(remote, request, watch) for remote in remotes]
+        ceilings = roofline.ceilings_of(specs, found)
+        timed, logs = _rounds(remotes, request, images, seconds, watch)
+        ceilings = roofline.ceilings_of(specs, found, ceilings)
+        rates = [_rates(remote, request, batches) for remote in remotes]
+        held = [(remote.close(), watch.memory(remote.pid)) for remote in remotes]
+    after = host.temperature()
+    rows = []
+    for i, remote in enumerate(remotes):
+        row = {
+            **_about(remote, first[i], first[0]),
+            "peak_memory_bytes": held[i][0],
+            "peak_device_memory_bytes": held[i][1],
+            "steps": _steps(facts, request),
+            **figures.summarise(timed[i]),
+            "images_per_second": rates[i],
+            "telemetry": logs[i].summary(len(timed[i])),
+        }
+        row["roofline"] = roofline.of_contender(specs[i], request, row["seconds"], ceilings)
+        rows.append({name: value for name, value in row.items() if value not in (None, {})})
+    record: dict[str, Any] = {"format": FORMAT, "machine": found, "request": request}
+    if (before := found.get("temperature_c")) is not None and after is not None:
+        record["temperature_c"] = {"before": before, "after": after}
+    record["ceilings"] = {name: known.record() for name, known in ceilings.items()}
+    record["contenders"] = rows
     others = {
         spec.name: figures.ratios(timed[0], results)
         for spec, results in zip(specs[1:], timed[1:], strict=True)
@@ -94,25 +104,79 @@ def measure(
     return record
 
 
-def _rates(contender: Remote, request: dict[str, Any], batches: list[int]) -> dict[str, float]:
+def _first(remote: Remote, request: dict[str, Any], watch: Telemetry) -> First:
+    with watch.turn(Log()):  # for the device's memory; its figures are not those of a timed image
+        return remote.first({**request, "seed": 0})
+
+
+def _rounds(
+    remotes: list[Remote], request: dict[str, Any], images: int, seconds: float, watch: Telemetry
+) -> tuple[list[list[dict[str, float]]], list[Log]]:
+    """Timings of each contender's images, drawn in turn, and what its turns did to the machine.
+    Every other round goes backwards, so that nobody always follows the same one."""
+    timed: list[list[dict[str, float]]] = [[] for _ in remotes]
+    logs = [Log() for _ in remotes]
+    began = time.perf_counter()
+    for i in range(images):
+        if i and time.perf_counter() - began > seconds:
+            break
+        turns = list(zip(remotes, timed, logs, strict=True))
+        for remote, results, log in turns if i % 2 == 0 else reversed(turns):
+            time.sleep(SETTLE)
+            with watch.turn(log):
+                results.append(remote.image({**request, "seed": i + 1}))
+    return timed, logs
+
+
+def _rates(remote: Remote, request: dict[str, Any], batches: list[int]) -> dict[str, float]:
     rates = {}
     for batch in batches:
         prompts = [PROMPT] * batch
-        seconds = [
-            contender.image({**request, "prompt": prompts, "seed": s})["total"] for s in (1, 2)
-        ]
+        seconds = [remote.image({**request, "prompt": prompts, "seed": s})["total"] for s in (1, 2)]
         rates[str(batch)] = batch / min(seconds)
     return rates
+
+
+def _about(remote: Remote, first: First, ours: First) -> dict[str, Any]:
+    """Who it is, how it started, and how far its first picture is from the first contender's."""
+    cold = {
+        "seconds": remote.start_seconds + first.timings["total"],
+        "cpu_seconds": first.cpu_seconds,
+    }
+    if first.engines_cpu_seconds is not None:
+        cold["engines_cpu_seconds"] = first.engines_cpu_seconds
+        cold["beyond_engines_cpu_seconds"] = first.cpu_seconds - first.engines_cpu_seconds
+    found = {
+        "name": remote.spec.name,
+        "kind": remote.spec.kind,
+        "backend": remote.spec.backend if remote.spec.runs_the_set else "torch",
+        "set_sha256": contenders.set_digest(remote.spec.engines),
+        "load_seconds": remote.load_seconds,
+        "first_image_seconds": first.timings["total"],
+        "cold_start": cold,
+    }
+    if first.picture.shape == ours.picture.shape:
+        apart = np.abs(first.picture.astype(np.int16) - ours.picture.astype(np.int16))
+        found["picture_difference"] = int(apart.max())
+    return found
+
+
+def _steps(facts: manifest.Manifest, request: dict[str, Any]) -> dict[str, int]:
+    """Calls of the engines that run in a loop."""
+    tokens = facts.model.num_visual_tokens
+    return {
+        "visual_decode": schedules.active_steps(tokens, request["decoding_steps"]),
+        "denoise": request["num_inference_steps"],
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     options = _parser().parse_args(arguments)
-    specs = [_spec(options.engines, options.engines)]
-    specs += [_spec(text, options.engines) for text in options.versus]
     try:
+        names = [options.engines, *options.versus]
         record = measure(
-            specs,
+            [contenders.parse(text, options.engines) for text in names],
             images=options.images,
             seconds=options.seconds,
             decoding_steps=options.decoding_steps,
@@ -122,20 +186,13 @@ def main(arguments: list[str] | None = None) -> int:
     except BifrostError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(figures.table(record))
+    print(table.text(record))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     if options.plot:
-        figures.plot(record, options.plot)
+        chart.draw(record, options.plot)
     return 0
-
-
-def _spec(text: str, engines: str) -> Spec:
-    if text == "reference":
-        return Spec("reference", engines.partition("@")[0], reference=True)
-    folder, _, backend = text.partition("@")
-    return Spec(text.rstrip("/"), folder, backend or None)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,7 +206,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="WHAT",
-        help="another DIR[@BACKEND], or `reference`; may be repeated",
+        help="another DIR[@BACKEND]; bare[@BACKEND], the set's graphs run by the library alone; "
+        "reference, the official loop in torch, or reference-compiled; may be repeated",
     )
     add("--images", type=int, default=10, metavar="N", help="timed images each (10)")
     add("--seconds", type=float, default=600, metavar="S", help="no new round after S (600)")

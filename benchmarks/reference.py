@@ -23,6 +23,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from benchmarks import reference_mllm
+from bifrost_rt.errors import BackendError
 from bifrost_rt.text import Tokenizers
 from export import text
 from export.checkpoint import Checkpoint
@@ -76,6 +77,27 @@ class Reference:
         self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
             flux, subfolder="scheduler"
         )
+
+    def compile(self) -> None:
+        """Put every network through `torch.compile`; its kernels are built at the first picture,
+        which takes minutes.
+
+        Raises:
+            BackendError: it cannot build kernels here.
+        """
+        try:
+            torch.compile(lambda x: x.sin() + x.cos())(torch.ones(8))
+        except Exception as error:  # torch wraps what its compilers raise in types of its own
+            raise BackendError(
+                f"torch.compile cannot build kernels here: {str(error).strip().splitlines()[0]}",
+                hint="it needs a C++ compiler and Python's headers: apt install g++ python3-dev",
+            ) from error
+        c = self.checkpoint
+        for network in (
+            *(self.mllm, c.clip, c.t5, c.controlnet, c.controlnet.up_sampling_block),
+            *(c.transformer, c.vae.decoder),
+        ):
+            network.compile()
 
     @torch.inference_mode()
     def run(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.reference import Reference
-from tests.conftest import ALPHA, Case
+from tests.conftest import ALPHA, Case, load_case
 
 # rounding scale of the recordings: tokens 8e-6, latents 3e-6 (float32 against float64)
 TOLERANCE = 1e-4
@@ -41,3 +41,17 @@ def test_every_step_and_the_picture_are_the_official_ones(case: Case, reference:
 def difference(found: Tensor, expected: Tensor) -> float:
     assert found.shape == expected.shape
     return (found.double() - expected.double()).abs().max().item()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+def test_compiled_it_draws_the_same() -> None:
+    compiled = Reference(ALPHA / "mllm", ALPHA / "bifrost", ALPHA / "flux", 48, 32)
+    compiled.compile()
+    case = load_case("case_00")
+    arguments = case.request()
+    found = compiled.run(arguments.pop("prompt"), **arguments)
+    expected = {name: torch.from_numpy(value) for name, value in case.tensors.items()}
+    assert difference(found.tokens, expected["mllm.tokens_final"]) < TOLERANCE
+    assert difference(found.latents_steps, expected["flux.latents_steps"]) < TOLERANCE
+    assert difference(found.image_u8, expected["flux.image_u8"]) <= 1
