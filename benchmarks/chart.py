@@ -55,7 +55,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     if len(panels) > 1:
         title = f"within {CRUSHED} times the fastest"
         all_axes[1, 0].set_title(title, loc="left", fontsize=9, color="#555555")
-    all_axes[-1, 0].set_xlabel("ms for one image (median)")
+    all_axes[-1, 0].set_xlabel("ms for the median image")
     names = [name for name in COLORS if name in handles]
     figure.legend(
         [handles[name] for name in names],
@@ -72,14 +72,14 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
 
 def parts(row: Mapping[str, Any]) -> dict[str, float]:
     """Milliseconds of the median image by part, in the order of the bar; `host` is what no engine
-    accounts for."""
-    found = {name: 1000 * row["seconds"][name]["p50"] for name in bars(row["seconds"])}
-    if "host_overhead" in row:
-        found["host"] = row["host_overhead"] * _total(row)
-    return found
+    accounts for, and of a reference what lies between its two parts."""
+    image = row["median_image"]
+    found = {name: 1000 * image[name] for name in bars(image)}
+    return {**found, "host": max(0.0, 1000 * image["total"] - sum(found.values()))}
 
 
 def _total(row: Mapping[str, Any]) -> float:
+    """The median of all images, as in the table."""
     return 1000 * float(row["seconds"]["total"]["p50"])
 
 
@@ -88,12 +88,12 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], first: float) -> dict[s
     longest = max(sum(parts(row).values()) for row in rows)
     handles: dict[str, Any] = {}
     for place, row in enumerate(rows):
-        end, total = 0.0, _total(row)
-        for name, width in parts(row).items():
+        end, total, widths = 0.0, _total(row), parts(row)
+        for name, width in widths.items():
             bar = axes.barh(place, width, left=end, height=0.62, color=COLORS[name])
             handles.setdefault(name, bar)
             if width > LABELLED * longest:
-                share = f"{100 * width / total:.0f} %"
+                share = f"{100 * width / sum(widths.values()):.0f} %"
                 at = (end + width / 2, place)
                 axes.text(*at, share, ha="center", va="center", fontsize=8, color="#222222")
             end += width

@@ -15,14 +15,16 @@ SUMS = ("mllm", "total")
 def summarise(images: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Per part of the image: percentiles, extremes and count, in seconds.
 
-    `host_overhead` is the share of the median image that no engine accounts for.
+    `host_overhead` is the median share of an image that no engine accounts for. `median_image` is
+    the one in the middle by its total: its parts add up, which medians do not.
     """
     parts: dict[str, Any] = {}
     for name in images[0]:
         seconds = np.array([image[name] for image in images])
         parts[name] = {f"p{p}": float(np.percentile(seconds, p)) for p in PERCENTILES}
         parts[name] |= {"min": float(seconds.min()), "max": float(seconds.max())}
-    found = {"images": len(images), "seconds": parts}
+    middle = sorted(images, key=lambda image: image["total"])[(len(images) - 1) // 2]
+    found = {"images": len(images), "seconds": parts, "median_image": dict(middle)}
     engines = bars(images[0])
     if "visual_decode" not in engines:
         return found

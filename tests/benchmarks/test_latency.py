@@ -74,6 +74,14 @@ def test_host_overhead_is_what_no_engine_accounts_for() -> None:
     assert figures.summarise([image])["host_overhead"] == pytest.approx(0.25)
 
 
+def test_the_median_image_is_one_that_was_drawn() -> None:
+    images = [
+        {"visual_decode": v, "denoise": 1.0, "mllm": v, "total": t}
+        for v, t in ((5.0, 6.0), (1.0, 2.5), (2.0, 9.0), (3.0, 4.5))
+    ]
+    assert figures.summarise(images)["median_image"] == images[3]
+
+
 def row(name: str, total: float, **more: Any) -> dict[str, Any]:
     images = [{"visual_decode": total / 2, "denoise": total / 4, "mllm": total / 2, "total": total}]
     cold = {"seconds": 3.0, "cpu_seconds": 2.0}
