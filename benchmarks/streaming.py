@@ -62,7 +62,7 @@ def build(folder: Path, output: Path, precision: str) -> None:
     from export import graph
     from export import precision as precisions
     from export.checkpoint import Checkpoint
-    from export.parity import ROUNDED
+    from export.parity import rounding
     from export.pieces import EngineInPieces
     from export.stages import visual_decode
     from export.streaming import largest, streamed
@@ -75,11 +75,11 @@ def build(folder: Path, output: Path, precision: str) -> None:
     stage = visual_decode.stage(checkpoint.visual_branch(), checkpoint.decoder)
     inputs = _inputs(stage)
     if precision in PRECISIONS:
-        rest = precision
+        rest, layers = precision, {}
         precisions.round_weights(stage.module, precision)
     else:
         rest = "bf16"
-        _quantise(stage, precision, rest, inputs, done)
+        layers = _quantise(stage, precision, rest, inputs, done)
     traced = graph.to_graph(stage)
     precisions.store(traced, rest)
     done("trace", largest_bytes=largest(stage.module))
@@ -104,7 +104,7 @@ def build(folder: Path, output: Path, precision: str) -> None:
         max_error=float(np.abs(wanted - found).max()),
         largest_value=float(np.abs(wanted).max()),
         relative_error=float(np.linalg.norm(wanted - found) / np.linalg.norm(wanted)),
-        tolerance=ROUNDED.get(precision, stage.tolerance),
+        tolerance=rounding(layers) or stage.tolerance,
     )
 
 
@@ -130,8 +130,11 @@ def _inputs(stage: Any) -> dict[str, Any]:
     return found
 
 
-def _quantise(stage: Any, form: str, rest: str, inputs: dict[str, Any], done: Any) -> None:
-    """As `export.quantize.quantise` does, with the statistics of one call."""
+def _quantise(
+    stage: Any, form: str, rest: str, inputs: dict[str, Any], done: Any
+) -> dict[str, int]:
+    """As `export.quantize.quantise` does, with the statistics of one call. Returns the number of
+    layers by format."""
     import torch
 
     from export.precision import round_weights
@@ -155,7 +158,9 @@ def _quantise(stage: Any, form: str, rest: str, inputs: dict[str, Any], done: An
     others = {d.choice.path: d.given for d in decisions if d.scales is None}
     round_weights(stage.module, rest, others)
     given = [d.given for d in decisions]
-    done("scales", layers={form: given.count(form) for form in sorted(set(given))})
+    layers = {form: given.count(form) for form in sorted(set(given))}
+    done("scales", layers=layers)
+    return layers
 
 
 def _spec(stage: Any, files: list[Path]) -> Any:
