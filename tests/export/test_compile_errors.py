@@ -4,9 +4,9 @@ do, and sets on disk stay as they were. Library, parser and builder are the real
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +33,6 @@ from tests.export.conftest import TARGETS, content, holding, rewritten
 from tests.tensorrt_double import HostDevice
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -326,51 +324,19 @@ def test_a_run_that_no_engine_can_address(
     assert "lower --max-images" in said
 
 
-def test_what_no_machine_can_hold_is_one_error_of_the_builder(alpha_set: Path) -> None:
-    spec = manifest.read(alpha_set).engine("vae_decode")
-    builder, sizes = builders.find("tensorrt-rtx"), Sizes({"images": (1, 1_215_752_191)})
-    with pytest.raises(CompileError, match="`vae_decode`: .* cannot compile.*OutOfMemory") as error:
-        graph = graphs.read(alpha_set / spec.graph, spec.name)
-        builders.compile_graph(builder, graph, spec, sizes, ("sm89",))
+def test_a_builder_out_of_memory(alpha_set: Path, older: Path, tmp_path: Path) -> None:
+    """More pictures at once than any machine holds; one engine was compiled before."""
+    source = Path(shutil.copytree(alpha_set, tmp_path / "source"))
+    two = ("clip_text", "vae_decode")
+    engines = tuple(manifest.read(source).engine(name) for name in two)
+    rewritten(source, lambda m: dataclasses.replace(m, engines=engines))
+    with (
+        untouched(older),
+        pytest.raises(CompileError, match="`vae_decode`: .* cannot compile.*OutOfMemory") as error,
+    ):
+        compile_set(source, older, targets=("sm89",), max_images=1_215_752_191)
+    assert "free memory" in str(error.value.hint)
     assert "lower --max-images" in str(error.value.hint)
-
-
-LITTLE_MEMORY = """
-import resource, sys
-from pathlib import Path
-from export.compile import __main__ as command
-from export.compile import builder
-
-mark = builder._mark_attention
-
-
-def and_no_more_memory(trt, network):  # the last step before the builder's own
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + (32 << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    return mark(trt, network)
-
-
-builder._mark_attention = and_no_more_memory
-arguments = ["--target", "sm89", "--max-images", "1", "--output", sys.argv[2]]
-raise SystemExit(command.main([sys.argv[1], *arguments]))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_builder_that_gets_no_more_memory(small_set: Path, older: Path) -> None:
-    with untouched(older):
-        done = subprocess.run(
-            [sys.executable, "-c", LITTLE_MEMORY, str(small_set), str(older)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-    assert (done.returncode, done.stdout) == (1, "")
-    said = done.stderr.splitlines()
-    assert said[-2].startswith("error: stage `clip_text`: TensorRT-RTX cannot compile it: ")
-    assert "std::bad_alloc" in said[-2]
-    assert "free memory, leave the weights out with --weights bound, lower" in said[-1]
 
 
 def test_memory_that_ends_while_a_graph_is_prepared(
