@@ -1,11 +1,13 @@
 """What compiling takes at the widths of the 7B model and FLUX.1-dev: seconds, memory, engine sizes.
 
-    python -m benchmarks.compiling [--stages visual_decode,denoise] [--layers 1] [--whole]
+    python -m benchmarks.compiling [--stages visual_decode,denoise] [--layers 1]
+        [--compute fp32,bf16,int8,fp8] [--whole]
 
 A checkpoint of the true widths, cut to `--layers`, with random weights, is written and its stages
-are compiled in float32 and in bfloat16, with their weights in the engine and outside, each in a
-process of its own, so that its peak is the builder's. With `--whole` nothing is cut and nothing is
-stored: the weights are holes, and the engines are compiled without them.
+are compiled, with their weights in the engine and outside, each in a process of its own, so that
+its peak is the builder's. int8 and fp8 are what `export.build` makes of the same layers, on scales
+that are made up, because sizes do not depend on them; the rest is bfloat16. With `--whole` nothing
+is cut and nothing is stored: the weights are holes, and the engines are compiled without them.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -27,11 +29,16 @@ from benchmarks import machine
 from benchmarks.residency import status
 from bifrost_rt import strict
 from bifrost_rt.manifest import EngineSpec, Precision, TensorSpec
-from export.compile import bound, graphs, half
+from export.compile import bound, graphs, half, quantized
 from export.compile import builder as builders
 from export.compile.profiles import Sizes
+from export.recipe import QUANTISED
+
+if TYPE_CHECKING:
+    from export.stages import Stage
 
 TARGETS = ("sm86", "sm89", "sm120")
+FP8_TARGETS = ("sm89", "sm120")
 # one picture of the release, with guidance
 BOUNDS = {
     **dict.fromkeys(("images", "prompts"), (1, 1)),
@@ -40,7 +47,13 @@ BOUNDS = {
     "steps": (1, 256),
     "revealed": (1, 256),
 }
-CASES = (("fp32", "baked"), ("bf16", "baked"), ("bf16", "bound"))
+# (what products compute in, where the weights are)
+CASES = (
+    *(("fp32", "baked"), ("bf16", "baked"), ("bf16", "bound")),
+    *(("int8", "baked"), ("int8", "bound"), ("fp8", "baked"), ("fp8", "bound")),
+)
+COMPUTE = tuple(dict.fromkeys(compute for compute, _ in CASES))
+LARGEST_INPUT = 8.0  # what the made-up scales of activations hold
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiling", description=__doc__)
     parser.add_argument("--stages", default="visual_decode,denoise", help="comma between")
     parser.add_argument("--layers", type=int, default=1, help="of every network; default: 1")
+    parser.add_argument("--compute", default=",".join(COMPUTE), help="comma between; default: all")
     parser.add_argument("--whole", action="store_true", help="all layers, without their weights")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -56,25 +70,40 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     print(json.dumps(machine.describe()["libraries"]))
     with tempfile.TemporaryDirectory() as temporary:
-        stages = options.stages.split(",")
-        for row in measure(Path(temporary), stages, None if options.whole else options.layers):
+        stages, layers = options.stages.split(","), None if options.whole else options.layers
+        compute = ["bf16"] if options.whole else options.compute.split(",")
+        if unknown := set(compute) - set(COMPUTE):
+            parser.error(
+                f"--compute: {', '.join(sorted(unknown))} is not among {', '.join(COMPUTE)}"
+            )
+        for row in measure(Path(temporary), stages, layers, compute):
             print("| " + " | ".join(str(cell) for cell in row.values()) + " |", flush=True)
     return 0
 
 
-def measure(folder: Path, stages: list[str], layers: int | None) -> Iterator[dict[str, Any]]:
+def measure(
+    folder: Path, stages: list[str], layers: int | None, compute: Sequence[str] = COMPUTE
+) -> Iterator[dict[str, Any]]:
     """One row for every stage and case; `layers` None is the whole model without weights."""
-    for spec, graph in written(folder, stages, layers):
-        for compute, weights in CASES if layers else CASES[-1:]:
-            found = in_a_process(folder, spec, graph, compute, weights)
-            yield {"stage": spec.name, "compute": compute, "weights": weights, **found}
+    cases = [(c, w) for c, w in CASES if c in compute and (layers is not None or w == "bound")]
+    forms = tuple(dict.fromkeys(stored_as(computed) for computed, _ in cases))
+    for form, spec in written(folder, stages, layers, forms):
+        for computed, weights in cases:
+            if stored_as(computed) == form:
+                found = in_a_process(folder, spec, computed, weights)
+                yield {"stage": spec.name, "compute": computed, "weights": weights, **found}
+
+
+def stored_as(compute: str) -> str:
+    """The form of the graph that is compiled to compute so: float32 is a bfloat16 set's."""
+    return compute if compute in QUANTISED else "bf16"
 
 
 def written(
-    folder: Path, stages: list[str], layers: int | None
-) -> Iterator[tuple[EngineSpec, Path]]:
-    """The stages' graphs as files: of random bfloat16 weights, or of holes."""
-    from export import assemble, graph, precision
+    folder: Path, stages: list[str], layers: int | None, forms: Sequence[str]
+) -> Iterator[tuple[str, EngineSpec]]:
+    """The stages' graphs as files, in every form: of random bfloat16 weights, or of holes."""
+    from export import assemble
     from export.checkpoint import Checkpoint
     from export.synthesize import synthesize
     from export.synthetic.shapes import PRESETS
@@ -82,36 +111,56 @@ def written(
     shapes = PRESETS["7b"] if layers is None else PRESETS["7b"].cut(layers)
     parts = [folder / "checkpoint" / name for name in ("mllm", "bifrost", "flux")]
     synthesize(shapes, folder / "checkpoint", seed=None if layers is None else 0)
-    checkpoint = Checkpoint(parts[0], parts[1], parts[2], read=False)
-    facts = assemble.facts(checkpoint)
-    for stage in assemble.stages(checkpoint, facts, checkpoint.max_seq_length, 77, 512):
-        if stage.name not in stages:
-            continue
-        path = folder / f"{stage.name}.onnx"
-        nothing = Precision("", "", "")
-        spec = EngineSpec(
-            stage.name, path.name, (), stage.inputs, stage.outputs, stage.carry, nothing
-        )
-        start = time.perf_counter()
-        traced = graph.to_graph(stage)
-        if layers is None:  # nothing is read: the graph is converted here and stays without weights
-            half.convert(traced, stage.name, "bfloat16")
-            bound.bind(traced)
-            ir.save(traced, path)
-        else:
-            precision.store(traced, "bf16")
-            graph.save(traced, path)
-        print(f"{stage.name}: {time.perf_counter() - start:.0f} s to the graph", file=sys.stderr)
-        yield spec, path
+    for form in forms:
+        checkpoint = Checkpoint(parts[0], parts[1], parts[2], read=False)
+        facts = assemble.facts(checkpoint)
+        for stage in assemble.stages(checkpoint, facts, checkpoint.max_seq_length, 77, 512):
+            if stage.name in stages:
+                start = time.perf_counter()
+                path = write(stage, form, folder, holes=layers is None)
+                took = time.perf_counter() - start
+                print(f"{stage.name}, {form}: {took:.0f} s to the graph", file=sys.stderr)
+                doors = (stage.inputs, stage.outputs, stage.carry)
+                yield form, EngineSpec(stage.name, path.name, (), *doors, Precision("", "", ""))
 
 
-def in_a_process(
-    folder: Path, spec: EngineSpec, graph: Path, compute: str, weights: str
-) -> dict[str, Any]:
+def write(stage: Stage, form: str, folder: Path, *, holes: bool) -> Path:
+    """One stage's graph. `holes`: nothing is read, it is converted here and has no weights."""
+    from export import graph, precision
+
+    path = folder / f"{stage.name}-{form}.onnx"
+    if form in QUANTISED:
+        quantise(stage, form)
+    traced = graph.to_graph(stage)
+    if holes:
+        half.convert(traced, stage.name, "bfloat16")
+        bound.bind(traced)
+        ir.save(traced, path)
+    else:
+        precision.store(traced, "bf16")
+        graph.save(traced, path)
+    return path
+
+
+def quantise(stage: Stage, form: str) -> None:
+    """The layers that a build would quantise, with scales that no calibration has chosen."""
+    from export.quantize import apply, policy
+    from export.quantize.apply import Decision
+    from export.quantize.formats import activation_scale
+    from export.quantize.scales import Scales
+
+    scales = Scales(activation_scale(LARGEST_INPUT, form))
+    choices = policy.choose([stage], form, "bf16", {}, {})
+    decisions = [Decision(c, c.form, c.reason, scales if c.quantised else None) for c in choices]
+    apply.replace({stage.name: stage}, decisions)
+
+
+def in_a_process(folder: Path, spec: EngineSpec, compute: str, weights: str) -> dict[str, Any]:
     """Compile; the child reads its task from a file."""
     doors = [[dataclasses.asdict(t) for t in side] for side in (spec.inputs, spec.outputs)]
     task = folder / "task.json"
-    names = {"name": spec.name, "graph": str(graph), "compute": compute, "weights": weights}
+    graph = str(folder / spec.graph)
+    names = {"name": spec.name, "graph": graph, "compute": compute, "weights": weights}
     task.write_text(json.dumps({**names, "doors": doors}))
     command = [sys.executable, "-m", "benchmarks.compiling", "--one", str(task)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -122,7 +171,8 @@ def in_a_process(
 
 
 def compile_one(path: Path) -> dict[str, Any]:
-    """Of a task: MB of weights and of the engine, seconds, and the highest resident MB."""
+    """Of a task: what most products compute in as read back, MB of weights and of the engine,
+    seconds, and the highest resident MB."""
     task = json.loads(path.read_text())
     inputs, outputs = (
         tuple(strict.load(TensorSpec, tensor) for tensor in side) for side in task["doors"]
@@ -134,12 +184,15 @@ def compile_one(path: Path) -> dict[str, Any]:
     names = {str(value.name) for value in graph.graph.inputs} - doors
     start = time.perf_counter()
     if not names:
-        if task["compute"] == "bf16":
+        quantized.rewrite(graph)
+        if task["compute"] != "fp32":
             half.convert(graph, spec.name, "bfloat16")
         if task["weights"] == "bound":
             names = {str(tensor.name) for tensor in bound.bind(graph)}
-    built = builders.compile_graph(builder, graph, spec, Sizes(BOUNDS), TARGETS, names)
+    targets = FP8_TARGETS if task["compute"] == "fp8" else TARGETS
+    built = builders.compile_graph(builder, graph, spec, Sizes(BOUNDS), targets, names)
     return {
+        "computes_in": built.arithmetic.compute,
         "weights_mb": round(sum(built.arithmetic.weights.values()) / 1e6),
         "engine_mb": round(built.engine.nbytes / 1e6, 1),
         "seconds": round(time.perf_counter() - start, 1),

@@ -199,6 +199,7 @@ def _build_and_compile(
 
     # what cannot be compiled is refused before the graphs are built
     formats = {"fp32", recipe.precision, *recipe.stages.values(), *recipe.layers.values()}
+    formats |= {recipe.rest} if recipe.quantised else set()
     check_targets(builders.find(recipe.backend), recipe.target, sorted(formats))
     graphs = build(graphs_of(recipe), progress, memory_budget)
     return compile_set(

@@ -56,7 +56,8 @@ def find(name: str) -> Builder:
         )
     try:
         version = str(importlib.import_module(module).__version__)
-    except (ImportError, OSError) as error:  # a shared library that it needs is not there
+    # a shared library that it needs is not there, or something else has its name
+    except (ImportError, OSError, AttributeError) as error:
         raise CompileError(
             f"{TITLES[name]} is installed and cannot be loaded: {error}",
             hint=f"reinstall it: pip install --force-reinstall 'bifrost-rt[{name}]'",
@@ -92,9 +93,22 @@ def compile_graph(
     Raises:
         CompileError: naming stage, layer and what to do.
     """
-    trt = builder.library
     log = logger(builder.module)
     log.take()
+    with messages.explained(spec.name, builder.title, log):
+        return _compile(builder, log, graph, spec, sizes, targets, weights)
+
+
+def _compile(
+    builder: Builder,
+    log: Any,
+    graph: ir.Model,
+    spec: EngineSpec,
+    sizes: Sizes,
+    targets: Sequence[str],
+    weights: Collection[str],
+) -> Built:
+    trt = builder.library
     maker = trt.Builder(log)
     parsed = maker.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(parsed, log)
@@ -119,11 +133,7 @@ def compile_graph(
         for tensor in inputs:
             profile.set_shape(tensor.name, *sizes.of(tensor))
         config.add_optimization_profile(profile)
-    try:
-        engine = maker.build_serialized_network(parsed, config)
-    except (MemoryError, RuntimeError) as error:  # a C++ exception arrives as one of these
-        logged = [str(error) or type(error).__name__, *log.take()]
-        raise messages.builder_error(spec.name, builder.title, logged) from error
+    engine = maker.build_serialized_network(parsed, config)
     if engine is None:
         raise messages.builder_error(spec.name, builder.title, log.take())
     return Built(engine, tuple(flags), network.read(trt, parsed, weights))

@@ -34,13 +34,14 @@ class Architecture:
     builders: tuple[str, ...]
 
 
+# TensorRT-RTX has no float32 products for Turing, and every set keeps some (`half.FLOAT32_LAYERS`).
 _TURING = ("fp32", "fp16", "int8")
 _AMPERE = ("fp32", "fp16", "bf16", "int8", "int4")
 _ADA = (*_AMPERE, "fp8")
 _BLACKWELL = (*_ADA, "nvfp4")
 _BOTH = ("tensorrt-rtx", "tensorrt")
 ARCHITECTURES = {
-    "sm75": Architecture("Turing: RTX 20, GTX 16", _TURING, _BOTH),
+    "sm75": Architecture("Turing: RTX 20, GTX 16", _TURING, ("tensorrt",)),
     "sm80": Architecture("Ampere: A100, A30", _AMPERE, _BOTH),
     "sm86": Architecture("Ampere: RTX 30, RTX A", _AMPERE, _BOTH),
     "sm87": Architecture("Ampere: Jetson Orin", _AMPERE, ("tensorrt",)),
@@ -62,6 +63,8 @@ _NAMES = (
     (r"rtx-50[56789]0|rtx-pro-[2456][05]00", "sm120"),
     (r"dgx-spark", "sm121"),
 )
+# What to take instead of a quantised format, the best first.
+_LESS = {"nvfp4": ("fp8", "int8"), "fp8": ("int8",), "int4": ("int8",)}
 _EXAMPLES = ("rtx-2080", "rtx-3060", "rtx-4090", "rtx-5090", "jetson-agx-orin", "dgx-spark")
 
 
@@ -109,14 +112,17 @@ def check(builder: str, targets: Sequence[str], dtypes: Iterable[str]) -> tuple[
         if missing := [precision for precision in wanted if precision not in about.precisions]:
             raise CompileError(
                 f"{name} ({about.title}) has no {', '.join(missing)} arithmetic",
-                hint="rebuild the set with `python -m export.build --precision "
-                f"{_instead(missing[0], about.precisions)}`; {name} computes in "
+                hint="build the set with `python -m export.build "
+                f"{_instead(missing, wanted, name)}`; {name} computes in "
                 + ", ".join(about.precisions),
             )
     return found
 
 
-def _instead(missing: str, there: Sequence[str]) -> str:
-    """The next best of what is there: 8 bit for 4 and 8, fp16 for bf16."""
-    order = {"nvfp4": ("fp8", "int8"), "fp8": ("int8",), "int4": ("int8",)}.get(missing, ())
-    return next((precision for precision in order if precision in there), "fp16")
+def _instead(missing: Sequence[str], wanted: Iterable[str], name: str) -> str:
+    """The option of the next best: 8 bit for 4 and 8, fp16 for bf16, which of a quantised set is
+    what its other weights are in."""
+    there = ARCHITECTURES[name].precisions
+    for lacking in (precision for precision in missing if precision in _LESS):
+        return "--precision " + next(p for p in _LESS[lacking] if p in there)
+    return "--rest fp16" if any(p in ("int8", *_LESS) for p in wanted) else "--precision fp16"

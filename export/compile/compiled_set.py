@@ -15,8 +15,9 @@ import onnx_ir as ir
 from bifrost_rt import engines, residency
 from bifrost_rt import manifest as manifests
 from bifrost_rt.backends import gpu
+from bifrost_rt.backends.tensorrt_log import logger
 from bifrost_rt.manifest import Compiled, EngineSpec
-from export.compile import bound, capabilities, graphs, half, quantized
+from export.compile import bound, capabilities, graphs, half, messages, quantized
 from export.compile import builder as builders
 from export.compile.builder import Builder
 from export.compile.capabilities import ARCHITECTURES
@@ -71,8 +72,7 @@ def compile_set(
             f"{source}: was built for {manifest.backend}; engines are compiled from ONNX graphs",
             hint="pass the onnxruntime set that it was compiled from",
         )
-    if source.resolve() == output.resolve():
-        raise CompileError(f"{output}: would replace the set that it is compiled from")
+    _check_apart(source.resolve(), output.resolve())
     stored = {spec.precision.weights for spec in manifest.engines}
     architectures = check_targets(builder, targets, sorted(stored))
     types = {spec.name: compute_type(spec, compute, architectures) for spec in manifest.engines}
@@ -93,14 +93,14 @@ def compile_set(
                 "float32",
             )
         jobs.append(_Job.prepare(graph, spec, types[spec.name], weights))
-    errors: dict[str, dict[str, Any]] = {}
-    if measure:
-        from export.compile import error  # torch lives behind it, which compiling does not need
-
-        say("computing the 16-bit graphs beside the float32 ones")
-        errors = error.measure(source, manifest, types)
     used = {name for spec in manifest.engines for name in spec.files}
     with written_aside(output) as folder:
+        errors: dict[str, dict[str, Any]] = {}
+        if measure:
+            from export.compile import error  # torch lives behind it, which compiling does not need
+
+            say("computing the 16-bit graphs beside the float32 ones")
+            errors = error.measure(source, manifest, types)
         for name in manifest.files.keys() - used:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)
@@ -176,6 +176,18 @@ def check_targets(
     return found
 
 
+def _check_apart(source: Path, output: Path) -> None:
+    """The new set takes the place of `output`, with all that is in it, and must not be in the set
+    that it is compiled from either."""
+    if source == output:
+        raise CompileError(f"{output}: would replace the set that it is compiled from")
+    if source.is_relative_to(output) or output.is_relative_to(source):
+        raise CompileError(
+            f"{output}: lies around or inside of the set that it is compiled from, {source}",
+            hint=f"choose a folder beside it, such as --output {source}-compiled",
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Job:
     """One engine to compile: its graph as it will be compiled, and the weights that stay out."""
@@ -214,7 +226,8 @@ class _Job:
         engine = f"{spec.name}.engine"
         (folder / engine).write_bytes(built.engine)
         weights = folder / f"{spec.name}.weights"
-        stored = bound.store(self.weights, weights) if self.weights else ()
+        with messages.explained(spec.name, builder.title, logger(builder.module)):
+            stored = bound.store(self.weights, weights) if self.weights else ()
         precision = dataclasses.replace(
             spec.precision, weights=built.arithmetic.stored, compute=built.arithmetic.compute
         )

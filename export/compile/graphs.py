@@ -24,11 +24,12 @@ def read(path: Path, stage: str) -> ir.Model:
     """A graph of a set; its weights stay in their file.
 
     Raises:
-        CompileError: the file is not an ONNX graph, or its weights lie outside of the set.
+        CompileError: the file is not an ONNX graph, or its weights lie outside of the set or beyond
+            the end of their file.
     """
     try:
         model = ir.load(path)
-    except (OSError, DecodeError, ValueError) as error:
+    except (OSError, DecodeError, ValueError, ir.serde.SerdeError) as error:
         raise CompileError(
             f"stage `{stage}`: {path.name} is not an ONNX graph: {error}", hint=REBUILD
         ) from None
@@ -45,6 +46,13 @@ def _in_the_set(tensor: ir.ExternalTensor, folder: Path, stage: str) -> ir.Exter
     if not file.is_relative_to(folder.resolve()):
         raise CompileError(
             f"stage `{stage}`: the weight {tensor.name} lies outside of the set, in {file}",
+            hint=REBUILD,
+        )
+    end, size = (tensor.offset or 0) + tensor.nbytes, file.stat().st_size if file.is_file() else 0
+    if end > size:
+        raise CompileError(
+            f"stage `{stage}`: the weight {tensor.name} ends at byte {end} of {file.name}, which "
+            f"has {size}",
             hint=REBUILD,
         )
     return ir.ExternalTensor(
@@ -73,7 +81,7 @@ def feed(parser: Any, model: ir.Model) -> list[NDArray[Any]] | None:
             value.const_value = ir.ExternalTensor(
                 "weights", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
             )
-        elif isinstance(tensor, ir.ExternalTensor):
+        elif isinstance(tensor, ir.ExternalTensor | ir.LazyTensor):  # its errors are raised here
             value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
     if not parser.load_model_proto(ir.to_proto(model).SerializeToString()):
         return None

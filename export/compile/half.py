@@ -85,7 +85,7 @@ class _Converter:
     """Which values are 16 bit is written in their dtype, node by node."""
 
     def __init__(self, graph: ir.Graph, stage: str, half: ir.DataType) -> None:
-        self.graph, self.half = graph, half
+        self.graph, self.stage, self.half = graph, stage, half
         self.names = FLOAT32_LAYERS.get(stage, ())
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self.wanted: set[ir.Value] = set()  # read by 16-bit products alone
@@ -228,7 +228,7 @@ class _Converter:
         name = f"{stored.name}.{self.half.name.lower()}"
         value = ir.Value(name=name, shape=stored.shape, type=ir.TensorType(self.half))
         value.const_value = ir.LazyTensor(
-            _rounder(stored.const_value, str(stored.name), self.half),
+            _rounder(stored.const_value, self.stage, str(stored.name), self.half),
             dtype=self.half,
             shape=stored.const_value.shape,
             name=name,
@@ -253,7 +253,7 @@ def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
 
 
 def _rounder(
-    tensor: ir.TensorProtocol, name: str, half: ir.DataType
+    tensor: ir.TensorProtocol, stage: str, name: str, half: ir.DataType
 ) -> Callable[[], ir.TensorProtocol]:
     def rounded() -> ir.TensorProtocol:
         wide = tensor.numpy().astype(np.float32)
@@ -262,8 +262,9 @@ def _rounder(
             and np.abs(wide).max(initial=0.0) > np.finfo(half.numpy()).max
         ):
             raise CompileError(
-                f"{name} reaches {np.abs(wide).max():.3g}, beyond the range of float16",
-                hint="compute in bfloat16: build the set with `--precision bf16`",
+                f"stage `{stage}`: {name} reaches {np.abs(wide).max():.3g}, beyond the range of "
+                "float16",
+                hint="compile with --compute bf16, whose range is that of float32",
             )
         return ir.Tensor(wide.astype(_NUMPY[half]), dtype=half)
 

@@ -6,8 +6,10 @@ without one does not have. What they say is kept; what it means for a set is add
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from export.errors import CompileError
@@ -25,12 +27,14 @@ _ADVICE = (
         "no kernel for this attention, and it was not marked decomposable: please report this",
     ),
     (
-        r"(?i)out ?of ?memory|bad_?alloc|MEM_ALLOC_FAILED|insufficient memory",
+        r"(?i)out ?of ?memory|bad_?alloc|MEM_ALLOC_FAILED|insufficient memory|MemoryError|"
+        r"cannot allocate memory|unable to allocate",
         "compiling takes about three times an engine's size, and room for its largest run: free "
-        "memory, lower --max-images, or compile on a larger machine",
+        "memory, leave the weights out with --weights bound, lower --max-images, or compile on a "
+        "larger machine",
     ),
     (
-        r"violate shape constraints",
+        r"violate shape constraints|exceed_int32_dim",
         "the largest run is beyond what an engine can address: lower --max-images or --max-steps",
     ),
     (
@@ -60,11 +64,32 @@ def parser_error(stage: str, title: str, errors: Sequence[Any]) -> CompileError:
 def builder_error(stage: str, title: str, logged: Iterable[str]) -> CompileError:
     """From what was logged as an error while the engine was built."""
     said = _sentence(logged)
-    layer = re.search(r"(?:layer|node)[ :]+[`'\"]?(node_\w+|[\w./]*\.[\w./]+)", said, re.I)
+    layer = re.search(
+        r"(?:layer|node|operation)[ :]+[`'\"]?(node_\w+|[\w./]*\.[\w./]+)", said, re.I
+    )
     where = f", layer `{layer[1]}`" if layer else ""
     return CompileError(
         f"stage `{stage}`{where}: {title} cannot compile it: {said}", hint=advice(said)
     )
+
+
+@contextlib.contextmanager
+def explained(stage: str, title: str, log: Any) -> Iterator[None]:
+    """What a library throws, and what Python raises for want of memory, as an error of the stage.
+
+    Args:
+        log: see `bifrost_rt.backends.tensorrt_log`.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:  # a C++ exception is one of these
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # onnx_ir wraps what a tensor's own reading raises
+            cause = cause.__cause__
+        if isinstance(cause, OSError) and cause.errno != errno.ENOMEM:
+            raise
+        logged = [str(cause) or type(cause).__name__, *log.take()]
+        raise builder_error(stage, title, logged) from error
 
 
 def advice(said: str) -> str:

@@ -16,6 +16,7 @@ IMAGES, PROMPTS, TEXTS, STEPS = "images", "prompts", "texts", "steps"
 # One picture at a time, without guidance, is what an edge device does all day, and the release
 # reveals one token in a step.
 _ONE = (IMAGES, PROMPTS, TEXTS, "branches", "revealed")
+MOST = 2**31 - 1  # of one dimension: the libraries keep 32 bits, and drop what is above them
 
 Shape = tuple[int, ...]
 
@@ -54,7 +55,8 @@ def sizes(
         max_steps: steps of either loop; None takes the larger of the set's two defaults.
 
     Raises:
-        CompileError: `images` has no limit and none was given, or a limit that the set exceeds.
+        CompileError: `images` has no limit and none was given, or one that the set or an engine
+            cannot have.
     """
     if max_images is None and dimensions[IMAGES].max is None:
         raise CompileError(
@@ -75,6 +77,11 @@ def sizes(
             raise CompileError(
                 f"`{symbol}` up to {high}: the set allows {allowed.min} to {allowed.max or 'any'}",
                 hint="rebuild the set with `python -m export.build --max-images N`, or ask less",
+            )
+        if high > MOST:
+            raise CompileError(
+                f"`{symbol}` up to {high}: an engine's dimensions go up to {MOST}",
+                hint="ask for less with --max-images and --max-steps",
             )
         bounds[symbol] = (allowed.min, high)
     return Sizes(bounds)

@@ -31,6 +31,7 @@ SPEC = EngineSpec(
     Precision("", "", ""),
 )
 DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn", "nvfp4": "float4_e2m1fn", "int4": "int4"}
+RTX_BUILDER = "tensorrt-rtx"
 FP8, UINT4, INT4 = ir.DataType.FLOAT8E4M3FN, ir.DataType.UINT4, ir.DataType.INT4
 
 
@@ -121,7 +122,7 @@ def compiled(form: str, target: str, compute: str = "bfloat16", *, bind: bool = 
     half.convert(model, "denoise", compute)
     names = {str(tensor.name) for tensor in bound.bind(model)} if bind else set()
     sizes = Sizes({"images": (1, 2)})
-    builder = builders.find("tensorrt-rtx")
+    builder = builders.find(RTX_BUILDER)
     return builders.compile_graph(builder, model, SPEC, sizes, (target,), names)
 
 
@@ -185,7 +186,7 @@ def test_layers_compile_as_a_build_writes_them(form: str, tmp_path: Path) -> Non
     assert quantized.formats(graph) == {form}
     quantized.rewrite(graph)
     half.convert(graph, spec.name, "bfloat16")
-    builder, sizes = builders.find("tensorrt-rtx"), Sizes({"images": (1, 2)})
+    builder, sizes = builders.find(RTX_BUILDER), Sizes({"images": (1, 2)})
     found = builders.compile_graph(builder, graph, spec, sizes, ("sm120",)).arithmetic
     weight_only = form == "int4"
     expected = {"bfloat16": 2} if weight_only else {DTYPES[form]: 1, "bfloat16": 1}
@@ -200,14 +201,18 @@ def test_quantised_weights_can_be_bound(form: str, monkeypatch: pytest.MonkeyPat
     assert compiled(form, "sm120", bind=True).arithmetic.stored == DTYPES[form]
 
 
-@pytest.mark.parametrize(
-    ("form", "target", "instead"),
-    [("fp8", "sm86", "int8"), ("nvfp4", "sm89", "fp8"), ("int4", "sm75", "int8")],
-)
-def test_the_builder_and_the_table_refuse_the_same(form: str, target: str, instead: str) -> None:
-    with pytest.raises(CompileError, match=f"{target} .* has no {form}") as error:
-        capabilities.check("tensorrt-rtx", [target], quantized.formats(Layer(form).model))
-    assert f"--precision {instead}" in str(error.value.hint)
+RTX = [name for name, about in capabilities.ARCHITECTURES.items() if RTX_BUILDER in about.builders]
+
+
+@pytest.mark.parametrize("target", RTX)
+@pytest.mark.parametrize("form", list(DTYPES))
+def test_the_builder_and_the_table_refuse_the_same(form: str, target: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    if form in capabilities.ARCHITECTURES[target].precisions:
+        assert capabilities.check(RTX_BUILDER, [target], [DTYPES[form]]) == (target,)
+        assert compiled(form, target).engine is not None
+        return
+    with pytest.raises(CompileError, match=f"{target} .* has no {form}"):
+        capabilities.check(RTX_BUILDER, [target], quantized.formats(Layer(form).model))
     with pytest.raises(CompileError, match="HW-specific datatypes"):
-        compiled(form, target, "float16")
+        compiled(form, target)

@@ -69,11 +69,24 @@ def test_cards_of_one_architecture_are_one_target() -> None:
 )
 def test_arithmetic_that_is_not_there(target: str, dtype: str, message: str, instead: str) -> None:
     with pytest.raises(CompileError, match=message) as error:
-        check("tensorrt-rtx", ["sm120", target], ["float32", dtype])
+        check("tensorrt", ["sm120", target], ["float32", dtype])
     assert instead in str(error.value.hint)
 
 
-@pytest.mark.parametrize("target", ["jetson-agx-orin", "jetson-agx-thor", "h100"])
+@pytest.mark.parametrize(
+    ("dtypes", "missing", "instead"),
+    [
+        (["bfloat16", "int8"], "bf16", "--rest fp16"),
+        (["bfloat16", "float8_e4m3fn"], "bf16, fp8", "--precision int8"),
+    ],
+)
+def test_what_else_a_quantised_set_holds(dtypes: list[str], missing: str, instead: str) -> None:
+    with pytest.raises(CompileError, match=f"sm75 .* has no {missing} arithmetic") as error:
+        check("tensorrt", ["sm75"], dtypes)
+    assert instead in str(error.value.hint)
+
+
+@pytest.mark.parametrize("target", ["rtx-2080", "jetson-agx-orin", "jetson-agx-thor", "h100"])
 def test_what_tensorrt_rtx_does_not_cover_goes_to_tensorrt(target: str) -> None:
     with pytest.raises(CompileError, match=r"tensorrt-rtx does not compile for sm\d+") as error:
         check("tensorrt-rtx", [target], ["float32"])
@@ -130,6 +143,14 @@ def test_a_sets_own_limit_holds() -> None:
             "dimensions are [n,1048576])",
             "--max-steps",
         ),
+        (
+            "IBuilder::buildSerializedNetwork: Error Code 1: Myelin ([myelin_graph.h:1295: "
+            "attachExceptionMsgToGraph] MyelinCheckException: cuda_codegen_pattern.cpp:2713: "
+            "CHECK(!exceed_int32_dim(kop)) failed.)",
+            "--max-images",
+        ),
+        ("Unexpected exception std::bad_alloc", "free memory"),
+        ("[Errno 12] Cannot allocate memory", "free memory"),
         ("MODEL_DESERIALIZE_FAILED: Assertion failed", "not an ONNX graph"),
         ("something new", "please report"),
     ],
@@ -141,3 +162,13 @@ def test_what_the_builder_says_comes_with_advice(logged: str, advice: str) -> No
     assert logged[:40] in error.message
     assert "catchCudaError" not in error.message
     assert advice in str(error.hint)
+
+
+def test_a_layer_that_the_builder_names_is_named() -> None:
+    said = (
+        "IBuilder::buildSerializedNetwork: Error Code 1: Myelin ([pass.cpp:337: "
+        "check_turing_op_compatibility] Cannot compile operation 'node_linear_2' for Turing "
+        "(SM75): FP32 GEMM is not supported.)"
+    )
+    error = messages.builder_error("denoise", "TensorRT-RTX", [said])
+    assert error.message.startswith("stage `denoise`, layer `node_linear_2`: TensorRT-RTX cannot")
