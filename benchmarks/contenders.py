@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -113,13 +114,15 @@ class ReferenceLoop:
 
         recipe = json.loads((Path(spec.engines) / "report.json").read_text())["recipe"]
         self._facts = manifest.read(Path(spec.engines))
-        self._reference = Reference(
-            recipe["mllm"],
-            recipe["bifrost"],
-            recipe["flux"],
-            mllm_max_length=self._facts.text.mllm.max_length,
-            t5_max_length=self._facts.text.t5.max_length,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # diffusers constructs its own deprecated class
+            self._reference = Reference(
+                recipe["mllm"],
+                recipe["bifrost"],
+                recipe["flux"],
+                mllm_max_length=self._facts.text.mllm.max_length,
+                t5_max_length=self._facts.text.t5.max_length,
+            )
         if spec.kind == "reference-compiled":
             self._reference.compile()
 

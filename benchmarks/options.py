@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import machine
-from benchmarks.quality import chosen, compare
+from benchmarks.quality import cells, chosen, closeness
 from bifrost_rt import Generator
 from bifrost_rt.generator import DEFAULT_SET
 from scenes.heldout import HeldOut
@@ -67,7 +67,6 @@ def record(
     drawn: Sequence[tuple[NDArray[np.uint8], dict[str, float], bool]],
 ) -> dict[str, Any]:
     """One option's line: speed-up, score, and difference to the exact pictures."""
-    pairs = [compare(mine[0], other[0]) for mine, other in zip(drawn, exact, strict=True)]
 
     def seconds(results: Sequence[tuple[Any, dict[str, float], bool]], part: str) -> float:
         return float(np.median([sum(timings[e] for e in PARTS[part]) for _, timings, _ in results]))
@@ -77,9 +76,7 @@ def record(
         "speedup": {part: round(seconds(exact, part) / seconds(drawn, part), 2) for part in PARTS},
         "overall": round(100 * sum(right for *_, right in drawn) / len(drawn), 1),
         "pictures": len(drawn),
-        "psnr_mean": round(float(np.mean([psnr for psnr, _ in pairs])), 1),
-        "psnr_min": round(min(psnr for psnr, _ in pairs), 1),
-        "ssim_mean": round(float(np.mean([ssim for _, ssim in pairs])), 4),
+        **closeness([picture for picture, *_ in drawn], [picture for picture, *_ in exact]),
     }
 
 
@@ -89,9 +86,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     for i, r in enumerate(records):
         name = ", ".join(f"`{name}={value}`" for name, value in r["option"].items()) or "none"
         speed = [f"{r['speedup'][part]:.2f}" for part in PARTS]
-        close = ["–"] * 3 if i == 0 else [
-            f"{r['psnr_mean']} dB", f"{r['psnr_min']} dB", f"{r['ssim_mean']:.3f}"
-        ]  # fmt: skip
+        close = ["–"] * 3 if i == 0 else cells(r)
         lines.append("| " + " | ".join([name, *speed, f"{r['overall']} %", *close]) + " |")
     return "\n".join(lines)
 

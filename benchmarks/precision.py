@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.quality import Drawn, chosen, compare, measure, percent
+from benchmarks.quality import Drawn, cells, chosen, closeness, measure, percent
 from bifrost_rt import Generator
 from bifrost_rt import manifest as manifests
 from scenes.world import FAMILIES
@@ -37,7 +37,6 @@ def record(
 ) -> dict[str, Any]:  # fmt: skip
     """One set's line of the table."""
     manifest = manifests.read(folder)
-    pairs = [compare(mine, other) for mine, other in zip(pictures, reference, strict=True)]
     asked = {engine.precision.requested for engine in manifest.engines}
     return {
         "set": manifest.name,
@@ -46,9 +45,7 @@ def record(
         "overall": percent(drawn),
         "families": {f: percent([d for d in drawn if d.family == f]) for f in FAMILIES},
         "pictures": len(drawn),
-        "psnr_mean": round(float(np.mean([psnr for psnr, _ in pairs])), 1),
-        "psnr_min": round(min(psnr for psnr, _ in pairs), 1),
-        "ssim_mean": round(float(np.mean([ssim for _, ssim in pairs])), 4),
+        **closeness(pictures, reference),
     }
 
 
@@ -56,9 +53,7 @@ def table(records: list[dict[str, Any]]) -> str:
     """Markdown; the first set is the one that the others are compared with."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for i, r in enumerate(records):
-        close = ["–"] * 3 if i == 0 else [
-            f"{r['psnr_mean']} dB", f"{r['psnr_min']} dB", f"{r['ssim_mean']:.3f}"
-        ]  # fmt: skip
+        close = ["–"] * 3 if i == 0 else cells(r)
         size = f"{r['weight_bytes'] / 1e6:.1f} MB"
         lines.append(
             "| " + " | ".join([r["set"], r["precision"], size, f"{r['overall']} %", *close]) + " |"

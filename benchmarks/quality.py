@@ -16,7 +16,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,23 @@ def compare(picture: NDArray[np.uint8], other: NDArray[np.uint8]) -> tuple[float
     same = np.array_equal(picture, other)
     psnr = SAME if same else float(peak_signal_noise_ratio(other, picture, data_range=255))
     return psnr, float(structural_similarity(other, picture, channel_axis=2, data_range=255))
+
+
+def closeness(
+    pictures: Sequence[NDArray[np.uint8]], others: Sequence[NDArray[np.uint8]]
+) -> dict[str, float]:
+    """Of pictures to others of the same prompts: PSNR in dB and SSIM."""
+    pairs = [compare(mine, other) for mine, other in zip(pictures, others, strict=True)]
+    return {
+        "psnr_mean": round(float(np.mean([psnr for psnr, _ in pairs])), 1),
+        "psnr_min": round(min(psnr for psnr, _ in pairs), 1),
+        "ssim_mean": round(float(np.mean([ssim for _, ssim in pairs])), 4),
+    }
+
+
+def cells(close: Mapping[str, float]) -> list[str]:
+    """`closeness` in a table."""
+    return [f"{close['psnr_mean']} dB", f"{close['psnr_min']} dB", f"{close['ssim_mean']:.3f}"]
 
 
 def measure(

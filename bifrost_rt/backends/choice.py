@@ -11,8 +11,9 @@ from bifrost_rt.manifest import Manifest
 # Formats that OpenVINO refuses to simulate.
 SIMULATED = {"fp8", "nvfp4"}
 # On a processor with a matrix unit for 8 bit, OpenVINO runs int8 layers at twice onnxruntime's
-# speed. Elsewhere the two were equal at int8 and float32 (benchmarks/results/int8-cpu.json), and
-# onnxruntime opens faster and takes half of the memory (benchmarks/results/residency.md).
+# speed. Elsewhere the two are equal in float32 and onnxruntime is a little ahead in int8
+# (benchmarks/results/latency-cpu.json), opens faster and takes half of the memory
+# (benchmarks/results/residency.md).
 MATRIX_UNIT = "amx_int8"
 
 
