@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from benchmarks import machine
 from benchmarks.quality import cells, chosen, closeness
-from bifrost_rt import Generator
+from bifrost_rt import Generator, schedules
 from bifrost_rt.generator import DEFAULT_SET
 from scenes.heldout import HeldOut
 from scenes.scorer import judge
@@ -41,7 +41,8 @@ def variants(decoding_steps: int, num_inference_steps: int) -> list[dict[str, in
     few = [max(1, decoding_steps // n) for n in (2, 4, 8)]
     steps = [{"decoding_steps": n} for n in dict.fromkeys(few) if n < decoding_steps]
     cached = [{"cache_interval": n} for n in (2, 3, 4)]
-    fewer = [{"num_inference_steps": (num_inference_steps + 2 * n - 2) // n} for n in (2, 3)]
+    equal = [sum(schedules.computed_steps(num_inference_steps, n)) for n in (2, 3)]
+    fewer = [{"num_inference_steps": n} for n in equal]
     both = [{**steps[0], **cached[0]}] if steps else []
     return [{}, *steps, *cached, *fewer, *both]
 

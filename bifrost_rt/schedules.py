@@ -124,6 +124,11 @@ class DenoisingPlan:
     weights: NDArray[np.float32]
 
 
+def computed_steps(steps: int, cache_interval: int) -> list[bool]:
+    """Which denoising steps are computed: the first ones, then every `cache_interval`-th."""
+    return [i < WARM_UP or (i - WARM_UP + 1) % cache_interval == 0 for i in range(steps)]
+
+
 def denoising_plan(levels: NDArray[np.float32], cache_interval: int) -> DenoisingPlan:
     """Euler steps over `levels` [steps + 1], of which every `cache_interval`-th is computed.
 
@@ -133,7 +138,7 @@ def denoising_plan(levels: NDArray[np.float32], cache_interval: int) -> Denoisin
     to two weights for each computed step. With an interval of 1 these are the Euler step's and 0.
     """
     steps = len(levels) - 1
-    computed = [i < WARM_UP or (i - WARM_UP + 1) % cache_interval == 0 for i in range(steps)]
+    computed = computed_steps(steps, cache_interval)
     at = [i for i in range(steps) if computed[i]]
     weights = np.zeros((len(at), 2), np.float32)
     reached = np.empty(steps, np.float32)

@@ -33,7 +33,7 @@ class VisualBranch(nn.Module):
         text_keys: Sequence[Tensor],
         text_values: Sequence[Tensor],
         text_mask: Tensor,
-        wanted: Tensor,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Predictions for the places that are wanted.
 
@@ -45,7 +45,7 @@ class VisualBranch(nn.Module):
                 and never kept.
             text_keys, text_values: per layer [R, kv_heads, S, head_dim], from `TextBranch`.
             text_mask: bool [R, S], true where a text token is real.
-            wanted: int64 [R, K], places of each row.
+            wanted: int64 [R, K], places of each row; None: all of them, as in training.
 
         Returns:
             [R, K, D]. Visual tokens see all real text and each other, both ways; their rotary
@@ -60,7 +60,7 @@ class VisualBranch(nn.Module):
             h = layer.input_layernorm(x)
             k, v = layer.self_attn.key_value(h)
             k, v = torch.cat((text_k, k), dim=2), torch.cat((text_v, v), dim=2)
-            if layer is last:
+            if layer is last and wanted is not None:
                 x, h = _rows(x, wanted), _rows(h, wanted)
                 mask = visible.expand(-1, -1, wanted.shape[1], -1)
             x = x + layer.self_attn.attend(layer.self_attn.query(h), k, v, mask=mask)
