@@ -69,7 +69,7 @@ def needs(folder: Path, backend: str) -> list[Need]:
     facts, driver = manifest.read(folder), backends.load(backend)
     order = [spec.name for spec in facts.engines]
     at = residency.sizes(facts, **STEPS)
-    return residency.needs(facts, order, at, driver.weights_in_memory)
+    return residency.needs(facts, order, at, driver.weights_in_memory, driver.scratch_share)
 
 
 def picture(folder: Path, backend: str, budget: int) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def measure(folder: Path, backend: str, share: float) -> dict[str, Any]:
     everything = sum(need.held for need in wanted) + max(need.tensors for need in wanted)
     budget = max(int(everything * share), max(need.total for need in wanted))
     ahead = backends.load(backend).opens_in_threads
-    planned = residency.schedule(wanted, budget, ahead=ahead)
+    planned = residency.schedules_of(wanted, budget, ahead=ahead)
     return {
         "machine": machine.describe(),
         "set": folder.name,
@@ -108,8 +108,8 @@ def measure(folder: Path, backend: str, share: float) -> dict[str, Any]:
         "everything": {"counted_bytes": everything, **fresh("picture", everything)},
         "budget": {
             "budget_bytes": budget,
-            "planned_peak_bytes": max(step.peak for step in planned),
-            "leaves": {step.engine: step.evict for step in planned if step.evict},
+            "planned_peak_bytes": max(step.peak for steps in planned for step in steps),
+            "leaves": {step.engine: step.evict for step in planned[0] if step.evict},
             **fresh("picture", budget),
         },
     }

@@ -81,7 +81,10 @@ class Engines:
         """
         if self.budget is None:
             return
-        needs = residency.needs(self._manifest, order, at, self.backend.weights_in_memory)
+        backend = self.backend
+        needs = residency.needs(
+            self._manifest, order, at, backend.weights_in_memory, backend.scratch_share
+        )
         try:
             steps = residency.schedule(needs, self.budget, self._held, ahead=self._pool is not None)
         except BudgetError as error:
@@ -98,6 +101,7 @@ class Engines:
     def _advice(self, needs: Sequence[Need], order: Sequence[str]) -> str:
         assert self.budget is not None
         manifest, in_memory = self._manifest, self.backend.weights_in_memory
+        share = self.backend.scratch_share
 
         def half(spec: EngineSpec, stored: int) -> int:
             stored = stored // 2 if spec.precision.weights == "float32" else stored
@@ -106,9 +110,14 @@ class Engines:
 
         one = residency.sizes(manifest)
         ways = []
-        if max(n.total for n in residency.needs(manifest, order, one, in_memory)) <= self.budget:
+        if (
+            max(n.total for n in residency.needs(manifest, order, one, in_memory, share))
+            <= self.budget
+        ):
             ways.append("draw one picture at a time")
-        elif max(n.total for n in residency.needs(manifest, order, one, half)) <= self.budget:
+        elif (
+            max(n.total for n in residency.needs(manifest, order, one, half, share)) <= self.budget
+        ):
             ways.append("rebuild the set with `python -m export.build --precision bf16`")
         least = max(need.total for need in needs)
         return ", or ".join([*ways, f"give it at least {residency.size_text(least, up=True)}"])

@@ -137,6 +137,22 @@ def schedule(
     return tuple(steps)
 
 
+def schedules_of(
+    needs: Sequence[Need], budget: int, *, ahead: bool = False
+) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """Of a first picture, and of those after it, which find what it has left.
+
+    Raises:
+        BudgetError: as `schedule` does.
+    """
+    first = schedule(needs, budget, ahead=ahead)
+    left: dict[str, int] = {}
+    for step, need in zip(first, needs, strict=True):
+        left = {name: held for name, held in left.items() if name not in step.evict}
+        left[need.engine] = need.held
+    return first, schedule(needs, budget, left, ahead=ahead)
+
+
 def everything_fits(steps: Sequence[Step]) -> bool:
     """Whether no engine ever leaves."""
     return not any(step.evict for step in steps)
@@ -173,6 +189,7 @@ def needs(
     order: Sequence[str],
     at: Sizes,
     weights_in_memory: Callable[[EngineSpec, int], int],
+    scratch_share: float = 1.0,
 ) -> list[Need]:
     """What each stage of a run takes.
 
@@ -180,6 +197,7 @@ def needs(
         order: engines, in the order of use.
         at: engine -> a number for every symbol of its doors.
         weights_in_memory: (engine, bytes of its files) -> bytes once its driver has opened it.
+        scratch_share: what the driver takes of the scratch memory that the manifest states.
     """
     found = []
     for name in order:
@@ -189,7 +207,7 @@ def needs(
             Need(
                 name,
                 weights_in_memory(spec, stored),
-                math.ceil(spec.scratch_bytes * growth(spec, at(name))),
+                math.ceil(scratch_share * spec.scratch_bytes * growth(spec, at(name))),
                 tensor_bytes(spec, at(name)),
             )
         )

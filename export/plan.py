@@ -84,7 +84,9 @@ def of_set(folder: Path, device: devices.Device, budget: int | None = None) -> P
         spec = manifest.engine(one.engine)
         return driver.weights_in_memory(spec, sum(manifest.files[f].size for f in spec.files))
 
-    return estimate.plan(works, device, None, budget, in_memory, driver.opens_in_threads)
+    return estimate.plan(
+        works, device, None, budget, in_memory, driver.opens_in_threads, driver.scratch_share
+    )
 
 
 def of_recipe(
@@ -104,7 +106,9 @@ def of_recipe(
         return estimate.plan(works, device, storage, budget)
     driver = backends.load(recipe.backend)
     in_memory = _in_memory(driver, storage)
-    return estimate.plan(works, device, storage, budget, in_memory, driver.opens_in_threads)
+    return estimate.plan(
+        works, device, storage, budget, in_memory, driver.opens_in_threads, driver.scratch_share
+    )
 
 
 def of_shapes(

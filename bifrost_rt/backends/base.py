@@ -69,6 +69,10 @@ class Backend(Protocol):
         """Bytes that an opened engine holds whose files have `stored` bytes, at their highest:
         drivers unpack and reorder weights, and some keep the file's pages beside that."""
 
+    scratch_share: float
+    """What the driver takes of the scratch memory that a manifest states, which is counted for one
+    that keeps the scores of attention in memory."""
+
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
         """Uninitialised memory of the device."""
 
@@ -90,6 +94,7 @@ class HostMemory:
     """Buffers of a driver whose device is the host: numpy arrays, never copied."""
 
     opens_in_threads = True
+    scratch_share = 1.0
 
     def free_memory(self) -> int | None:
         """What the machine can give without swapping."""

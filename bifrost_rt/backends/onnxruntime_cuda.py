@@ -49,6 +49,7 @@ class OnnxRuntimeCuda:
 
     name = "onnxruntime-cuda"
     opens_in_threads = False  # never tried on a GPU
+    scratch_share = 1.0
 
     def __init__(
         self, graphs: bool = False, provider: str = PROVIDER, device: str = "cuda"

@@ -60,6 +60,7 @@ class TensorRt:
 
     name = "tensorrt"
     opens_in_threads = False  # never tried on a GPU
+    scratch_share = 1.0
     module = "tensorrt"
 
     def __init__(

@@ -75,6 +75,7 @@ def plan(
     budget: int | None = None,
     in_memory: InMemory | None = None,
     ahead: bool = False,
+    scratch_share: float = 1.0,
 ) -> Plan:
     """Plan one picture.
 
@@ -84,16 +85,20 @@ def plan(
         in_memory: (engine, stored bytes) -> bytes once a driver has opened it. Default: as stored,
             which is what a compiled engine takes on a GPU.
         ahead: whether the driver opens the next engine while one works.
+        scratch_share: what it takes of the scratch memory that is counted.
     """
     budget = device.memory if budget is None else budget
     keep = in_memory or (lambda work, stored: stored)
     # without a driver of its own, a device computes in 16 bit where weights have 16 bit or fewer
-    scale = storage.activation_scale if storage and in_memory is None else 1.0
+    scale = storage.activation_scale if storage and in_memory is None else scratch_share
     needs = [
         Need(w.engine, keep(w, w.weights(storage)), round(w.scratch * scale), w.tensors)
         for w in works
     ]
-    steps, later = _schedules(needs, budget, ahead)
+    try:
+        steps, later = residency.schedules_of(needs, budget, ahead=ahead)
+    except BudgetError:
+        steps, later = (), ()
     supported = _supported(device, storage)
     stages = tuple(
         _stage(work, need, step, storage, device, scale)
@@ -106,7 +111,7 @@ def plan(
         precision=storage.name if storage else "as built",
         budget_bytes=budget,
         fits=bool(steps) and supported,
-        peak_bytes=max(stage.peak_bytes for stage in stages),
+        peak_bytes=max([*(s.peak_bytes for s in stages), *(step.peak for step in later)]),
         resident_bytes=sum(n.held for n in needs) + max(n.tensors for n in needs),
         load_bytes=_loaded(works, later, storage),
         seconds=seconds,
@@ -122,21 +127,6 @@ def _loaded(works: Sequence[Work], steps: Sequence[Step], storage: Storage | Non
     loaded = {step.engine for step in steps if step.load}
     loaded.update(engine for step in steps for engine in step.ahead)
     return sum(work.weights(storage) for work in works if work.engine in loaded)
-
-
-def _schedules(
-    needs: Sequence[Need], budget: int, ahead: bool
-) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
-    """Of the first picture, and of those after it. Empty where a stage cannot fit."""
-    try:
-        first = residency.schedule(needs, budget, ahead=ahead)
-    except BudgetError:
-        return (), ()
-    left: dict[str, int] = {}
-    for step, need in zip(first, needs, strict=True):
-        left = {name: held for name, held in left.items() if name not in step.evict}
-        left[need.engine] = need.held
-    return first, residency.schedule(needs, budget, left, ahead=ahead)
 
 
 def _stage(

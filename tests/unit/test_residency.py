@@ -85,6 +85,16 @@ def test_what_fits_stays_for_the_next_picture() -> None:
     assert not loaded & {"clip_text", "vae_decode"}
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_pictures_after_the_first_find_what_it_has_left(ahead: bool) -> None:
+    needs, held = release(), {}
+    first, later = residency.schedules_of(needs, 14 * GB, ahead=ahead)
+    assert first == schedule(needs, 14 * GB, ahead=ahead)
+    follow(first, needs, held)
+    assert later == schedule(needs, 14 * GB, dict(held), ahead=ahead)
+    assert sum(step.load for step in later) < sum(step.load for step in first)
+
+
 def test_the_stage_that_just_ended_leaves_first() -> None:
     needs = [Need(name, 10) for name in "abcd"]
     steps = schedule(needs, 30, {"a": 10, "b": 10, "c": 10})
