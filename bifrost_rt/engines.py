@@ -93,7 +93,9 @@ class Engines:
         self._steps = {step.engine: step for step in steps}
         # buffers that stay are all in memory at once
         all_tensors = sum(need.tensors for need in needs)
-        held = {**self._held, **{need.engine: need.held for need in needs}}
+        held = dict(self._held)
+        for need in needs:
+            held[need.engine] = max(need.held, held.get(need.engine, 0))
         self._workspace.keep = sum(held.values()) + all_tensors <= self.budget
         if not self._workspace.keep:
             self._workspace.clear()
@@ -164,7 +166,9 @@ class Engines:
     def _leave(self, name: str) -> None:
         self._held.pop(name, None)
         if name in self._open:
-            self._open.pop(name).close()
+            engine = self._open.pop(name)
+            self._workspace.forget(engine)
+            engine.close()
         elif name in self._arriving:
             coming = self._arriving.pop(name)
             if coming.exception() is None:

@@ -68,6 +68,11 @@ class Workspace:
             self._calls[key] = engine.bind(inputs, outputs)
         return self._calls[key]
 
+    def forget(self, engine: Engine) -> None:
+        """Let go of the calls of an engine that leaves: they hold on to it."""
+        gone = id(engine)
+        self._calls = {key: call for key, call in self._calls.items() if key[0] != gone}
+
     def clear(self) -> None:
         """Let go of everything."""
         self._calls.clear()

@@ -1,0 +1,90 @@
+"""Buffers and calls that stay: what is used again, and what is let go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bifrost_rt.backends.base import Buffer, HostMemory
+from bifrost_rt.workspace import Workspace
+
+
+class Counting:
+    """An engine that counts how often it is bound."""
+
+    spec: Any = None
+
+    def __init__(self) -> None:
+        self.bound = 0
+
+    def bind(
+        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+    ) -> Callable[[], None]:
+        self.bound += 1
+        return lambda: None
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def workspace() -> Workspace:
+    return Workspace(HostMemory())  # type: ignore[arg-type]
+
+
+def test_the_same_size_is_the_same_buffer(workspace: Workspace) -> None:
+    first = workspace.put("a.x", np.ones((2, 3), np.float32))
+    again = workspace.put("a.x", np.zeros((2, 3), np.float32))
+    assert again is first
+    assert not np.asarray(first).any()
+    assert workspace.empty("a.x", (2, 4), np.float32) is not first
+    assert workspace.empty("b.x", (2, 4), np.int64).dtype == np.int64
+
+
+def test_a_call_is_bound_once_for_kept_buffers(workspace: Workspace) -> None:
+    engine = Counting()
+    x = workspace.put("a.x", np.ones(3, np.float32))
+    y, z = (workspace.empty(f"a.{name}", (3,), np.float32) for name in "yz")
+    call = workspace.bind(engine, {"x": x}, {"y": y})
+    assert workspace.bind(engine, {"x": x}, {"y": y}) is call
+    workspace.bind(engine, {"x": x}, {"y": z})
+    assert engine.bound == 2
+    workspace.bind(engine, {"x": np.ones(3, np.float32)}, {"y": y})  # a caller's own array
+    workspace.bind(engine, {"x": np.ones(3, np.float32)}, {"y": y})
+    assert engine.bound == 4
+
+
+def test_a_buffer_that_goes_takes_its_calls_along_and_no_others(workspace: Workspace) -> None:
+    engine = Counting()
+    x, y, z = (workspace.empty(f"a.{name}", (3,), np.float32) for name in "xyz")
+    workspace.bind(engine, {"x": x}, {"y": y})
+    kept = workspace.bind(engine, {"x": x}, {"y": z})
+    new = workspace.empty("a.y", (4,), np.float32)
+    workspace.bind(engine, {"x": x}, {"y": new})
+    assert engine.bound == 3
+    assert workspace.bind(engine, {"x": x}, {"y": z}) is kept
+
+
+def test_an_engine_that_leaves_takes_its_calls_along(workspace: Workspace) -> None:
+    engine, other = Counting(), Counting()
+    x, y = (workspace.empty(f"a.{name}", (3,), np.float32) for name in "xy")
+    for one in (engine, other, engine, other):
+        workspace.bind(one, {"x": x}, {"y": y})
+    workspace.forget(engine)
+    for one in (engine, other):
+        workspace.bind(one, {"x": x}, {"y": y})
+    assert (engine.bound, other.bound) == (2, 1)
+
+
+def test_where_memory_is_short_nothing_stays(workspace: Workspace) -> None:
+    workspace.keep = False
+    engine = Counting()
+    x = workspace.put("a.x", np.ones(3, np.float32))
+    assert workspace.put("a.x", np.ones(3, np.float32)) is not x
+    y = workspace.empty("a.y", (3,), np.float32)
+    for _ in range(2):
+        workspace.bind(engine, {"x": x}, {"y": y})
+    assert engine.bound == 2
