@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import host, jetson, nvidia
+from bifrost_rt.backends.choice import processor_features
 
 # Instruction sets that decide the speed of these networks on a CPU.
 CPU_FEATURES = (
@@ -47,7 +48,7 @@ def _cpu() -> dict[str, Any]:
     for line in path.read_text().splitlines() if path.exists() else ():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())
-    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    flags = processor_features()
     found = {
         "name": fields.get("model name", platform.processor() or platform.machine()),
         "cores": cores(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -103,23 +103,20 @@ class Engines:
     def _advice(self, needs: Sequence[Need], order: Sequence[str]) -> str:
         assert self.budget is not None
         manifest, in_memory = self._manifest, self.backend.weights_in_memory
-        share = self.backend.scratch_share
+
+        def largest(in_memory: Callable[[EngineSpec, int], int]) -> int:
+            share, one = self.backend.scratch_share, residency.sizes(manifest)
+            return max(n.total for n in residency.needs(manifest, order, one, in_memory, share))
 
         def half(spec: EngineSpec, stored: int) -> int:
             stored = stored // 2 if spec.precision.weights == "float32" else stored
             precision = dataclasses.replace(spec.precision, weights="bfloat16")
             return in_memory(dataclasses.replace(spec, precision=precision), stored)
 
-        one = residency.sizes(manifest)
         ways = []
-        if (
-            max(n.total for n in residency.needs(manifest, order, one, in_memory, share))
-            <= self.budget
-        ):
+        if largest(in_memory) <= self.budget:
             ways.append("draw one picture at a time")
-        elif (
-            max(n.total for n in residency.needs(manifest, order, one, half, share)) <= self.budget
-        ):
+        elif largest(half) <= self.budget:
             ways.append("rebuild the set with `python -m export.build --precision bf16`")
         least = max(need.total for need in needs)
         return ", or ".join([*ways, f"give it at least {residency.size_text(least, up=True)}"])

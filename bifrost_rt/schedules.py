@@ -34,10 +34,20 @@ def kept_counts(num_tokens: int, decoding_steps: int) -> list[int]:
     return [*kept, 0]
 
 
+def reveal_counts(num_tokens: int, decoding_steps: int) -> list[int]:
+    """How many places each decoding step reveals."""
+    kept = [num_tokens, *kept_counts(num_tokens, decoding_steps)]
+    return [before - after for before, after in itertools.pairwise(kept)]
+
+
 def active_steps(num_tokens: int, decoding_steps: int) -> int:
     """How many decoding steps reveal anything; the others change nothing and are not run."""
-    kept = [num_tokens, *kept_counts(num_tokens, decoding_steps)]
-    return sum(before != after for before, after in itertools.pairwise(kept))
+    return sum(count > 0 for count in reveal_counts(num_tokens, decoding_steps))
+
+
+def most_revealed(num_tokens: int, decoding_steps: int) -> int:
+    """The most places that one step reveals."""
+    return max(reveal_counts(num_tokens, decoding_steps))
 
 
 def reveal_masks(order: NDArray[np.integer], decoding_steps: int) -> NDArray[np.bool_]:
@@ -53,12 +63,6 @@ def reveal_masks(order: NDArray[np.integer], decoding_steps: int) -> NDArray[np.
     rank = np.argsort(order, axis=1)  # rank[i, place]: where the place stands in the order
     before = [num_tokens, *kept_counts(num_tokens, decoding_steps)]
     return np.stack([(rank < a) & (rank >= b) for a, b in itertools.pairwise(before)])
-
-
-def most_revealed(num_tokens: int, decoding_steps: int) -> int:
-    """The most places that one step reveals."""
-    kept = [num_tokens, *kept_counts(num_tokens, decoding_steps)]
-    return max(before - after for before, after in itertools.pairwise(kept))
 
 
 def reveal_rows(masks: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from bifrost_rt import backends
 from bifrost_rt.manifest import Manifest
 
-# Formats that OpenVINO refuses to simulate.
+# OpenVINO refuses to simulate these: it rounds a tenth of all values to the other neighbour in
+# E4M3, and has no functions of a model.
 SIMULATED = {"fp8", "nvfp4"}
 # On a processor with a matrix unit for 8 bit, OpenVINO runs int8 layers at twice onnxruntime's
 # speed. Elsewhere the two are equal in float32 and onnxruntime is a little ahead in int8

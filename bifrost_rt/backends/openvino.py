@@ -11,6 +11,7 @@ import numpy as np
 import openvino as ov
 
 from bifrost_rt.backends.base import Buffer, HostMemory, check_bindings, return_freed_memory
+from bifrost_rt.backends.choice import SIMULATED
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import EngineSpec, Range
 
@@ -19,8 +20,6 @@ from bifrost_rt.manifest import EngineSpec, Range
 # The rest was measured on 24 layers of width 2048: 2.47 in int8, 3.06 in int4.
 UNPACKED = {**dict.fromkeys(("float16", "bfloat16"), 4.3), "int8": 2.6, "int4": 3.2}
 FIXED = 8 << 20
-# It rounds a tenth of all values to the other neighbour in E4M3, and has no functions of a model.
-SIMULATED = {"fp8", "nvfp4"}
 
 
 class OpenVino(HostMemory):
