@@ -21,21 +21,17 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import onnx_ir as ir
-
-from benchmarks import machine
+from benchmarks import cuts, machine
 from benchmarks.residency import status
 from bifrost_rt import strict
 from bifrost_rt.manifest import EngineSpec, Precision, TensorSpec
-from export.compile import bound, graphs, half, quantized
+from export.compile import bound, graphs
 from export.compile import builder as builders
+from export.compile.compiled_set import COMPUTE as COMPUTES_IN
+from export.compile.compiled_set import rewrite
 from export.compile.profiles import Sizes
-from export.recipe import QUANTISED
-
-if TYPE_CHECKING:
-    from export.stages import Stage
 
 TARGETS = ("sm86", "sm89", "sm120")
 FP8_TARGETS = ("sm89", "sm120")
@@ -53,7 +49,6 @@ CASES = (
     *(("int8", "baked"), ("int8", "bound"), ("fp8", "baked"), ("fp8", "bound")),
 )
 COMPUTE = tuple(dict.fromkeys(compute for compute, _ in CASES))
-LARGEST_INPUT = 8.0  # what the made-up scales of activations hold
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,74 +80,16 @@ def measure(
     folder: Path, stages: list[str], layers: int | None, compute: Sequence[str] = COMPUTE
 ) -> Iterator[dict[str, Any]]:
     """One row for every stage and case; `layers` None is the whole model without weights."""
+    from export.synthetic.shapes import PRESETS  # brings torch, which is not the builder's memory
+
     cases = [(c, w) for c, w in CASES if c in compute and (layers is not None or w == "bound")]
-    forms = tuple(dict.fromkeys(stored_as(computed) for computed, _ in cases))
-    for form, spec in written(folder, stages, layers, forms):
+    forms = tuple(dict.fromkeys(cuts.stored_as(computed) for computed, _ in cases))
+    shapes = PRESETS["7b"] if layers is None else PRESETS["7b"].cut(layers)
+    for spec in cuts.written(folder, stages, shapes, forms, holes=layers is None):
         for computed, weights in cases:
-            if stored_as(computed) == form:
+            if cuts.stored_as(computed) == spec.precision.requested:
                 found = in_a_process(folder, spec, computed, weights)
                 yield {"stage": spec.name, "compute": computed, "weights": weights, **found}
-
-
-def stored_as(compute: str) -> str:
-    """The form of the graph that is compiled to compute so: float32 is a bfloat16 set's."""
-    return compute if compute in QUANTISED else "bf16"
-
-
-def written(
-    folder: Path, stages: list[str], layers: int | None, forms: Sequence[str]
-) -> Iterator[tuple[str, EngineSpec]]:
-    """The stages' graphs as files, in every form: of random bfloat16 weights, or of holes."""
-    from export import assemble
-    from export.checkpoint import Checkpoint
-    from export.synthesize import synthesize
-    from export.synthetic.shapes import PRESETS
-
-    shapes = PRESETS["7b"] if layers is None else PRESETS["7b"].cut(layers)
-    parts = [folder / "checkpoint" / name for name in ("mllm", "bifrost", "flux")]
-    synthesize(shapes, folder / "checkpoint", seed=None if layers is None else 0)
-    for form in forms:
-        checkpoint = Checkpoint(parts[0], parts[1], parts[2], read=False)
-        facts = assemble.facts(checkpoint)
-        for stage in assemble.stages(checkpoint, facts, checkpoint.max_seq_length, 77, 512):
-            if stage.name in stages:
-                start = time.perf_counter()
-                path = write(stage, form, folder, holes=layers is None)
-                took = time.perf_counter() - start
-                print(f"{stage.name}, {form}: {took:.0f} s to the graph", file=sys.stderr)
-                doors = (stage.inputs, stage.outputs, stage.carry)
-                yield form, EngineSpec(stage.name, path.name, (), *doors, Precision("", "", ""))
-
-
-def write(stage: Stage, form: str, folder: Path, *, holes: bool) -> Path:
-    """One stage's graph. `holes`: nothing is read, it is converted here and has no weights."""
-    from export import graph, precision
-
-    path = folder / f"{stage.name}-{form}.onnx"
-    if form in QUANTISED:
-        quantise(stage, form)
-    traced = graph.to_graph(stage)
-    if holes:
-        half.convert(traced, stage.name, "bfloat16")
-        bound.bind(traced)
-        ir.save(traced, path)
-    else:
-        precision.store(traced, "bf16")
-        graph.save(traced, path)
-    return path
-
-
-def quantise(stage: Stage, form: str) -> None:
-    """The layers that a build would quantise, with scales that no calibration has chosen."""
-    from export.quantize import apply, policy
-    from export.quantize.apply import Decision
-    from export.quantize.formats import activation_scale
-    from export.quantize.scales import Scales
-
-    scales = Scales(activation_scale(LARGEST_INPUT, form))
-    choices = policy.choose([stage], form, "bf16", {}, {})
-    decisions = [Decision(c, c.form, c.reason, scales if c.quantised else None) for c in choices]
-    apply.replace({stage.name: stage}, decisions)
 
 
 def in_a_process(folder: Path, spec: EngineSpec, compute: str, weights: str) -> dict[str, Any]:
@@ -184,9 +121,7 @@ def compile_one(path: Path) -> dict[str, Any]:
     names = {str(value.name) for value in graph.graph.inputs} - doors
     start = time.perf_counter()
     if not names:
-        quantized.rewrite(graph)
-        if task["compute"] != "fp32":
-            half.convert(graph, spec.name, "bfloat16")
+        rewrite(graph, spec.name, COMPUTES_IN.get(task["compute"], "bfloat16"))
         if task["weights"] == "bound":
             names = {str(tensor.name) for tensor in bound.bind(graph)}
     targets = FP8_TARGETS if task["compute"] == "fp8" else TARGETS

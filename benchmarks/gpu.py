@@ -2,11 +2,11 @@
 
     python -m benchmarks.gpu [--layers 2] [--json benchmarks/results/gpu.json]
 
-Random weights, cut to `--layers`; each row is an engine on a driver, in a precision, with its
-weights in the engine or outside, with CUDA graphs or without: milliseconds a step, the host's own
-share of it, and the part of the card's peak rate that this is, where `engines/devices.toml` knows
-the card. What a driver cannot do here stands in its row as the reason. The record carries the
-machine.
+Random weights, cut to `--layers`, in 8 bit on scales that are made up. Each row is an engine on a
+driver, in a precision, with its weights in the engine or outside, with CUDA graphs or without:
+milliseconds a step, the host's own share of it, and the part of the card's peak rate that this is,
+where `engines/devices.toml` knows the card. What a driver cannot do here stands in its row as the
+reason. The record carries the machine.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from benchmarks import compiling, machine
+from benchmarks import cuts, machine
 from bifrost_rt import backends
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.base import Backend, Engine
@@ -30,14 +28,19 @@ from bifrost_rt.engines import Loop
 from bifrost_rt.errors import BifrostError
 from bifrost_rt.manifest import Compiled, EngineSpec, Range
 from export import flops
-from export.compile import bound, graphs, half
+from export.compile import bound, capabilities, graphs
 from export.compile import builder as builders
+from export.compile.compiled_set import COMPUTE, rewrite
 from export.compile.profiles import Sizes
 from export.planning import devices
+from export.synthetic.shapes import PRESETS
 
 # one picture, its longest prompt, the release's steps
 SIZES = {"images": 1, "branches": 1, "text_tokens": 300, "steps": 256, "revealed": 1}
-RATES = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16"}
+# what of the table's rates an engine's products are held to
+RATES = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "int8": "int8", "fp8": "fp8"}
+FORMS = ("bf16", "int8", "fp8")  # of the graphs; the first is also compiled to float32
+# (driver, what products compute in, where the weights are, whether steps are CUDA graphs)
 CASES = (
     ("onnxruntime-cuda", "fp32", "baked", False),
     ("onnxruntime-cuda", "fp32", "baked", True),
@@ -49,6 +52,10 @@ CASES = (
             ("bf16", "baked", False),
             ("bf16", "baked", True),
             ("bf16", "bound", True),
+            ("int8", "baked", True),
+            ("int8", "bound", True),
+            ("fp8", "baked", True),
+            ("fp8", "bound", True),
         )
     ),
 )
@@ -57,6 +64,7 @@ CASES = (
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--like", choices=PRESETS, default="7b", help="whose widths; default: 7b")
     parser.add_argument("--layers", type=int, default=2, help="of every network; default: 2")
     parser.add_argument("--stages", default="visual_decode,denoise", help="comma between")
     parser.add_argument("--steps", type=int, default=50, help="timed steps; default: 50")
@@ -67,24 +75,27 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no GPU: {here}")
         return 1
     rows = []
+    shapes = PRESETS[options.like].cut(options.layers)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for spec, graph in compiling.written(folder, options.stages.split(","), options.layers):
-            for row in measure(folder, spec, graph, here, options.steps):
+        for spec in cuts.written(folder, options.stages.split(","), shapes, FORMS):
+            for row in measure(folder, spec, here, options.steps):
                 print(json.dumps(row), flush=True)
                 rows.append(row)
     if options.json:
-        record = {"machine": machine.describe(), "layers": options.layers, "rows": rows}
+        about = {"like": options.like, "layers": options.layers}
+        record = {"machine": machine.describe(), **about, "rows": rows}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 
-def measure(
-    folder: Path, spec: EngineSpec, graph: Path, here: gpu.Gpu, steps: int
-) -> Iterator[dict[str, Any]]:
-    """One row for every case."""
-    work = flops.count(graphs.read(graph, spec.name), SIZES)
+def measure(folder: Path, spec: EngineSpec, here: gpu.Gpu, steps: int) -> Iterator[dict[str, Any]]:
+    """One row for every case of one graph."""
+    form = spec.precision.requested
+    work = flops.count(graphs.read(folder / spec.graph, spec.name), SIZES)
     for name, compute, weights, replayed in CASES:
+        if cuts.stored_as(compute) != form:
+            continue
         row: dict[str, Any] = {"stage": spec.name, "driver": name, "compute": compute}
         row |= {"weights": weights, "cuda_graphs": replayed}
         if reason := backends.DRIVERS[name].unavailable():
@@ -95,7 +106,7 @@ def measure(
             driver.graphs = replayed
             ready = spec
             if backends.DRIVERS[name].compiled:
-                ready = compiled(folder, spec, graph, name, compute, weights, here)
+                ready = compiled(folder, spec, name, compute, weights, here.architecture)
             ranges = {symbol: Range(1, high) for symbol, high in SIZES.items()}
             engine = driver.open(folder, ready, ranges)
             found = time_steps(driver, engine, steps)
@@ -113,26 +124,25 @@ def measure(
 
 
 def compiled(
-    folder: Path,
-    spec: EngineSpec,
-    graph: Path,
-    name: str,
-    compute: str,
-    weights: str,
-    here: gpu.Gpu,
+    folder: Path, spec: EngineSpec, name: str, compute: str, weights: str, architecture: str
 ) -> EngineSpec:
-    """Compile a stage for this GPU into `folder`."""
+    """Compile a stage for one architecture into `folder`.
+
+    Raises:
+        CompileError: it lacks the arithmetic, or the builder refuses.
+    """
     builder = builders.find(name)
-    model = graphs.read(graph, spec.name)
-    if compute != "fp32":
-        half.convert(model, spec.name, {"fp16": "float16", "bf16": "bfloat16"}[compute])
+    dtype = COMPUTE.get(compute, "bfloat16")
+    capabilities.check(name, [architecture], {compute, dtype})
+    model = graphs.read(folder / spec.graph, spec.name)
+    rewrite(model, spec.name, dtype)
     outside = bound.bind(model) if weights == "bound" else []
     names = {str(tensor.name) for tensor in outside}
     bounds = Sizes({symbol: (1, high) for symbol, high in SIZES.items()})
-    built = builders.compile_graph(builder, model, spec, bounds, (here.architecture,), names)
+    built = builders.compile_graph(builder, model, spec, bounds, (architecture,), names)
     (folder / f"{spec.name}.engine").write_bytes(built.engine)
     stored = bound.store(outside, folder / f"{spec.name}.weights") if outside else ()
-    about = Compiled(name, builder.version, (here.architecture,), built.flags, "", stored)
+    about = Compiled(name, builder.version, (architecture,), built.flags, "", stored)
     return dataclasses.replace(spec, graph=f"{spec.name}.engine", compiled=about)
 
 
@@ -140,7 +150,8 @@ def time_steps(driver: Backend, engine: Engine, steps: int) -> dict[str, float]:
     """Milliseconds of a step, and those in which the host was busy with it, after ten steps that
     are not counted."""
     timings: dict[str, float] = {}
-    loop = Loop(driver, engine, example(driver, engine.spec, SIZES), timings)
+    given = {name: driver.upload(v) for name, v in cuts.inputs(engine.spec, SIZES).items()}
+    loop = Loop(driver, engine, given, timings)
     for _ in range(10):
         loop.step()
     driver.wait()
@@ -154,17 +165,6 @@ def time_steps(driver: Backend, engine: Engine, steps: int) -> dict[str, float]:
         "step_ms": round(1e3 * whole / steps, 4),
         "host_ms": round(1e3 * queued / steps, 4),
     }
-
-
-def example(driver: Backend, spec: EngineSpec, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Random inputs; whole numbers are zero, which is a valid step, length and index."""
-    numbers = np.random.default_rng(0)
-    made = {}
-    for tensor in spec.inputs:
-        shape = [sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape]
-        values = numbers.normal(size=shape) if tensor.dtype == "float32" else np.zeros(shape)
-        made[tensor.name] = driver.upload(values.astype(tensor.dtype))
-    return made
 
 
 def peak_rate(card: str, compute: str) -> float | None:

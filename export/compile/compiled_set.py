@@ -147,6 +147,14 @@ def compute_type(spec: EngineSpec, compute: str | None, architectures: Sequence[
     return "bfloat16" if everywhere else "float16"
 
 
+def rewrite(graph: ir.Model, stage: str, compute: str) -> None:
+    """In place: quantised layers as TensorRT knows them, and all other arithmetic in `compute`, a
+    type as `compute_type` gives it."""
+    quantized.rewrite(graph)
+    if compute != "float32":
+        half.convert(graph, stage, compute)
+
+
 def check_targets(
     builder: Builder, targets: Sequence[str], dtypes: Sequence[str]
 ) -> tuple[str, ...]:
@@ -203,9 +211,7 @@ class _Job:
         Raises:
             CompileError: this machine's memory does not hold what compiling takes.
         """
-        quantized.rewrite(graph)
-        if compute != "float32":
-            half.convert(graph, spec.name, compute)
+        rewrite(graph, spec.name, compute)
         held = graphs.weight_bytes(graph)
         if weights == "bound" or (weights is None and held >= BOUND_FROM):
             return cls(spec, graph, tuple(bound.bind(graph)))

@@ -1,16 +1,82 @@
-"""The GPU benchmark's own logic, on a driver that this machine has."""
+"""The benchmarks of true widths: their own logic, on a driver that this machine has."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import gpu as benchmark
-from bifrost_rt import manifest
+from benchmarks import nvidia
+from bifrost_rt import backends, manifest
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.onnxruntime_cuda import CPU, OnnxRuntimeCuda
-from bifrost_rt.manifest import Range
+from bifrost_rt.manifest import EngineSpec, Range
+from export.compile import bound
+
+
+class OnTheHost(OnnxRuntimeCuda):
+    """In place of TensorRT-RTX, which has no device here: computes the graph that an engine was
+    compiled from."""
+
+    def __init__(self) -> None:
+        super().__init__(provider=CPU, device="cpu")
+        self.opened: list[tuple[tuple[str, ...], int]] = []
+
+    def open(self, folder: Path, spec: EngineSpec, dimensions: Any) -> Any:
+        assert spec.compiled is not None
+        assert (folder / spec.graph).stat().st_size > 0
+        self.opened.append((spec.compiled.targets, len(spec.compiled.weights)))
+        graph = f"{spec.name}-{spec.precision.requested}.onnx"
+        return super().open(
+            folder, dataclasses.replace(spec, graph=graph, compiled=None), dimensions
+        )
+
+
+def test_every_case_has_a_row(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All but the GPU is real: the graphs, and the engines that the builder makes of them."""
+    stage, architecture = "visual_decode", "sm86"
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    pytest.importorskip("cuda.bindings", reason="tensorrt-rtx is not installed")
+    driver = OnTheHost()
+    monkeypatch.setattr(gpu, "find", lambda: gpu.Gpu("NVIDIA GeForce RTX 4090", architecture))
+    monkeypatch.setattr(bound, "SMALLEST", 1 << 10)  # the networks are tiny
+    monkeypatch.setattr(nvidia, "bus_id", lambda: None)
+    monkeypatch.setattr(backends, "load", lambda name: driver)
+    monkeypatch.setattr(benchmark, "SIZES", {**benchmark.SIZES, "text_tokens": 20})
+    record = tmp_path / "gpu.json"
+    arguments = ["--like", "tiny", "--layers", "1", "--steps", "2", "--json", str(record)]
+    assert benchmark.main([*arguments, "--stages", stage]) == 0
+    rows = json.loads(record.read_text())["rows"]
+    keys = ("driver", "compute", "weights", "cuda_graphs")
+    assert {row["stage"] for row in rows} == {stage}
+    assert sorted(tuple(row[key] for key in keys) for row in rows) == sorted(benchmark.CASES)
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert printed == rows
+    for row in rows:
+        if row["driver"] != "tensorrt-rtx":
+            assert "Provider" in row["unavailable"] or "not installed" in row["unavailable"]
+        elif row["compute"] == "fp8":
+            assert "has no fp8 arithmetic" in row["failed"]
+        else:
+            assert row["step_ms"] >= row["host_ms"] > 0
+            assert 0 <= row["of_peak"] < 1
+    assert {targets for targets, _ in driver.opened} == {(architecture,)}
+    assert {bool(outside) for _, outside in driver.opened} == {True, False}
+
+
+def test_the_builders_memory_is_measured_without_torch() -> None:
+    code = "import sys, benchmarks.compiling; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_steps_are_timed_on_any_driver(alpha_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def test_graphs_change_nothing_in_the_picture(name: str, folder: Path) -> None:
         driver: Any = backends.load(name)
         driver.graphs = replayed
         with Generator(folder, backend=driver) as generator:
-            for _ in range(2):  # the second picture is recorded anew, in other buffers
+            for _ in range(2):  # the second picture replays what the first one recorded
                 pictures.append(generator.run(**REQUEST, num_inference_steps=8))
         assert getattr(driver, "eager", {}) == {}, "steps could not be replayed"
     for picture in pictures[1:]:

@@ -1,0 +1,110 @@
+"""Stages at the widths of a model, cut in depth, with random weights.
+
+They are what a benchmark of true widths compiles or runs where the whole model does not fit.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from bifrost_rt.manifest import EngineSpec, Precision
+from export.compile import bound
+from export.recipe import QUANTISED
+
+if TYPE_CHECKING:
+    from export.stages import Stage
+    from export.synthetic.shapes import Shapes
+
+LARGEST_INPUT = 8.0  # what the made-up scales of activations hold
+
+
+def stored_as(compute: str) -> str:
+    """The form of the graph that is compiled to compute so: float32 is a bfloat16 set's."""
+    return compute if compute in QUANTISED else "bf16"
+
+
+def written(
+    folder: Path,
+    stages: Sequence[str],
+    shapes: Shapes,
+    forms: Sequence[str],
+    *,
+    holes: bool = False,
+) -> Iterator[EngineSpec]:
+    """The stages' graphs as files in `folder`, in every form, which `precision.requested` names.
+
+    Args:
+        forms: "fp32", "bf16" or a quantised one: what `export.build` makes of the same layers, on
+            scales that are made up; the rest is bfloat16.
+        holes: nothing is stored, the graphs have their weights as inputs, in bfloat16.
+    """
+    from export import assemble
+    from export.checkpoint import Checkpoint
+    from export.synthesize import synthesize
+
+    parts = [folder / "checkpoint" / name for name in ("mllm", "bifrost", "flux")]
+    synthesize(shapes, folder / "checkpoint", seed=None if holes else 0)
+    for form in forms:
+        checkpoint = Checkpoint(parts[0], parts[1], parts[2], read=False)
+        facts = assemble.facts(checkpoint)
+        for stage in assemble.stages(checkpoint, facts, checkpoint.max_seq_length, 77, 512):
+            if stage.name in stages:
+                start = time.perf_counter()
+                spec = _write(stage, form, folder, holes=holes)
+                took = time.perf_counter() - start
+                print(f"{stage.name}, {form}: {took:.0f} s to the graph", file=sys.stderr)
+                yield spec
+
+
+def _write(stage: Stage, form: str, folder: Path, *, holes: bool) -> EngineSpec:
+    """One stage's graph."""
+    from export import graph, precision
+    from export.compile import half
+
+    path = folder / f"{stage.name}-{form}.onnx"
+    layers = {form: _quantise(stage, form)} if form in QUANTISED else {}
+    traced = graph.to_graph(stage)
+    if holes:
+        half.convert(traced, stage.name, "bfloat16")
+        bound.bind(traced)
+        ir.save(traced, path)
+    else:
+        precision.store(traced, "bf16" if layers else form)
+        graph.save(traced, path)
+    asked = Precision(form, form if layers else "", "", layers)
+    return EngineSpec(stage.name, path.name, (), stage.inputs, stage.outputs, stage.carry, asked)
+
+
+def _quantise(stage: Stage, form: str) -> int:
+    """The layers that a build would quantise, with scales that no calibration has chosen."""
+    from export.quantize import apply, policy
+    from export.quantize.apply import Decision
+    from export.quantize.formats import activation_scale
+    from export.quantize.scales import Scales
+
+    scales = Scales(activation_scale(LARGEST_INPUT, form))
+    choices = policy.choose([stage], form, "bf16", {}, {})
+    decisions = [Decision(c, c.form, c.reason, scales if c.quantised else None) for c in choices]
+    apply.replace({stage.name: stage}, decisions)
+    return sum(choice.quantised for choice in choices)
+
+
+def inputs(spec: EngineSpec, sizes: Mapping[str, int]) -> dict[str, NDArray[Any]]:
+    """Random inputs; whole numbers are zero, which is a valid step and index."""
+    numbers = np.random.default_rng(0)
+    made = {}
+    for tensor in spec.inputs:
+        shape = [sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape]
+        values = numbers.normal(size=shape) if tensor.dtype == "float32" else np.zeros(shape)
+        made[tensor.name] = values.astype(tensor.dtype)
+    if "text_length" in made:
+        made["text_length"][:] = sizes["text_tokens"]
+    return made
