@@ -58,13 +58,13 @@ def written(
         for stage in assemble.stages(checkpoint, facts, checkpoint.max_seq_length, 77, 512):
             if stage.name in stages:
                 start = time.perf_counter()
-                spec = _write(stage, form, folder, holes=holes)
+                spec = write(stage, form, folder, holes=holes)
                 took = time.perf_counter() - start
                 print(f"{stage.name}, {form}: {took:.0f} s to the graph", file=sys.stderr)
                 yield spec
 
 
-def _write(stage: Stage, form: str, folder: Path, *, holes: bool) -> EngineSpec:
+def write(stage: Stage, form: str, folder: Path, *, holes: bool) -> EngineSpec:
     """One stage's graph."""
     from export import graph, precision
     from export.compile import half

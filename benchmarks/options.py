@@ -48,7 +48,7 @@ def variants(decoding_steps: int, num_inference_steps: int) -> list[dict[str, in
 
 
 def draw(
-    generator: Generator, items: Sequence[HeldOut], options: Sequence[Mapping[str, int]]
+    generator: Generator, items: Sequence[HeldOut], options: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """A record for each option."""
     found: list[list[tuple[NDArray[np.uint8], dict[str, float], bool]]] = [[] for _ in options]

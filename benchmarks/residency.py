@@ -23,7 +23,7 @@ from bifrost_rt import backends, manifest, residency
 from bifrost_rt.generator import Generator
 from bifrost_rt.residency import Need
 
-STEPS = {"num_inference_steps": 2, "decoding_steps": 4}
+STEPS: dict[str, Any] = {"num_inference_steps": 2, "decoding_steps": 4}
 
 
 def status() -> tuple[int, int]:

@@ -236,7 +236,8 @@ def main() -> int:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.child:
-        build(*options.child, options.precision)
+        checkpoint, output = options.child
+        build(checkpoint, output, options.precision)
         return 0
     if options.work is None:
         parser.error("--work DIR")

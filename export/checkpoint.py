@@ -286,7 +286,7 @@ def _refuse_variant(path: Path, config: dict[str, Any], supported: dict[str, Any
 
 def _known(cls: type, config: dict[str, Any]) -> dict[str, Any]:
     """The entries of a diffusers config that `cls` takes; others are of other versions."""
-    return {k: v for k, v in config.items() if k in inspect.signature(cls.__init__).parameters}
+    return {k: v for k, v in config.items() if k in inspect.signature(cls).parameters}
 
 
 def _base_prefix(weights: Weights) -> str:

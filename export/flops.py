@@ -29,8 +29,8 @@ def count(model: ir.Model, sizes: Mapping[str, int]) -> int:
 def _node(node: ir.Node, sizes: Mapping[str, int]) -> int:
     if node.op_type == "MatMul":
         left, right = shape_of(node.inputs[0], sizes), shape_of(node.inputs[1], sizes)
-        batch = max(left[:-2], right[:-2], key=math.prod)
-        return 2 * math.prod(batch) * left[-2] * left[-1] * right[-1]
+        many = max(math.prod(left[:-2]), math.prod(right[:-2]))
+        return 2 * many * left[-2] * left[-1] * right[-1]
     if node.op_type == "Gemm":
         weight = shape_of(node.inputs[1], sizes)
         rows = shape_of(node.inputs[0], sizes)[node.attributes.get_int("transA", 0)]

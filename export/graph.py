@@ -7,6 +7,7 @@ module's parameters have.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import re
@@ -146,7 +147,7 @@ def _transpose_weights(graph: ir.Graph) -> None:
         name = value.name if alone else f"{value.name}.transposed"
         source = weight.source.map(
             f"permuted {order}",
-            lambda values, order=order: values.permute(order),
+            functools.partial(torch.permute, dims=order),
             shape=[weight.source.shape[i] for i in order],
         )
         stored = ir.Value(

@@ -102,7 +102,7 @@ def get(owner: nn.Module, name: str) -> Tensor:
 def put(owner: nn.Module, name: str, value: Tensor) -> None:
     """Put a tensor in the place of a parameter or buffer of this very module."""
     if name in owner._parameters:
-        owner._parameters[name] = value  # type: ignore[assignment]
+        owner._parameters[name] = value
     else:
         owner._buffers[name] = value
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from scenes.world import COLOURS, SHAPES, UNSEEN_PAIRS, Placed, Spec
+from scenes.world import COLOURS, SHAPES, UNSEEN_PAIRS, Placed, Spec, Thing
 
 SIDE = 128  # px
 NEAR, MID, FAR = 34.0, 64.0, 94.0
@@ -32,6 +32,8 @@ _PAIR_PLACES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
 
 def place(spec: Spec, rng: np.random.Generator | None = None) -> tuple[Placed, ...]:
     """The objects of `spec`; without `rng` exactly at their canonical places."""
+    places: tuple[tuple[float, float], ...]
+    things: tuple[Thing, ...]
     if len(spec.things) == 2:
         places = _PAIR_PLACES[spec.relation or "left"]
         things, size = spec.things, PAIR_SIZE

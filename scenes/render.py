@@ -48,5 +48,5 @@ def render(objects: Sequence[Placed], background: str) -> NDArray[np.uint8]:
         cover = np.asarray(mask.reduce(_FINE), np.float32)[..., None] / 255
         window = picture[top : top + extent, left : left + extent]
         cover = cover[: window.shape[0], : window.shape[1]]
-        window += cover * (np.float32(COLOURS[thing.colour]) - window)
+        window += cover * (np.array(COLOURS[thing.colour], np.float32) - window)
     return np.round(picture).astype(np.uint8)

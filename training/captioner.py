@@ -23,7 +23,7 @@ from training.config import Config
 from training.loop import load_weights, read, steps_done, write_aside
 from training.pool import pixels, wording
 from training.template import SPECIAL_TOKENS, ask_for_plan, ask_for_words
-from training.tokenizers import qwen_tokenizer
+from training.tokenizers import qwen_tokenizer, token_id
 from training.vae import random_background, to_pixels
 
 PATCH = 16  # px; a 2x2 merge makes one patch latent of 32 px
@@ -150,7 +150,7 @@ class CaptionerStage:
     def __init__(self, config: Config, out: Path) -> None:
         self.module = Captioner(config)
         self.tokenizer = qwen_tokenizer()
-        self.end = self.tokenizer.token_to_id("<|im_end|>")
+        self.end = token_id(self.tokenizer, "<|im_end|>")
         self.frame = self.tokenizer.encode(ask_for_words(PLACES)).ids
 
     def _error(self, ask: list[list[int]], answers: list[str], latents: Tensor | None) -> Tensor:

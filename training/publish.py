@@ -215,7 +215,7 @@ def _text_encoder(model: nn.Module, folder: Path, drop: tuple[str, ...], prefix:
         if name not in drop
     }
     _weights(folder / "model.safetensors", tensors)
-    config = model.config.to_diff_dict()  # type: ignore[operator, union-attr]
+    config = model.config.to_diff_dict()
     config.pop("dtype", None)
     config |= {"architectures": [type(model).__name__], "torch_dtype": "bfloat16"}
     _json(folder / "config.json", config)
@@ -228,7 +228,8 @@ def _flux(config: Config, out: Path, folder: Path) -> None:
     parts: dict[str, nn.Module] = {"transformer": flux.transformer, "vae": vae}
     for name, part in parts.items():
         _weights(folder / name / "diffusion_pytorch_model.safetensors", part.state_dict())
-        fields = {"_class_name": type(part).__name__, "_diffusers_version": "0.33.1"}
+        fields: dict[str, Any] = {"_class_name": type(part).__name__}
+        fields["_diffusers_version"] = "0.33.1"
         if name == "vae":
             fields |= {"scaling_factor": float(pool["scale"]), "shift_factor": float(pool["shift"])}
         _json(folder / name / "config.json", _plain(dict(part.config)) | fields)

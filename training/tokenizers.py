@@ -115,7 +115,7 @@ def clip_tokenizer() -> Tokenizer:
         vocab=vocab, merges=merges, end_of_word_suffix="</w>", unk_token="<|endoftext|>"
     )
     tokenizer.add_special_tokens([AddedToken(s, normalized=False) for s in specials])
-    start, end = (tokenizer.token_to_id(s) for s in specials)
+    start, end = (token_id(tokenizer, s) for s in specials)
     tokenizer.post_processor = processors.RobertaProcessing(
         (specials[1], end), (specials[0], start), trim_offsets=False, add_prefix_space=False
     )
@@ -145,10 +145,18 @@ def t5_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """Id of a token that the tokenizer must have."""
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise ValueError(f"the tokenizer has no {token}")
+    return found
+
+
 def clip_ids(texts: list[str]) -> list[list[int]]:
     """[B, 77], padded with the end token as CLIP does."""
     tokenizer = clip_tokenizer()
-    end = tokenizer.token_to_id("<|endoftext|>")
+    end = token_id(tokenizer, "<|endoftext|>")
     rows = [e.ids[: CLIP_LENGTH - 1] for e in tokenizer.encode_batch(texts)]
     return [row + [end] * (CLIP_LENGTH - len(row)) for row in rows]
 

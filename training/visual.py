@@ -27,7 +27,7 @@ from training.config import Config
 from training.loop import load_weights
 from training.pool import scene, wording
 from training.template import ask_for_image
-from training.tokenizers import qwen_tokenizer
+from training.tokenizers import qwen_tokenizer, token_id
 
 
 def decoder_config(config: Config) -> DecoderConfig:
@@ -41,7 +41,7 @@ def text_keys_values(
     """Keys and values per layer for the prompts in the chat frame, and the mask of real tokens."""
     tokenizer = qwen_tokenizer()
     rows = [tokenizer.encode(ask_for_image(prompt)).ids for prompt in prompts]
-    ids = padded(rows, tokenizer.token_to_id("<|endoftext|>"))
+    ids = padded(rows, token_id(tokenizer, "<|endoftext|>"))
     mask = torch.tensor([[i < len(row) for i in range(ids.shape[1])] for row in rows])
     with torch.no_grad():
         keys, values = branch(ids)

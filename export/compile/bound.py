@@ -9,28 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeAlias, cast
 
 import onnx_ir as ir
 
 from bifrost_rt.manifest import BoundWeight
 
-Tensor = ir.ExternalTensor | ir.LazyTensor | ir.Tensor
+Tensor: TypeAlias = (
+    ir.ExternalTensor | ir.LazyTensor | ir.Tensor[Any]
+)  # each writes itself to a file
 SMALLEST = 1 << 16  # bytes; what is smaller is held by the engine
 ALIGNMENT = 256  # of device memory: the file can be uploaded in one piece
 
 
 def bind(model: ir.Model) -> list[Tensor]:
     """Turn the large constants into inputs of the same names, in place, and return them."""
-    graph, taken = model.graph, []
+    graph = model.graph
+    taken: list[Tensor] = []
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
         assert tensor is not None, name
         if tensor.nbytes >= SMALLEST:
             tensor.name = name
-            taken.append(tensor)
+            taken.append(cast(Tensor, tensor))
             del graph.initializers[name]
             value.const_value = None
-            value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape)
+            value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
             graph.inputs.append(value)
     return taken
 
@@ -47,7 +51,7 @@ def store(tensors: Sequence[Tensor], path: Path) -> tuple[BoundWeight, ...]:
                 BoundWeight(
                     name=str(tensor.name),
                     dtype=tensor.dtype.numpy().name,
-                    shape=tuple(int(size) for size in tensor.shape),
+                    shape=tuple(tensor.shape.numpy()),
                     file=path.name,
                     offset=offset,
                     size=tensor.nbytes,

@@ -79,7 +79,12 @@ def feed(parser: Any, model: ir.Model) -> list[NDArray[Any]] | None:
         if tensor.nbytes > INLINE:
             held[name] = _bytes(tensor)
             value.const_value = ir.ExternalTensor(
-                "weights", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
+                "weights",
+                0,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=name,
             )
         elif isinstance(tensor, ir.ExternalTensor | ir.LazyTensor):  # its errors are raised here
             value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)

@@ -51,8 +51,10 @@ TOLERANCE = {
 }
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
-_MOVES = ("Reshape", "Transpose", "Slice", "Split", "Gather", "Expand", "Squeeze", "Unsqueeze")
-_MOVES = (*_MOVES, "Concat", "Identity", "Flatten", "Resize")
+_MOVES = (
+    *("Reshape", "Transpose", "Slice", "Split", "Gather", "Expand", "Squeeze", "Unsqueeze"),
+    *("Concat", "Identity", "Flatten", "Resize"),
+)
 _FOLLOW = ("Add", "Sub", "Mul", "Div", "Neg", "Relu", "Gelu", "Sigmoid", "Tanh")
 _BOUNDED = ("Sigmoid", "Tanh")
 _QUANTIZE = ("QuantizeLinear", "DequantizeLinear", "TRT_FP4DynamicQuantize")
@@ -230,7 +232,7 @@ class _Converter:
         value.const_value = ir.LazyTensor(
             _rounder(stored.const_value, self.stage, str(stored.name), self.half),
             dtype=self.half,
-            shape=stored.const_value.shape,
+            shape=ir.Shape(stored.const_value.shape.numpy()),
             name=name,
         )
         self.graph.register_initializer(value)

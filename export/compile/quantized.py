@@ -8,6 +8,7 @@ which the graphs write as two functions of standard operators.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -106,14 +107,17 @@ def _fp4_weight(graph: ir.Graph, node: ir.Node) -> None:
         shape=codes.shape,
         type=ir.TensorType(_FP4),
         const_value=ir.LazyTensor(
-            functools.partial(_as_e2m1, stored), _FP4, stored.shape, name=f"{codes.name}.e2m1"
+            functools.partial(_as_e2m1, stored),
+            _FP4,
+            ir.Shape(stored.shape.numpy()),
+            name=f"{codes.name}.e2m1",
         ),
     )
     graph.register_initializer(same)
     _dequantize(graph, node, (same, blocks, scale), 0, [])
 
 
-def _as_e2m1(codes: ir.TensorProtocol) -> ir.Tensor:
+def _as_e2m1(codes: ir.TensorProtocol) -> ir.Tensor[Any]:
     return ir.Tensor(codes.numpy().astype(np.uint8).view(_FP4.numpy()), dtype=_FP4)
 
 

@@ -9,6 +9,7 @@ else of diffusers' blocks is touched, so they stay exactly the stock mathematics
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -20,7 +21,7 @@ from diffusers.models.normalization import (
 )
 from torch import Tensor, nn
 
-Network = FluxTransformer2DModel | FluxControlNetModel
+Network: TypeAlias = FluxTransformer2DModel | FluxControlNetModel
 
 
 class Modulation(nn.Module):

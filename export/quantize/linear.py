@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import torch
@@ -71,6 +72,10 @@ class QuantizedLinear(nn.Module):
             parts = [part(rows) for rows in values.split(ROWS)]
             return Quantised(*(torch.cat([getattr(p, n) for p in parts], -1) for n in EACH))
 
+        def one_of(name: str, values: Tensor) -> Tensor:
+            found: Tensor = getattr(stored(values), name)
+            return found
+
         shape = (self.in_features, self.out_features)
         # shapes and dtypes, from a weight of zeros that takes no memory
         outline = quantise(torch.zeros(shape, device="meta"), form)
@@ -80,7 +85,7 @@ class QuantizedLinear(nn.Module):
             if empty is not None:
                 source = weight.map(
                     f"{name} of {what}",
-                    lambda values, name=name: getattr(stored(values), name),
+                    functools.partial(one_of, name),
                     shape=empty.shape,
                     dtype=empty.dtype,
                 )

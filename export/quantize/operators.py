@@ -154,7 +154,7 @@ def pack(model: ir.Model) -> None:
         value.type = ir.TensorType(stored)
 
 
-def _packed(codes: ir.TensorProtocol, stored: ir.DataType) -> ir.Tensor:
+def _packed(codes: ir.TensorProtocol, stored: ir.DataType) -> ir.TensorProtocol:
     return ir.tensor(codes.numpy().astype(stored.numpy()), dtype=stored, name=codes.name)
 
 

@@ -62,7 +62,7 @@ def write(
     if len(shards) == 1:
         _write_file(folder / f"{stem}.safetensors", shards[0], dtype, seed)
         return total
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         file = folder / f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
         _write_file(file, shard, dtype, seed)

@@ -130,12 +130,18 @@ def t5() -> Tokenizer:
 
 def qwen_id(token: str) -> int:
     """Id of a special token of the MLLM."""
-    return int(qwen().token_to_id(token))
+    return _id_of(qwen(), token)
 
 
 def clip_end() -> int:
     """Id of CLIP's end token."""
-    return int(clip().token_to_id(CLIP_SPECIAL[1]))
+    return _id_of(clip(), CLIP_SPECIAL[1])
+
+
+def _id_of(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    assert found is not None, token
+    return found
 
 
 def write(mllm: Path, flux: Path, layout: Layout) -> None:
@@ -218,7 +224,8 @@ def _document(tokenizer: Tokenizer, layout: Layout) -> dict[str, Any]:
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     found = json.loads(tokenizer.to_str())["model"]["merges"]
-    return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in found]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in found]
+    return [(left, right) for left, right in pairs]
 
 
 def _bytes_of(split: pre_tokenizers.PreTokenizer) -> pre_tokenizers.PreTokenizer:
