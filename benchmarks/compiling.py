@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cuts, machine
+from benchmarks.arguments import count
 from benchmarks.residency import status
-from bifrost_rt import strict
+from bifrost_rt import command, strict
 from bifrost_rt.manifest import EngineSpec, Precision, TensorSpec
 from export.compile import bound, graphs
 from export.compile import builder as builders
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiling", description=__doc__)
     parser.add_argument("--stages", default="visual_decode,denoise", help="comma between")
-    parser.add_argument("--layers", type=int, default=1, help="of every network; default: 1")
+    parser.add_argument("--layers", type=count, default=1, help="of every network; default: 1")
     parser.add_argument("--compute", default=",".join(COMPUTE), help="comma between; default: all")
     parser.add_argument("--whole", action="store_true", help="all layers, without their weights")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
@@ -136,4 +137,4 @@ def compile_one(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command.run(main, debug=False))

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 import tempfile
 import time
 import warnings
@@ -26,8 +25,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import cuts, machine
+from benchmarks.arguments import count, new_file
 from benchmarks.latency import SETTLE
-from bifrost_rt import backends
+from bifrost_rt import backends, command
 from bifrost_rt.backends.base import output_shape
 from bifrost_rt.errors import BifrostError
 from bifrost_rt.manifest import EngineSpec, Range, TensorSpec
@@ -54,11 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
     add = parser.add_argument
     add("--like", choices=PRESETS, default="7b", help="whose widths; default: 7b")
-    add("--layers", type=int, help="of every network; default: 3 for visual_decode, 1 for denoise")
+    add(
+        "--layers", type=count, help="of every network; default: 3 for visual_decode, 1 for denoise"
+    )
     add("--stages", default="visual_decode,denoise", help="comma between")
     add("--precision", choices=PRECISIONS, default="int8", help="beside fp32; default: int8")
-    add("--rounds", type=int, default=5, help="timed calls each; default: 5")
-    add("--json", type=Path, metavar="FILE", help="write the record")
+    add("--rounds", type=count, default=5, help="timed calls each; default: 5")
+    add("--json", type=new_file, metavar="FILE", help="write the record")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")  # diffusers constructs its own deprecated class
     forms = tuple(dict.fromkeys((BASE[0], options.precision)))
@@ -69,16 +71,12 @@ def main(arguments: list[str] | None = None) -> int:
         shapes = PRESETS[options.like].cut(layers)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            try:
-                specs = list(cuts.written(folder, [stage], shapes, forms))
-                sizes = largest_product(folder / specs[0].graph, stage)
-                for engines in (product(folder, *sizes, forms), specs):
-                    for row in measure(folder, engines, options.rounds):
-                        print(line(row), flush=True)
-                        rows.append({"stage": stage, "layers": layers, **row})
-            except BifrostError as error:
-                print(f"error: {error}", file=sys.stderr)
-                return 1
+            specs = list(cuts.written(folder, [stage], shapes, forms))
+            sizes = largest_product(folder / specs[0].graph, stage)
+            for engines in (product(folder, *sizes, forms), specs):
+                for row in measure(folder, engines, options.rounds):
+                    print(line(row), flush=True)
+                    rows.append({"stage": stage, "layers": layers, **row})
     if options.json:
         about = {"like": options.like, "rounds": options.rounds}
         record = {"machine": machine.describe(), **about, "sizes": SIZES, "rows": rows}
@@ -182,4 +180,4 @@ def line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command.run(main, debug=False))

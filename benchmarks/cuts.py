@@ -15,8 +15,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from bifrost_rt import strict
 from bifrost_rt.manifest import EngineSpec, Precision
 from export.compile import bound
+from export.errors import RecipeError
 from export.recipe import QUANTISED
 
 if TYPE_CHECKING:
@@ -45,6 +47,9 @@ def written(
         forms: "fp32", "bf16" or a quantised one: what `export.build` makes of the same layers, on
             scales that are made up; the rest is bfloat16.
         holes: nothing is stored, the graphs have their weights as inputs, in bfloat16.
+
+    Raises:
+        RecipeError: there is no such stage.
     """
     from export import assemble
     from export.checkpoint import Checkpoint
@@ -52,16 +57,25 @@ def written(
 
     parts = [folder / "checkpoint" / name for name in ("mllm", "bifrost", "flux")]
     synthesize(shapes, folder / "checkpoint", seed=None if holes else 0)
+    known: list[str] = []
     for form in forms:
+        known.clear()
         checkpoint = Checkpoint(parts[0], parts[1], parts[2], read=False)
         facts = assemble.facts(checkpoint)
         for stage in assemble.stages(checkpoint, facts, checkpoint.max_seq_length, 77, 512):
+            known.append(stage.name)
             if stage.name in stages:
                 start = time.perf_counter()
                 spec = write(stage, form, folder, holes=holes)
                 took = time.perf_counter() - start
                 print(f"{stage.name}, {form}: {took:.0f} s to the graph", file=sys.stderr)
                 yield spec
+        for name in stages:
+            if name not in known:
+                raise RecipeError(
+                    f"there is no stage {name!r}{strict.nearest(name, known)}",
+                    hint="the stages are " + ", ".join(known),
+                )
 
 
 def write(stage: Stage, form: str, folder: Path, *, holes: bool) -> EngineSpec:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cuts, machine
-from bifrost_rt import backends
+from benchmarks.arguments import count, new_file
+from bifrost_rt import backends, command
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.base import Backend, Engine
 from bifrost_rt.engines import Loop
@@ -65,10 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--like", choices=PRESETS, default="7b", help="whose widths; default: 7b")
-    parser.add_argument("--layers", type=int, default=2, help="of every network; default: 2")
+    parser.add_argument("--layers", type=count, default=2, help="of every network; default: 2")
     parser.add_argument("--stages", default="visual_decode,denoise", help="comma between")
-    parser.add_argument("--steps", type=int, default=50, help="timed steps; default: 50")
-    parser.add_argument("--json", type=Path, help="write the record")
+    parser.add_argument("--steps", type=count, default=50, help="timed steps; default: 50")
+    parser.add_argument("--json", type=new_file, help="write the record")
     options = parser.parse_args(arguments)
     here = gpu.find()
     if isinstance(here, str):
@@ -174,4 +175,4 @@ def peak_rate(card: str, compute: str) -> float | None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command.run(main, debug=False))

@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks import chart, contenders, figures, host, machine, roofline, table, telemetry
+from benchmarks.arguments import count
 from benchmarks.contenders import Spec
 from benchmarks.remote import First, Remote
 from benchmarks.telemetry import Log, Telemetry
-from bifrost_rt import manifest, schedules
+from bifrost_rt import command, manifest, schedules
 from bifrost_rt.errors import BifrostError
 
 FORMAT = 2
@@ -209,15 +210,15 @@ def _parser() -> argparse.ArgumentParser:
         help="another DIR[@BACKEND]; bare[@BACKEND], the set's graphs run by the library alone; "
         "reference, the official loop in torch, or reference-compiled; may be repeated",
     )
-    add("--images", type=int, default=10, metavar="N", help="timed images each (10)")
+    add("--images", type=count, default=10, metavar="N", help="timed images each (10)")
     add("--seconds", type=float, default=600, metavar="S", help="no new round after S (600)")
-    add("--decoding-steps", type=int, metavar="N", help="for all; default: the set's")
-    add("--num-inference-steps", type=int, metavar="N", help="for all; default: the set's")
-    add("--batches", type=int, nargs="*", default=[], metavar="B", help="images per second at B")
+    add("--decoding-steps", type=count, metavar="N", help="for all; default: the set's")
+    add("--num-inference-steps", type=count, metavar="N", help="for all; default: the set's")
+    add("--batches", type=count, nargs="*", default=[], metavar="B", help="images per second at B")
     add("--json", type=Path, metavar="FILE", help="write the record")
     add("--plot", type=Path, metavar="FILE", help="draw the stages")
     return parser
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command.run(main, debug=False))

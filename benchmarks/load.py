@@ -28,6 +28,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
+from benchmarks.arguments import count, new_file
+from bifrost_rt import command
 from bifrost_rt.serve.settings import Limits
 
 GROWTH = 1.05
@@ -175,14 +177,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--engines", required=True, metavar="DIR", help="the set")
-    add("--requests", type=int, default=200, metavar="N", help="pictures to ask for (200)")
-    add("--clients", type=int, default=16, metavar="N", help="at once (16)")
+    add("--requests", type=count, default=200, metavar="N", help="pictures to ask for (200)")
+    add("--clients", type=count, default=16, metavar="N", help="at once (16)")
     add("--max-waiting", type=int, metavar="N", help="the server's queue; default: its own")
-    add("--num-inference-steps", type=int, metavar="N", help="default: the set's")
-    add("--decoding-steps", type=int, metavar="N", help="default: the set's")
-    add("--json", type=Path, metavar="FILE", help="write the record")
+    add("--num-inference-steps", type=count, metavar="N", help="default: the set's")
+    add("--decoding-steps", type=count, metavar="N", help="default: the set's")
+    add("--json", type=new_file, metavar="FILE", help="write the record")
     return parser
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command.run(main, debug=False))

@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import machine
+from benchmarks.arguments import count, new_file
 from benchmarks.quality import cells, chosen, closeness
-from bifrost_rt import Generator, schedules
+from bifrost_rt import Generator, command, schedules
 from bifrost_rt.generator import DEFAULT_SET
 from scenes.heldout import HeldOut
 from scenes.scorer import judge
@@ -94,11 +95,13 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.options", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--engines", type=Path, default=DEFAULT_SET, help="the model in the box's")
     parser.add_argument("--backend", help="default: the fastest that is installed")
-    parser.add_argument("--limit", type=int, help="this many prompts, evenly over the families")
-    parser.add_argument("--json", type=Path, help="write the record")
+    parser.add_argument("--limit", type=count, help="this many prompts, evenly over the families")
+    parser.add_argument("--json", type=new_file, help="write the record")
     given = parser.parse_args(arguments)
     with Generator(given.engines, backend=given.backend) as generator:
         defaults = generator.manifest.defaults
@@ -112,4 +115,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command.run(main, debug=False))

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.arguments import count, new_file
 from benchmarks.quality import Drawn, cells, chosen, closeness, measure, percent
-from bifrost_rt import Generator
+from bifrost_rt import Generator, command
 from bifrost_rt import manifest as manifests
 from scenes.world import FAMILIES
 
@@ -61,12 +62,14 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.precision", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("sets", nargs="+", type=Path, help="the first is compared with")
-    parser.add_argument("--limit", type=int, help="this many prompts, evenly over the families")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--limit", type=count, help="this many prompts, evenly over the families")
+    parser.add_argument("--json", type=new_file)
     given = parser.parse_args()
     items = chosen(given.limit)
     records: list[dict[str, Any]] = []
@@ -80,7 +83,8 @@ def main() -> None:
         if given.json:
             given.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     print(table(records))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(command.run(main, debug=False))

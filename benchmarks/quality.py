@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from bifrost_rt import Generator
+from benchmarks.arguments import count, new_file
+from bifrost_rt import Generator, command
 from scenes.heldout import PER_FAMILY, HeldOut, heldout
 from scenes.scorer import judge
 from scenes.world import FAMILIES
@@ -194,19 +195,21 @@ def sheet(drawn: list[Drawn], pictures: list[NDArray[np.uint8]], columns: int = 
     return Image.fromarray(np.concatenate(rows))
 
 
-def main() -> None:
+def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--engines", type=Path, required=True, help="the set to measure")
-    parser.add_argument("--limit", type=int, help="this many prompts, evenly over the families")
+    parser.add_argument("--limit", type=count, help="this many prompts, evenly over the families")
     parser.add_argument("--bridge", choices=BRIDGES, default="on")
     parser.add_argument("--against", type=Path, help="another set: PSNR and SSIM to its pictures")
     parser.add_argument("--backend", help="default: the one that the set was built for")
-    parser.add_argument("--steps", type=int, help="denoising steps")
-    parser.add_argument("--decoding-steps", type=int)
+    parser.add_argument("--steps", type=count, help="denoising steps")
+    parser.add_argument("--decoding-steps", type=count)
     parser.add_argument("--scale", type=float, help="ControlNet scale")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--sheet", type=Path)
+    parser.add_argument("--json", type=new_file)
+    parser.add_argument("--sheet", type=new_file)
     given = parser.parse_args()
     options = {
         name: value
@@ -234,7 +237,8 @@ def main() -> None:
         given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if given.sheet:
         sheet(drawn, pictures).save(given.sheet)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(command.run(main, debug=False))

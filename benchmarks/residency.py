@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from bifrost_rt import backends, manifest, residency
+from bifrost_rt import backends, command, manifest, residency
 from bifrost_rt.generator import Generator
 from bifrost_rt.residency import Need
 
@@ -137,4 +137,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command.run(main, debug=False))

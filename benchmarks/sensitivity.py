@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import new_file
+from bifrost_rt import command
 from bifrost_rt.errors import BifrostError
 
 HEAD = ("quantised alone", "stage error", "tokens", "residuals", "picture", "")
@@ -81,22 +83,19 @@ def plot(swept: dict[str, Any], path: Path) -> None:
 
 def main() -> int:
     """The command line."""
-    from bifrost_rt import command
-
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.sensitivity", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--engines", type=Path, required=True, help="the set")
-    parser.add_argument("--plot", type=Path, help="a picture of the groups")
+    parser.add_argument("--plot", type=new_file, help="a picture of the groups")
     given = parser.parse_args()
 
-    def show() -> int:
-        swept = read(given.engines)
-        print(table(swept))
-        if given.plot:
-            plot(swept, given.plot)
-        return 0
-
-    return command.run(show, debug=False, interrupted="interrupted")
+    swept = read(given.engines)
+    print(table(swept))
+    if given.plot:
+        plot(swept, given.plot)
+    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command.run(main, debug=False))

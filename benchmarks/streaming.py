@@ -22,18 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.arguments import count, new_file
+from bifrost_rt import command
+from export.recipe import PRECISIONS, QUANTISED
+from export.synthetic.shapes import PRESETS
 
 TEXT_TOKENS = 12
 PERIOD = 0.005  # seconds
 LIMIT = 400 << 20  # bytes of weights in one piece
-PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def prepare(work: Path, like: str, layers: int) -> Path:
     """The checkpoint, unless it is there."""
     from export.synthesize import synthesize
     from export.synthetic import networks, shards
-    from export.synthetic.shapes import PRESETS
 
     folder = work / f"{like}-{layers}"
     if folder.exists():
@@ -74,7 +76,7 @@ def build(folder: Path, output: Path, precision: str) -> None:
     checkpoint = Checkpoint(*(folder / n for n in ("mllm", "bifrost", "flux")), read=False)
     stage = visual_decode.stage(checkpoint.visual_branch(), checkpoint.decoder)
     inputs = _inputs(stage)
-    if precision in PRECISIONS:
+    if precision not in QUANTISED:
         rest, layers = precision, {}
         precisions.round_weights(stage.module, precision)
     else:
@@ -227,11 +229,11 @@ def _anonymous(pid: int) -> int:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming", description=__doc__)
-    parser.add_argument("--like", default="7b")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--like", choices=PRESETS, default="7b")
+    parser.add_argument("--layers", type=count, default=6)
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--work", type=Path, help="for the checkpoint and the engine")
-    parser.add_argument("--json", type=Path, help="write the record")
+    parser.add_argument("--json", type=new_file, help="write the record")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -251,4 +253,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command.run(main, debug=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 
+from export import sources
 from export.sources import Source
 
 
@@ -21,6 +22,7 @@ class Weight(ir.LazyTensor):
         wanted = source.cast(to_torch_dtype(dtype))
 
         def read() -> TorchTensor:
+            sources.give_back(source.nbytes)  # the tensor that was written before this one
             return TorchTensor(wanted.read().contiguous(), name)
 
         super().__init__(read, dtype, ir.Shape(source.shape), name=name)

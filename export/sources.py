@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bifrost_rt.backends.base import return_freed_memory
+
+LARGE = 4 << 20  # bytes
 _ATTRIBUTE = "bifrost_sources"  # on a module: tensor's name in it -> Source
 
 
@@ -155,6 +158,13 @@ def lazy(owner: nn.Module) -> dict[str, Source]:
 def read(owner: nn.Module, name: str) -> Tensor:
     """The values of a tensor of this very module, in its dtype."""
     return of(owner, name).cast(get(owner, name).dtype).read()
+
+
+def give_back(size: int) -> None:
+    """Before a tensor of `size` bytes is read: hand freed memory back to the system, if it is worth
+    it. What a layer leaves are holes in the allocator's heap, in which no large tensor fits."""
+    if size > LARGE:
+        return_freed_memory()
 
 
 def load(module: nn.Module) -> None:

@@ -69,6 +69,7 @@ def _read_when_called(owner: nn.Module) -> tuple[RemovableHandle, RemovableHandl
 
     def enter(*_: Any) -> None:
         for name in sources.lazy(owner):
+            sources.give_back(sources.get(owner, name).nbytes)
             here.append((name, sources.place(owner, name, sources.read(owner, name))))
 
     def leave(*_: Any) -> None:

@@ -79,10 +79,10 @@ class Quantised:
 def quantise(weight: Tensor, form: str) -> Quantised:
     """A float32 weight [K, N] in a format."""
     if form == "int8":
-        scale = (weight.abs().amax(0) / INT8_MAX).clamp(min=SMALLEST)
-        return Quantised((weight / scale).round().to(torch.int8), scale)
+        scale = (_largest(weight) / INT8_MAX).clamp(min=SMALLEST)
+        return Quantised((weight / scale).round_().to(torch.int8), scale)
     if form == "fp8":
-        scale = (weight.abs().amax(0) / E4M3_MAX).clamp(min=SMALLEST)
+        scale = (_largest(weight) / E4M3_MAX).clamp(min=SMALLEST)
         return Quantised(to_e4m3(weight / scale), scale)
     block = FORMATS[form].block
     assert block is not None
@@ -97,6 +97,11 @@ def quantise(weight: Tensor, form: str) -> Quantised:
     wide = scale.float() * tensor_scale
     codes = e2m1_codes(blocks / wide.clamp(min=SMALLEST)[:, None])
     return Quantised(codes.flatten(0, 1), scale, tensor_scale)
+
+
+def _largest(weight: Tensor) -> Tensor:
+    """The largest magnitude of each output, without a copy of the weight."""
+    return torch.maximum(weight.amax(0), -weight.amin(0))
 
 
 def dequantise(q: Quantised, form: str) -> Tensor:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from export import sources
 from export.quantize import operators
 from export.quantize.formats import FORMATS, Quantised, quantise
+from export.sources import Source
 
-# Outputs that are quantised at once: a weight in float32, several times over, is the most memory
-# that a build would take.
-ROWS = 1024
-EACH = ("codes", "scale")
+# Values that are quantised at once: a weight in float32, several times over, would be the most
+# memory of a build. Up to 32 MiB, freed memory is used again; beyond, the system clears new pages.
+AT_ONCE = 1 << 22
+PARTS = ("codes", "scale", "tensor_scale")
 
 
 class QuantizedLinear(nn.Module):
@@ -56,40 +57,14 @@ class QuantizedLinear(nn.Module):
         if linear.bias is not None and "bias" in sources.lazy(linear):
             sources.attach(self, "bias", sources.of(linear, "bias"))
 
-    def _register_stored(self, weight: sources.Source) -> None:
-        form, migration = self.form, self.migration
-        what = form
-        if migration is not None:
-            what += f" after {hashlib.sha256(migration.numpy().tobytes()).hexdigest()}"
-
-        def part(rows: Tensor) -> Quantised:
-            values = rows.float().T.contiguous()
-            return quantise(values if migration is None else values / migration[:, None], form)
-
-        def stored(values: Tensor) -> Quantised:
-            if FORMATS[form].scaled_whole:
-                return part(values)
-            parts = [part(rows) for rows in values.split(ROWS)]
-            return Quantised(*(torch.cat([getattr(p, n) for p in parts], -1) for n in EACH))
-
-        def one_of(name: str, values: Tensor) -> Tensor:
-            found: Tensor = getattr(stored(values), name)
-            return found
-
+    def _register_stored(self, weight: Source) -> None:
         shape = (self.in_features, self.out_features)
         # shapes and dtypes, from a weight of zeros that takes no memory
-        outline = quantise(torch.zeros(shape, device="meta"), form)
-        for name in ("codes", "scale", "tensor_scale"):
-            empty = getattr(outline, name)
-            self.register_buffer(name, empty)
-            if empty is not None:
-                source = weight.map(
-                    f"{name} of {what}",
-                    functools.partial(one_of, name),
-                    shape=empty.shape,
-                    dtype=empty.dtype,
-                )
-                sources.attach(self, name, source)
+        outline = quantise(torch.zeros(shape, device="meta"), self.form)
+        for name in PARTS:
+            self.register_buffer(name, getattr(outline, name))
+        for name, source in _stored(weight, outline, self.form, self.migration).items():
+            sources.attach(self, name, source)
 
     @property
     def weight(self) -> Tensor:
@@ -105,3 +80,51 @@ class QuantizedLinear(nn.Module):
         weight = operators.dequantise(self.codes, self.scale, self.tensor_scale, self.form)
         y = torch.matmul(x, weight)
         return y if self.bias is None else y + self.bias
+
+
+# Parts that were computed and not read yet, by the identity of their source, of one weight at a
+# time: codes and scales come from one computation, and are asked for one by one.
+_unread: dict[str, Tensor] = {}
+
+
+def _stored(
+    weight: Source, outline: Quantised, form: str, migration: Tensor | None
+) -> dict[str, Source]:
+    """The parts of a stored weight, from the source of the weight [N, K]."""
+    what = form
+    if migration is not None:
+        what += f" after {hashlib.sha256(migration.numpy().tobytes()).hexdigest()}"
+    empty = {name: getattr(outline, name) for name in PARTS}
+    keys = {n: f"{n} of {what}({weight.identity})" for n, part in empty.items() if part is not None}
+
+    def quantised(rows: Tensor) -> Quantised:
+        values = rows.float().T.contiguous()
+        return quantise(values if migration is None else values / migration[:, None], form)
+
+    def compute() -> dict[str, Tensor]:
+        values = weight.read()
+        if FORMATS[form].scaled_whole:
+            whole = quantised(values)
+            return {name: getattr(whole, name) for name in keys}
+        found = {name: torch.empty_like(empty[name], device="cpu") for name in keys}
+        count = max(1, AT_ONCE // values.shape[1])
+        for start in range(0, len(values), count):
+            part = quantised(values[start : start + count])
+            for name, into in found.items():
+                into[..., start : start + count] = getattr(part, name)
+        return found
+
+    def read(name: str) -> Tensor:
+        if (kept := _unread.pop(keys[name], None)) is not None:
+            return kept
+        found = compute()
+        _unread.clear()
+        _unread.update({key: found[n] for n, key in keys.items() if n != name})
+        return found[name]
+
+    return {
+        name: Source(
+            tuple(empty[name].shape), empty[name].dtype, key, functools.partial(read, name)
+        )
+        for name, key in keys.items()
+    }

@@ -224,7 +224,7 @@ def test_a_disk_without_room_is_said_before_anything_is_written(
 def test_a_weight_is_quantised_in_parts_as_it_would_be_as_a_whole(
     monkeypatch: pytest.MonkeyPatch, form: str, migrated: bool
 ) -> None:
-    monkeypatch.setattr(linear, "ROWS", 16)
+    monkeypatch.setattr(linear, "AT_ONCE", 64 * 16)
     torch.manual_seed(0)
     layer = torch.nn.Linear(64, 50)
     weight = layer.weight.detach().T.contiguous()
@@ -235,3 +235,41 @@ def test_a_weight_is_quantised_in_parts_as_it_would_be_as_a_whole(
     expected = quantise(weight if factors is None else weight / factors[:, None], form)
     assert torch.equal(found.codes.view(torch.uint8), expected.codes.view(torch.uint8))
     assert torch.equal(found.scale.float(), expected.scale.float())
+
+
+def counted(name: str, reads: list[str]) -> torch.nn.Linear:
+    """A linear layer whose weight is read from elsewhere; `reads` tells when."""
+    layer = torch.nn.Linear(64, 50, bias=False)
+    values = layer.weight.detach()
+
+    def read() -> torch.Tensor:
+        reads.append(name)
+        return values
+
+    sources.attach(layer, "weight", sources.Source((50, 64), torch.float32, name, read))
+    return layer
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_all_parts_of_a_weight_come_from_one_reading(form: str) -> None:
+    reads: list[str] = []
+    scale = 0.1 if FORMATS[form].calibrated else None
+    layers = [linear.QuantizedLinear(counted(n, reads), form, scale) for n in ("a", "b")]
+    for layer in layers:
+        sources.load(layer)
+    assert reads == ["a", "b"]
+    assert not linear._unread
+
+
+def test_what_is_not_asked_for_is_kept_of_one_weight_at_most() -> None:
+    reads: list[str] = []
+    a, b = (linear.QuantizedLinear(counted(n, reads), "int8", 0.1) for n in ("a", "b"))
+    first = sources.read(a, "scale")
+    assert torch.equal(sources.read(a, "scale"), first)  # read again, computed again
+    sources.read(b, "scale")
+    assert reads == ["a", "a", "b"]
+    assert [key.split("(")[1] for key in linear._unread] == ["b)"]
+    kept = sources.read(b, "codes")
+    assert reads == ["a", "a", "b"]
+    assert torch.equal(kept, sources.read(b, "codes"))
+    assert reads == ["a", "a", "b", "b"]
