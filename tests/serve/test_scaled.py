@@ -46,6 +46,8 @@ class Scaled(Server):
                 stdout=subprocess.DEVNULL,
                 stderr=log,
                 env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+                # a shell's background job ignores it, and so would what it starts
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         self.url = f"http://127.0.0.1:{port}"
         self.client = httpx.Client(base_url=self.url, timeout=60)
@@ -66,7 +68,10 @@ def scaled(alpha_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     yield server
     server.client.close()
     server.process.send_signal(signal.SIGINT)
-    server.process.wait(timeout=60)
+    try:
+        server.process.wait(timeout=60)
+    finally:
+        server.process.kill()
 
 
 def test_a_picture_is_that_of_the_generator(scaled: Scaled, generator: Generator) -> None:
