@@ -21,7 +21,7 @@ FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What other tools leave in a checkpoint folder. Not read: pickles can run code when they are
 # opened, and FSDP shards are training state.
 FOREIGN = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.gguf", "pytorch_model_fsdp*")
-BLOCK = 1 << 24  # elements: a check of a whole embedding would take as much memory again
+BLOCK = 1 << 22  # elements: a check of a whole embedding would take as much memory again
 
 
 @dataclass(frozen=True)
