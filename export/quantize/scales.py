@@ -74,15 +74,18 @@ def choose(seen: Observed, weight: Tensor, form: str, method: str) -> Scales:
     if form != "int8":
         return Scales(activation_scale(largest, form))
     squares = seen.channel_square / max(1, seen.rows)
-    energy = sum(float(part.double().square().sum()) for part in _parts(weight))
-    lost = clipped(seen, largest) * energy / weight.shape[0]
-    plain = predicted_noise(weight, squares, largest) + lost
+    energy, magnitude = of_inputs(weight)
+    lost = clipped(seen, largest) * float(energy.sum()) / weight.shape[0]
+    plain = input_noise(energy, largest) + weight_noise(weight, squares) + lost
     best, migration, note = plain, None, ""
     for strength in STRENGTHS:
-        factors = migration_factors(seen.channel_max, weight, strength)
+        factors = migration_factors(seen.channel_max, magnitude, strength)
         moved = seen.channel_max * factors
-        moved_squares = squares * factors.double().square()
-        noise = predicted_noise(weight, moved_squares, float(moved.max()), factors)
+        wide = factors.double().square()
+        noise = input_noise(energy / wide, float(moved.max()))
+        if noise * GAIN >= plain or noise >= best:
+            continue  # the weight's own error comes on top, and costs a pass over the weight
+        noise += weight_noise(weight, squares * wide, factors)
         if noise * GAIN < plain and noise < best:
             best, migration, largest = noise, factors, float(moved.max())
             gained = 10 * math.log10(plain / noise)
@@ -104,21 +107,39 @@ def clipped(seen: Observed, largest: float) -> float:
     return float((beyond * seen.counts).sum()) / max(1, seen.rows)
 
 
-def predicted_noise(
-    weight: Tensor, squares: Tensor, largest: float, factors: Tensor | None = None
-) -> float:
-    """Mean square error of a row of int8 outputs, summed over its N values.
+def of_inputs(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a weight [K, N], what each input meets: sum of squares and largest magnitude, [K] each."""
+    energy = torch.zeros(weight.shape[0], dtype=torch.float64)
+    magnitude = torch.zeros(weight.shape[0])
+    for part in _parts(weight):
+        energy += part.square().sum(1, dtype=torch.float64)
+        magnitude = torch.maximum(magnitude, torch.maximum(part.amax(1), -part.amin(1)))
+    return energy, magnitude
+
+
+def input_noise(energy: Tensor, largest: float) -> float:
+    """Mean square error of a row of outputs, summed over its values, from inputs in int8.
 
     Args:
-        squares, largest: of the inputs; with `factors`, of the inputs times these.
+        energy: [K] sums of squares of the weights that the inputs meet.
+        largest: what the inputs' scale holds.
+    """
+    return (largest / INT8_MAX) ** 2 * float(energy.sum()) / 12
+
+
+def weight_noise(weight: Tensor, squares: Tensor, factors: Tensor | None = None) -> float:
+    """The same from a weight [K, N] in int8.
+
+    Args:
+        squares: [K] mean squares of the inputs; with `factors`, of the inputs times these.
         factors: [K] of the inputs, whose inverse the weight takes.
     """
-    energy, steps = 0.0, 0.0
+    steps = 0.0
     for part in _parts(weight):
         moved = part if factors is None else part / factors[:, None]
-        energy += float(moved.double().square().sum())
-        steps += float((moved.abs().amax(0).double() / INT8_MAX).square().sum())
-    return ((largest / INT8_MAX) ** 2 * energy + float(squares.sum()) * steps) / 12
+        largest = torch.maximum(moved.amax(0), -moved.amin(0)).double()
+        steps += float((largest / INT8_MAX).square().sum())
+    return float(squares.sum()) * steps / 12
 
 
 def _parts(weight: Tensor) -> tuple[Tensor, ...]:
@@ -126,11 +147,14 @@ def _parts(weight: Tensor) -> tuple[Tensor, ...]:
     return weight.split(OUTPUTS, dim=1)
 
 
-def migration_factors(channel_max: Tensor, weight: Tensor, strength: float) -> Tensor:
+def migration_factors(channel_max: Tensor, magnitude: Tensor, strength: float) -> Tensor:
     """Factors [K] of the inputs; the weights take their inverse. Their geometric mean is 1, and
-    channels that are always 0 keep theirs."""
-    inputs = channel_max.clamp(min=1e-5)
-    weights = torch.maximum(weight.amax(1), -weight.amin(1)).clamp(min=1e-5)
+    channels that are always 0 keep theirs.
+
+    Args:
+        channel_max, magnitude: [K] the largest of each input, and of the weights that it meets.
+    """
+    inputs, weights = channel_max.clamp(min=1e-5), magnitude.clamp(min=1e-5)
     factors = weights ** (1 - strength) / inputs**strength
     factors = torch.where(channel_max > 0, factors, torch.ones_like(factors))
     return factors / factors.log().mean().exp()

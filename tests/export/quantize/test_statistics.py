@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,39 @@ def test_a_planted_outlier_migrates_and_the_error_falls() -> None:
     plain = QuantizedLinear(exact, "int8", scales.clip(found, "mse", "int8") / 127)
     assert error(moved, exact, x) < 0.02
     assert error(plain, exact, x) > 10 * error(moved, exact, x)
+
+
+@pytest.mark.parametrize("outlier", [1.0, 2.0, 100.0])
+def test_the_best_strength_of_all_is_chosen(outlier: float) -> None:
+    """Against the definition, which no strength is spared: s²/12 for steps of s, in inputs and in
+    weights, along a row."""
+    torch.manual_seed(4)
+    x, weight = torch.randn(2000, 64), torch.randn(64, 8) * 0.1
+    x[:, 7] *= outlier
+    weight[7] /= outlier
+    found = seen(x, outputs=x @ weight)
+
+    def noise(factors: torch.Tensor) -> float:
+        inputs, weights = x.double() * factors, weight.double() / factors[:, None]
+        of_inputs = (inputs.abs().max() / 127).square() / 12 * weights.square().sum()
+        of_weights = (weights.abs().amax(0) / 127).square().sum() / 12
+        return float(of_inputs + of_weights * inputs.square().mean(0).sum())
+
+    magnitude = weight.abs().amax(1)
+    tried = [scales.migration_factors(found.channel_max, magnitude, s) for s in scales.STRENGTHS]
+    noises = [noise(factors.double()) for factors in tried]
+    plain = noise(torch.ones(64, dtype=torch.float64))
+    chosen = scales.choose(found, weight, "int8", "max")
+    power = float((x @ weight).double().square().sum(1).mean())
+    if min(noises) * scales.GAIN < plain:
+        expected = tried[noises.index(min(noises))]
+        assert chosen.migration is not None
+        assert torch.equal(chosen.migration, expected)
+    else:
+        assert chosen.migration is None
+    kept = plain if chosen.migration is None else min(noises)
+    assert chosen.signal_to_noise == pytest.approx(10 * math.log10(power / kept), abs=1e-4)
+    assert (chosen.migration is not None) == (outlier > 2)
 
 
 def test_a_layer_that_no_scale_can_save_stays_in_16_bit() -> None:
