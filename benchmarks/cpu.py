@@ -18,7 +18,7 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,10 @@ from export.compile import graphs
 from export.recipe import PRECISIONS
 from export.synthetic.shapes import PRESETS
 
-# one picture at its longest prompt, the release's steps
+# one picture, the release's steps; the prompt is the longest of the model
 SIZES = {
     **{"images": 1, "branches": 1, "texts": 1, "prompts": 1},
-    **{"text_tokens": 300, "steps": 256, "revealed": 1},
+    **{"steps": 256, "revealed": 1},
 }
 # The last of visual_decode computes what a step reveals, and less than the others. Of denoise it is
 # one block of each kind in both networks, 4 GB in float32.
@@ -72,14 +72,16 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             specs = list(cuts.written(folder, [stage], shapes, forms))
-            sizes = largest_product(folder / specs[0].graph, stage)
-            for engines in (product(folder, *sizes, forms), specs):
-                for row in measure(folder, engines, options.rounds):
+            sizes = {**SIZES, "text_tokens": shapes.max_seq_length}
+            largest = largest_product(folder / specs[0].graph, stage, sizes)
+            layer = [] if largest is None else [product(folder, *largest, forms)]
+            for engines in (*layer, specs):
+                for row in measure(folder, engines, sizes, options.rounds):
                     print(line(row), flush=True)
-                    rows.append({"stage": stage, "layers": layers, **row})
+                    rows.append({"stage": stage, "layers": layers, "sizes": sizes, **row})
     if options.json:
         about = {"like": options.like, "rounds": options.rounds}
-        record = {"machine": machine.describe(), **about, "sizes": SIZES, "rows": rows}
+        record = {"machine": machine.describe(), **about, "rows": rows}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
@@ -104,27 +106,31 @@ def product(
     return made
 
 
-def largest_product(path: Path, stage: str) -> tuple[int, int, int]:
-    """Rows, inputs and outputs of the linear layer that computes most."""
+def largest_product(
+    path: Path, stage: str, sizes: Mapping[str, int]
+) -> tuple[int, int, int] | None:
+    """Rows, inputs and outputs of the linear layer that computes most; None where there is none."""
     found = []
     for node in graphs.read(path, stage).graph:
         if node.op_type == "MatMul":
-            left, right = (flops.shape_of(value, SIZES) for value in node.inputs)
+            left, right = (flops.shape_of(value, sizes) for value in node.inputs)
             if len(right) == 2:
                 found.append((math.prod(left[:-1]), *right))
-    return max(found, key=math.prod)
+    return max(found, key=math.prod, default=None)
 
 
-def measure(folder: Path, specs: Sequence[EngineSpec], rounds: int) -> Iterator[dict[str, Any]]:
+def measure(
+    folder: Path, specs: Sequence[EngineSpec], sizes: Mapping[str, int], rounds: int
+) -> Iterator[dict[str, Any]]:
     """One row for every form and driver; the first is float32 on onnxruntime."""
-    work = flops.count(graphs.read(folder / specs[0].graph, specs[0].name), SIZES)
+    work = flops.count(graphs.read(folder / specs[0].graph, specs[0].name), sizes)
     rows, calls = [], []
     for spec in specs:
         for driver in DRIVERS:
             form = spec.precision.requested
             row = {"engine": spec.name, "precision": form, "backend": driver}
             try:
-                calls.append(opened(folder, spec, driver))
+                calls.append(opened(folder, spec, sizes, driver))
                 rows.append(row)
             except BifrostError as error:
                 if (form, driver) == BASE:
@@ -142,16 +148,18 @@ def measure(folder: Path, specs: Sequence[EngineSpec], rounds: int) -> Iterator[
         }
 
 
-def opened(folder: Path, spec: EngineSpec, name: str) -> Callable[[], None]:
+def opened(
+    folder: Path, spec: EngineSpec, sizes: Mapping[str, int], name: str
+) -> Callable[[], None]:
     """A call of an engine on random inputs, made once.
 
     Raises:
         BackendError: the driver is not installed, or refuses the graph.
     """
     driver = backends.load(name)
-    engine = driver.open(folder, spec, {symbol: Range(1, n) for symbol, n in SIZES.items()})
-    given = {key: driver.upload(value) for key, value in cuts.inputs(spec, SIZES).items()}
-    results = {t.name: driver.empty(output_shape(t, SIZES), t.dtype) for t in spec.outputs}
+    engine = driver.open(folder, spec, {symbol: Range(1, n) for symbol, n in sizes.items()})
+    given = {key: driver.upload(value) for key, value in cuts.inputs(spec, sizes).items()}
+    results = {t.name: driver.empty(output_shape(t, sizes), t.dtype) for t in spec.outputs}
     call = engine.bind(given, results)
     call()
     return call

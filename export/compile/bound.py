@@ -15,9 +15,8 @@ import onnx_ir as ir
 
 from bifrost_rt.manifest import BoundWeight
 
-Tensor: TypeAlias = (
-    ir.ExternalTensor | ir.LazyTensor | ir.Tensor[Any]
-)  # each writes itself to a file
+# each writes itself to a file
+Tensor: TypeAlias = ir.ExternalTensor | ir.LazyTensor | ir.Tensor[Any]
 SMALLEST = 1 << 16  # bytes; what is smaller is held by the engine
 ALIGNMENT = 256  # of device memory: the file can be uploaded in one piece
 

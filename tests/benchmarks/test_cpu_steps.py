@@ -56,7 +56,7 @@ def test_what_a_driver_cannot_do_is_its_row(
 
     monkeypatch.setattr(backends, "load", load)
     specs = benchmark.product(tmp_path, 16, 32, 48, ("fp32", "fp8"))
-    rows = list(benchmark.measure(tmp_path, specs, 2))
+    rows = list(benchmark.measure(tmp_path, specs, benchmark.SIZES, 2))
     failed = {(row["precision"], row["backend"]): row["failed"] for row in rows if "failed" in row}
     assert failed.keys() == {
         *(("fp32", "openvino-bf16"), ("fp8", "openvino-bf16"), ("fp8", "openvino"))
@@ -79,7 +79,7 @@ def test_without_the_driver_to_compare_with_nothing_is_measured(
     monkeypatch.setattr(backends, "load", load)
     specs = benchmark.product(tmp_path, 16, 32, 48, ("fp32",))
     with pytest.raises(BackendError, match="'onnxruntime' is not available"):
-        list(benchmark.measure(tmp_path, specs, 2))
+        list(benchmark.measure(tmp_path, specs, benchmark.SIZES, 2))
 
 
 def test_turns_go_to_and_fro(monkeypatch: pytest.MonkeyPatch) -> None:
