@@ -26,7 +26,7 @@ import numpy as np
 
 from benchmarks import cuts, machine
 from benchmarks.arguments import count, new_file
-from benchmarks.latency import SETTLE
+from benchmarks.turns import to_and_fro
 from bifrost_rt import backends, command
 from bifrost_rt.backends.base import output_shape
 from bifrost_rt.errors import BifrostError
@@ -166,12 +166,10 @@ def opened(
 
 
 def turns(calls: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
-    """Seconds of each call, taken in turn; every other round goes backwards."""
+    """Seconds of each call, taken in turn."""
     times: list[list[float]] = [[] for _ in calls]
     for i in range(rounds):
-        turn = list(zip(calls, times, strict=True))
-        for call, seconds in turn if i % 2 == 0 else reversed(turn):
-            time.sleep(SETTLE)
+        for call, seconds in to_and_fro(list(zip(calls, times, strict=True)), i):
             start = time.perf_counter()
             call()
             seconds.append(time.perf_counter() - start)

@@ -26,14 +26,12 @@ from benchmarks.arguments import count
 from benchmarks.contenders import Spec
 from benchmarks.remote import First, Remote
 from benchmarks.telemetry import Log, Telemetry
+from benchmarks.turns import to_and_fro
 from bifrost_rt import command, manifest, schedules
 from bifrost_rt.errors import BifrostError
 
 FORMAT = 2
 PROMPT = "a photo of a red circle above a blue square"
-# Seconds before each turn: threads of the contender before go on spinning for a while, and would
-# take the cores from the next one's first engines.
-SETTLE = 0.3
 
 
 def measure(
@@ -113,8 +111,7 @@ def _first(remote: Remote, request: dict[str, Any], watch: Telemetry) -> First:
 def _rounds(
     remotes: list[Remote], request: dict[str, Any], images: int, seconds: float, watch: Telemetry
 ) -> tuple[list[list[dict[str, float]]], list[Log]]:
-    """Timings of each contender's images, drawn in turn, and what its turns did to the machine.
-    Every other round goes backwards, so that nobody always follows the same one."""
+    """Timings of each contender's images, drawn in turn, and what its turns did to the machine."""
     timed: list[list[dict[str, float]]] = [[] for _ in remotes]
     logs = [Log() for _ in remotes]
     began = time.perf_counter()
@@ -122,8 +119,7 @@ def _rounds(
         if i and time.perf_counter() - began > seconds:
             break
         turns = list(zip(remotes, timed, logs, strict=True))
-        for remote, results, log in turns if i % 2 == 0 else reversed(turns):
-            time.sleep(SETTLE)
+        for remote, results, log in to_and_fro(turns, i):
             with watch.turn(log):
                 results.append(remote.image({**request, "seed": i + 1}))
     return timed, logs

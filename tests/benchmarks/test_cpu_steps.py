@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cpu as benchmark
+from benchmarks import turns
 from bifrost_rt import backends
 from bifrost_rt.backends.base import Backend
 from bifrost_rt.errors import BackendError
@@ -83,7 +84,7 @@ def test_without_the_driver_to_compare_with_nothing_is_measured(
 
 
 def test_turns_go_to_and_fro(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "SETTLE", 0.0)
+    monkeypatch.setattr(turns, "SETTLE", 0.0)
     order: list[str] = []
     times = benchmark.turns([lambda: order.append("a"), lambda: order.append("b")], 3)
     assert order == list("abbaab")

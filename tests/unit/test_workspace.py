@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bifrost_rt.backends.base import Buffer, HostMemory
+from bifrost_rt import backends
+from bifrost_rt.backends.base import Buffer
 from bifrost_rt.workspace import Workspace
 
 
@@ -32,7 +33,7 @@ class Counting:
 
 @pytest.fixture
 def workspace() -> Workspace:
-    return Workspace(HostMemory())  # type: ignore[arg-type]
+    return Workspace(backends.load("onnxruntime"))
 
 
 def test_the_same_size_is_the_same_buffer(workspace: Workspace) -> None:
