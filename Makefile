@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 SET := engines/sets/default
 PICTURE := out/demo.png
 CODE := bifrost_rt export benchmarks scenes training tests
+# Modules are compiled when they are first imported: of torch's, most never are.
+INSTALL := $(BIN)/pip install --quiet --no-compile
 
 .PHONY: demo test gpu-checks check clean
 
@@ -32,15 +34,21 @@ check: $(VENV)/installed
 clean:
 	rm -rf $(VENV) $(SET) out
 
-$(SET)/manifest.json: engines/default.toml $(VENV)/installed $(shell find export -name '*.py')
+$(SET)/manifest.json: engines/default.toml $(VENV)/builds $(shell find export -name '*.py')
 	$(BIN)/python -m export.build engines/default.toml
 
-# torch first and alone: whatever depends on it then finds the pinned version installed.
-$(VENV)/installed: pyproject.toml
+# What builds a set and draws with it; torch first and alone: whatever depends on it then finds the
+# pinned version installed.
+$(VENV)/builds: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "torch==2.13.0"
-	$(BIN)/pip install --quiet --editable ".[cpu,openvino,export,benchmarks,serve,ray,test]"
+	$(INSTALL) --upgrade pip
+	$(INSTALL) "torch==2.13.0"
+	$(INSTALL) --editable ".[cpu,export]"
+	touch $@
+
+# What the tests need beside that.
+$(VENV)/installed: $(VENV)/builds
+	$(INSTALL) --editable ".[cpu,openvino,export,benchmarks,serve,ray,test]"
 	@# compiles for RTX cards; where there is no package for a machine, its tests are skipped
-	-$(BIN)/pip install --quiet --editable ".[tensorrt-rtx]"
+	-$(INSTALL) --editable ".[tensorrt-rtx]"
 	touch $@

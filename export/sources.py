@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bifrost_rt.backends.base import return_freed_memory
 
 LARGE = 4 << 20  # bytes
-_ATTRIBUTE = "bifrost_sources"  # on a module: tensor's name in it -> Source
+ATTRIBUTE = "bifrost_sources"  # on a module: tensor's name in it -> Source
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,13 @@ def attach(module: nn.Module, name: str, source: Source) -> None:
     assert tuple(before.shape) == source.shape, f"{name}: {tuple(before.shape)}, {source.shape}"
     if not before.is_meta:
         place(module, name, before.detach().to("meta"))
-    module.__dict__.setdefault(_ATTRIBUTE, {})[name] = source
+    module.__dict__.setdefault(ATTRIBUTE, {})[name] = source
 
 
 def of(module: nn.Module, name: str) -> Source:
     """The source of a parameter or buffer of this very module; a tensor that is in memory is its
     own."""
-    found: Source | None = module.__dict__.get(_ATTRIBUTE, {}).get(name)
+    found: Source | None = module.__dict__.get(ATTRIBUTE, {}).get(name)
     value = get(module, name)
     if not value.is_meta:
         return held(value)
@@ -145,13 +145,13 @@ def named(module: nn.Module) -> dict[str, Source]:
         f"{prefix}.{name}" if prefix else name: of(owner, name)
         for prefix, owner in module.named_modules()
         for name, tensor in _own(owner)
-        if not tensor.is_meta or name in owner.__dict__.get(_ATTRIBUTE, {})
+        if not tensor.is_meta or name in owner.__dict__.get(ATTRIBUTE, {})
     }
 
 
 def lazy(owner: nn.Module) -> dict[str, Source]:
     """The tensors of this very module that have no values in memory."""
-    attached: dict[str, Source] = owner.__dict__.get(_ATTRIBUTE, {})
+    attached: dict[str, Source] = owner.__dict__.get(ATTRIBUTE, {})
     return {name: attached[name] for name, t in _own(owner) if t.is_meta and name in attached}
 
 

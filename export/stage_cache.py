@@ -11,10 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,13 +21,12 @@ from typing import Any
 import bifrost_rt
 from bifrost_rt import manifest as manifests
 from bifrost_rt.manifest import File
-from export import sources
+from export import fingerprint, sources
 from export.stages import TEXT_TOKENS, Stage
 
 REPORT = "report.json"
 # Parts of this package that have no say in what a graph holds.
 ELSEWHERE = ("compile", "planning", "synthetic")
-LIBRARIES = ("torch", "transformers", "diffusers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +71,7 @@ def key(stage: Stage, configs: str, rest: str, text_tokens: int) -> str:
 def surroundings() -> dict[str, Any]:
     """What decides the bytes of everything that is built: this package's code, and what it runs
     on."""
-    return {
-        "code": code_digest(),
-        "python": platform.python_version(),
-        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
-    }
+    return {"code": code_digest(), **fingerprint.libraries()}
 
 
 def configs_digest(*checkpoints: Path) -> str:

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from export import sources
-from export.quantize import operators
-from export.quantize.formats import FORMATS, Quantised, quantise
+from export.quantize.formats import (
+    FORMATS,
+    Quantised,
+    dequantised,
+    quantise,
+    round_activations,
+)
 from export.sources import Source
 
 # Values that are quantised at once: a weight in float32, several times over, would be the most
@@ -71,13 +76,18 @@ class QuantizedLinear(nn.Module):
         """One of its float tensors: T5 asks its layers for the dtype that they compute in."""
         return self.scale if self.tensor_scale is None else self.tensor_scale
 
+    def as_linear(self) -> nn.Linear:
+        """The layer that this one stands for, without values."""
+        bias = self.bias is not None
+        return nn.Linear(self.in_features, self.out_features, bias, device="meta").eval()
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]"""
         if self.migration is not None:
             x = x * self.migration
         if self.input_scale is not None:
-            x = operators.round_activations(x, self.input_scale, self.form)
-        weight = operators.dequantise(self.codes, self.scale, self.tensor_scale, self.form)
+            x = round_activations(x, self.input_scale, self.form)
+        weight = dequantised(self.codes, self.scale, self.tensor_scale, self.form)
         y = torch.matmul(x, weight)
         return y if self.bias is None else y + self.bias
 

@@ -1,4 +1,4 @@
-"""The two operations of a quantised layer: as torch computes them, and as ONNX writes them.
+"""Quantized layers in a graph: what `QuantizedLinear` computes, in ONNX's operators.
 
 int8 and fp8 are ONNX's own QuantizeLinear and DequantizeLinear. NVFP4 is written as two functions
 of the model itself, built from standard operators: onnxruntime has no kernels for E2M1, and runs
@@ -11,18 +11,21 @@ OpenVINO takes as well; `export/compile/quantized.py` rewrites them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript
-import torch
+from onnx_ir.tensor_adapters import TorchTensor
 from onnxscript import opset23 as op
-from torch import Tensor
 
-from export.quantize import formats
-from export.quantize.formats import E2M1_MAX, E2M1_VALUES, E4M3_MAX, SMALLEST
+from export import sources
+from export.errors import ExportError
+from export.initializers import Weight
+from export.quantize.formats import E2M1_MAX, E2M1_VALUES, E4M3_MAX, FORMATS, SMALLEST
+from export.quantize.linear import QuantizedLinear
 
 DOMAIN = onnxscript.values.Opset("bifrost", 1)
 BLOCK = 16
@@ -30,29 +33,9 @@ FP8 = onnx.TensorProto.FLOAT8E4M3FN
 FLOAT = onnx.TensorProto.FLOAT
 INT32 = onnx.TensorProto.INT32
 E2M1 = [*E2M1_VALUES, *(-value for value in E2M1_VALUES)]
-STORED = ["tensor(float)", "tensor(uint8)", "tensor(float8e4m3fn)"]
-
-
-@torch.library.custom_op("bifrost::round_activations", mutates_args=())
-def round_activations(x: Tensor, scale: Tensor, form: str) -> Tensor:
-    """See `formats.round_activations`."""
-    return formats.round_activations(x, scale, form)
-
-
-@round_activations.register_fake
-def _(x: Tensor, scale: Tensor, form: str) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("bifrost::dequantise", mutates_args=())
-def dequantise(codes: Tensor, scale: Tensor, tensor_scale: Tensor | None, form: str) -> Tensor:
-    """See `formats.dequantised`."""
-    return formats.dequantised(codes, scale, tensor_scale, form)
-
-
-@dequantise.register_fake
-def _(codes: Tensor, scale: Tensor, tensor_scale: Tensor | None, form: str) -> Tensor:
-    return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+ZERO_POINT = "zero_point.uint8"
+# torch has no types of four bits
+PACKED = {"int4": ir.DataType.INT4, "nvfp4": ir.DataType.UINT4}
 
 
 # The bodies are read by onnxscript, which knows a few forms of Python: constants are made here.
@@ -88,49 +71,197 @@ def NVFP4Dequantize(codes, block_scale, tensor_scale):
     return op.Reshape(op.Mul(blocks, op.Unsqueeze(scale, op.Constant(value_ints=[1]))), shape)
 
 
-def _call(name: str, *inputs: Any) -> Any:
-    """A node of one of the model's own functions; `add_functions` gives the model their bodies.
+def quantize(model: ir.Model, layers: Mapping[str, QuantizedLinear]) -> None:
+    """Write quantized layers where a graph has the linear layers that they stand for.
 
-    The exporter would write the bodies out in place of the call, if it knew them.
+    Args:
+        layers: path of a layer, which the initializer of its weight is named by.
+
+    Raises:
+        ExportError: a weight has a use that is not that of a linear layer.
     """
-    parameter = onnx.defs.OpSchema.FormalParameter
-    schema = onnx.defs.OpSchema(
-        name,
-        DOMAIN.domain,
-        1,
-        inputs=[parameter(f"input{i}", f"T{i}") for i in range(len(inputs))],
-        outputs=[parameter("output", "tensor(float)")],
-        type_constraints=[(f"T{i}", STORED, "") for i in range(len(inputs))],
-    )
-    return onnxscript.values.Op(DOMAIN, name, schema)(*inputs)
+    rounded: Rounded = {}
+    for path, layer in layers.items():
+        weight = model.graph.initializers.get(f"{path}.weight")
+        if weight is not None:  # tied to another, or not reached
+            _Writer(model.graph, path, layer, rounded).write(weight)
+            del model.graph.initializers[f"{path}.weight"]
+    _add_functions(model)
 
 
-def _round_activations(x: Any, scale: Any, form: str) -> Any:
-    if form == "nvfp4":
-        return _call("NVFP4QuantizeDequantize", x, scale)
-    if form == "fp8":
-        quantised = op.QuantizeLinear(x, scale, output_dtype=FP8)
-        return op.DequantizeLinear(quantised, scale)
-    zero = op.Constant(value=onnx.helper.make_tensor("zero", onnx.TensorProto.UINT8, [], [128]))
-    return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
+# A value and what is done to it -> what is left of it. Layers that read one input, such as those of
+# queries, keys and values, mostly round it alike: it is done once.
+Rounded = dict[tuple[ir.Value, str, str | None, str | None], ir.Value]
 
 
-def _dequantise(codes: Any, scale: Any, tensor_scale: Any, form: str) -> Any:
-    block = formats.FORMATS[form].block
-    if form == "nvfp4":
-        return _call("NVFP4Dequantize", codes, scale, tensor_scale)
-    if block is None:
-        return op.DequantizeLinear(codes, scale, axis=1)
-    return op.DequantizeLinear(codes, op.Cast(scale, to=FLOAT), axis=0, block_size=block)
+class _Writer:
+    """One layer."""
+
+    def __init__(
+        self, graph: ir.Graph, path: str, layer: QuantizedLinear, rounded: Rounded
+    ) -> None:
+        self.graph, self.path, self.layer, self.form = graph, path, layer, layer.form
+        self._rounded = rounded
+
+    def write(self, weight: ir.Value) -> None:
+        """Replace every use of the layer's weight [N, K]."""
+        wide: ir.Value | None = None
+        for product in list(self._products(weight)):
+            before: list[ir.Node] = []
+            x, y = product.inputs[0], product.outputs[0]
+            assert x is not None
+            if wide is None:
+                wide = self._dequantized(before)
+            new = ir.node("MatMul", [self._round(x), wide])
+            last = [new]
+            if product.op_type == "Gemm" and len(product.inputs) > 2:
+                new.outputs[0].name = f"{y.name}.product"
+                new.outputs[0].shape, new.outputs[0].type = y.shape, y.type
+                last.append(ir.node("Add", [new.outputs[0], product.inputs[2]]))
+            found = last[-1].outputs[0]
+            found.shape, found.type, name = y.shape, y.type, y.name
+            y.name = f"{name}.replaced"
+            found.name = name
+            self.graph.insert_before(product, [*before, *last])
+            y.replace_all_uses_with(found, replace_graph_outputs=True)
+            self.graph.remove(product, safe=True)
+        for node in [node for node, _ in weight.uses()]:
+            self.graph.remove(node, safe=True)
+
+    def _products(self, weight: ir.Value) -> Iterator[ir.Node]:
+        for node, index in weight.uses():
+            if node.op_type == "Gemm" and index == 1 and _is_plain(node):
+                yield node
+                continue
+            if node.op_type != "Transpose":
+                raise self._unexpected(node)
+            for product, place in node.outputs[0].uses():
+                if product.op_type != "MatMul" or place != 1:
+                    raise self._unexpected(product)
+                yield product
+
+    def _unexpected(self, node: ir.Node) -> ExportError:
+        return ExportError(
+            f"layer {self.path}: its weight is read by {node.op_type}, expected the MatMul of a "
+            f"linear layer; keep the layer in 16 bit"
+        )
+
+    def _round(self, x: ir.Value) -> ir.Value:
+        """The activations, after their format."""
+        key = (x, self.form, self._identity("migration"), self._identity("input_scale"))
+        if key not in self._rounded:
+            into: list[ir.Node] = []
+            self._rounded[key] = self._round_into(into, x)
+            maker = x.producer()
+            if into and maker is not None:
+                self.graph.insert_after(maker, into)
+            elif into:  # an input of the graph
+                self.graph.insert_before(self.graph[0], into)
+        return self._rounded[key]
+
+    def _round_into(self, into: list[ir.Node], x: ir.Value) -> ir.Value:
+        layer, name = self.layer, f"{x.name}.for.{self.path}"
+        if layer.migration is not None:
+            x = self._add(into, "Mul", [x, self._initializer("migration")], f"{name}.moved", x)
+        if layer.input_scale is None:
+            return x
+        scale = self._initializer("input_scale")
+        if self.form == "nvfp4":
+            return self._add(
+                into, "NVFP4QuantizeDequantize", [x, scale], name, x, domain=DOMAIN.domain
+            )
+        if self.form == "fp8":
+            point, codes, attributes = [], ir.DataType.FLOAT8E4M3FN, {"output_dtype": FP8}
+        else:
+            point, codes, attributes = [self._zero_point()], ir.DataType.UINT8, {}
+        stored = self._add(
+            into, "QuantizeLinear", [x, scale, *point], f"{name}.codes", x, codes, attributes
+        )
+        return self._add(into, "DequantizeLinear", [stored, scale, *point], name, x)
+
+    def _dequantized(self, into: list[ir.Node]) -> ir.Value:
+        """The weight [K, N] in float32."""
+        codes, scale = self._initializer("codes"), self._initializer("scale")
+        block, name = FORMATS[self.form].block, f"{self.path}.dequantized"
+        if self.form == "nvfp4":
+            inputs = [codes, scale, self._initializer("tensor_scale")]
+            return self._add(into, "NVFP4Dequantize", inputs, name, codes, domain=DOMAIN.domain)
+        if block is None:
+            return self._add(
+                into, "DequantizeLinear", [codes, scale], name, codes, attributes={"axis": 1}
+            )
+        wide = self._add(
+            into, "Cast", [scale], f"{self.path}.scale.float32", scale, attributes={"to": FLOAT}
+        )
+        attributes = {"axis": 0, "block_size": block}
+        return self._add(
+            into, "DequantizeLinear", [codes, wide], name, codes, attributes=attributes
+        )
+
+    def _add(
+        self,
+        into: list[ir.Node],
+        operator: str,
+        inputs: Sequence[ir.Value],
+        name: str,
+        like: ir.Value,
+        dtype: ir.DataType = ir.DataType.FLOAT,
+        attributes: Mapping[str, Any] | None = None,
+        domain: str = "",
+    ) -> ir.Value:
+        """A node, whose output has the shape of `like`."""
+        node = ir.node(operator, inputs, attributes, domain=domain)
+        found = node.outputs[0]
+        found.name, found.shape, found.type = name, like.shape, ir.TensorType(dtype)
+        into.append(node)
+        return found
+
+    def _identity(self, part: str) -> str | None:
+        absent = getattr(self.layer, part) is None
+        return None if absent else sources.of(self.layer, part).identity
+
+    def _initializer(self, part: str) -> ir.Value:
+        name = f"{self.path}.{part}"
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        source = sources.of(self.layer, part)
+        stored = TorchTensor(sources.get(self.layer, part)).dtype
+        tensor: ir.TensorProtocol = Weight(source, stored, name)
+        if part == "codes" and self.form in PACKED:
+            stored = PACKED[self.form]
+            tensor = ir.LazyTensor(
+                functools.partial(_packed, tensor, stored), stored, tensor.shape, name=name
+            )
+        return self._register(name, tensor)
+
+    def _zero_point(self) -> ir.Value:
+        if ZERO_POINT in self.graph.initializers:
+            return self.graph.initializers[ZERO_POINT]
+        return self._register(ZERO_POINT, ir.tensor(np.array(128, np.uint8), name=ZERO_POINT))
+
+    def _register(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(tensor.shape.numpy()),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        self.graph.register_initializer(value)
+        return value
 
 
-TRANSLATIONS: dict[Any, Callable[..., Any]] = {
-    torch.ops.bifrost.round_activations.default: _round_activations,
-    torch.ops.bifrost.dequantise.default: _dequantise,
-}
+def _is_plain(gemm: ir.Node) -> bool:
+    """Whether it is x @ weight.T + bias."""
+    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
+    given = {name: gemm.attributes[name].value for name in plain if name in gemm.attributes}
+    return {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0, **given} == plain
 
 
-def add_functions(model: ir.Model) -> None:
+def _packed(codes: ir.TensorProtocol, stored: ir.DataType) -> ir.TensorProtocol:
+    return ir.tensor(codes.numpy().astype(stored.numpy()), dtype=stored, name=codes.name)
+
+
+def _add_functions(model: ir.Model) -> None:
     """Give a model the bodies of the functions that its nodes call."""
     called = {node.op_type for node in model.graph if node.domain == DOMAIN.domain}
     for function in (NVFP4QuantizeDequantize, NVFP4Dequantize):
@@ -138,31 +269,3 @@ def add_functions(model: ir.Model) -> None:
             body = ir.serde.deserialize_function(function.to_function_proto())
             model.functions[body.identifier()] = body
             model.opset_imports[DOMAIN.domain] = 1
-
-
-def pack(model: ir.Model) -> None:
-    """Store codes of four bits in four bits: torch has no such type."""
-    for value in model.graph.initializers.values():
-        stored = {"int4": ir.DataType.INT4, "nvfp4": ir.DataType.UINT4}.get(_form(value) or "")
-        if stored is None:
-            continue
-        codes = value.const_value
-        assert codes is not None
-        value.const_value = ir.LazyTensor(
-            functools.partial(_packed, codes, stored), stored, codes.shape, name=value.name
-        )
-        value.type = ir.TensorType(stored)
-
-
-def _packed(codes: ir.TensorProtocol, stored: ir.DataType) -> ir.TensorProtocol:
-    return ir.tensor(codes.numpy().astype(stored.numpy()), dtype=stored, name=codes.name)
-
-
-def _form(value: ir.Value) -> str | None:
-    """The format of a value that holds codes, from the operator that reads it."""
-    for node, index in value.uses():
-        if index == 0 and node.op_type == "NVFP4Dequantize":
-            return "nvfp4"
-        if index == 0 and node.op_type == "DequantizeLinear":
-            return "int4" if node.attributes.get_int("block_size", 0) else None
-    return None

@@ -8,11 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from export import flops, graph
+from export import flops
 from export.model.decoder import DecoderConfig
 from export.model.text_branch import TextBranch
 from export.model.visual_branch import VisualBranch
 from export.stages import text_prefill, visual_decode
+from export.trace import trace
 
 TOKENS, STEPS, MAX_LENGTH, LAYERS = 256, 256, 300, 28
 SIZES = {"branches": 1, "images": 1, "texts": 1, "text_tokens": MAX_LENGTH, "steps": STEPS}
@@ -30,8 +31,8 @@ def ours(layers: int) -> int:
     with torch.device("meta"):
         text, visual = TextBranch(c, MAX_LENGTH).eval(), VisualBranch(c, TOKENS).eval()
     prefill = text_prefill.stage(text, visual, c)
-    once = flops.count(graph.to_graph(prefill, weights=False), SIZES)
-    step = flops.count(graph.to_graph(visual_decode.stage(visual, c), weights=False), SIZES)
+    once = flops.count(trace(prefill), SIZES)
+    step = flops.count(trace(visual_decode.stage(visual, c)), SIZES)
     return once + STEPS * step
 
 

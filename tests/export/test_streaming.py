@@ -15,7 +15,7 @@ import torch
 
 from bifrost_rt import Generator, backends, manifest
 from bifrost_rt.backends import onnxruntime as driver
-from export import assemble, budget, graph, memory, pieces, sources, streaming
+from export import assemble, budget, graph, memory, pieces, sources, streaming, trace
 from export.checkpoint import Checkpoint
 from export.errors import BuildError
 from export.precision import round_weights, store
@@ -37,7 +37,7 @@ def stages(read: bool = False) -> dict[str, Stage]:
 
 def call(stage: Stage) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    given = [graph._example(spec) for spec in stage.inputs]
+    given = [trace.example(spec) for spec in stage.inputs]
     with torch.inference_mode():
         found = stage.module(*given)
     return list(found) if isinstance(found, tuple) else [found]
