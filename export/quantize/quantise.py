@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bifrost_rt import cache
 from bifrost_rt.manifest import Calibration, Manifest
 from export import precision, stage_cache
 from export.quantize import apply, calibrate, policy, sweep
@@ -66,7 +67,8 @@ def quantise(
         folder: of the set that is built; its tokenizers are there, and the statistics go there.
         kept: bytes of weights that may stay in memory while the chain runs in torch; None: all.
         older: a set whose statistics are used where they are what would be seen. What a build that
-            was cut off has left in `folder` is continued.
+            was cut off has left in `folder` is continued; what another precision of the model has
+            seen comes from the cache folder.
 
     Raises:
         RecipeError: overrides that fit nothing.
@@ -121,7 +123,11 @@ def _statistics(
     else:
         prompts = calibrate.read_prompts(_prompts(recipe))
         key = _key(recipe, manifest, checkpoint, prompts)
-        places = [place / STATISTICS for place in (folder, older) if place is not None]
+        here = folder / STATISTICS
+        stored = None if here.exists() else cache.read(STATISTICS, key)
+        if stored is not None:
+            here.write_bytes(stored)
+        places = [here] if older is None else [here, older / STATISTICS]
         earlier = (Statistics.unfinished(place, key) for place in places)
         found = calibrate.calibrate(
             folder,
@@ -131,8 +137,10 @@ def _statistics(
             say,
             steps=recipe.calibration_steps,
             kept=kept,
-            keep=lambda seen: seen.save(folder / STATISTICS),
+            keep=lambda seen: seen.save(here),
         )
+        if stored is None and (reason := cache.write(STATISTICS, key, here.read_bytes())):
+            say(f"the statistics are not kept for other precisions: {reason}")
     found.save(folder / STATISTICS)
     return found, Calibration(STATISTICS, checkpoint, len(found.prompts), recipe.scales)
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bifrost_rt import Generator, cli, inspect
+from bifrost_rt import Generator, cache, cli, inspect
 from bifrost_rt import manifest as manifests
-from export import build
+from export import build, trace
 from export.checkpoint import Checkpoint
 from export.errors import CalibrationError, RecipeError
 from export.planning import work
 from export.planning.storage import STORAGES
+from export.quantize.quantise import STATISTICS
 from export.quantize.statistics import Statistics
 from export.recipe import Recipe, load
 from tests.conftest import ALPHA, alpha_recipe, difference, load_case
@@ -121,6 +122,34 @@ def test_statistics_are_named_after_their_checkpoint(int8_set: Path, tmp_path: P
     assert not (tmp_path / "set").exists()
 
 
+@pytest.fixture
+def no_statistics_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache folder with the traces of the real one, and nothing else."""
+    kept = cache.folder() / trace.KIND
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / trace.KIND).symlink_to(kept)
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+
+
+def test_another_precision_of_a_model_takes_the_statistics_that_were_gathered(
+    int8_set: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    said: list[str] = []
+    folder = build.build(
+        alpha_recipe(
+            tmp_path / "set",
+            precision="fp8",
+            calibration_prompts=str(tmp_path / "prompts.txt"),
+            calibration_steps=3,
+        ),
+        said.append,
+    )
+    assert not any("calibrating" in line for line in said)
+    assert manifests.sha256(folder / STATISTICS) == manifests.sha256(int8_set / STATISTICS)
+
+
+@pytest.mark.usefixtures("no_statistics_kept")
 def test_a_build_that_was_cut_off_goes_on_with_what_it_has_seen(
     int8_set: Path, tmp_path: Path
 ) -> None:
