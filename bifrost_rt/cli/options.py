@@ -81,6 +81,22 @@ def _serve(command: argparse.ArgumentParser) -> None:
         help="to listen on (8000); 0 takes a free one",
     )
     add("--token-file", metavar="FILE", help="requests must carry this bearer token")
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that requests may give in Host, as a proxy passes it on; may be repeated "
+        "(this machine's own names)",
+    )
+    add(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="an origin whose pages may use the server from a browser, like "
+        "https://app.example; may be repeated (none)",
+    )
     add("--max-batch", type=int, default=4, metavar="N", help="pictures drawn together (4)")
     add("--max-waiting", type=int, default=64, metavar="N", help="pictures in the queue (64)")
     add("--max-images", type=int, default=8, metavar="N", help="pictures of one request (8)")

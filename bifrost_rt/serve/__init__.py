@@ -32,6 +32,8 @@ def run(options: argparse.Namespace) -> int:
         host=options.host,
         port=options.port,
         token=None if options.token_file is None else read_token(options.token_file),
+        allow_hosts=tuple(options.allow_host),
+        cors_origins=tuple(options.cors_origin),
         max_images=options.max_images,
         max_prompt=options.max_prompt,
         max_steps=options.max_steps,

@@ -50,6 +50,8 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
         responses=RESPONSES,
+        # what has no type is read as JSON; `gate.py` refuses the pages that could abuse it
+        strict_content_type=False,
     )
     app.add_middleware(Gate, settings=settings, metrics=studio.metrics)
     handle(app)
@@ -104,7 +106,7 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
     @app.post("/v1/jobs", status_code=202)
     async def start(body: schema.JobRequest, answer: Response) -> schema.JobResponse:
         """Draw, and answer at once."""
-        job = submitted(body, body.previews)
+        job = submitted(body, body.previews or False)
         answer.headers["Location"] = f"/v1/jobs/{job.id}"
         return _described(job, studio)
 
@@ -144,6 +146,13 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
     async def models() -> schema.ModelList:
         """The set that is served."""
         return schema.ModelList(data=[schema.Model(id=manifest.name)])
+
+    @app.get("/v1/models/{model}")
+    async def one_model(model: str) -> schema.Model:
+        """The set that is served, by its name."""
+        if model != manifest.name:
+            raise _Refused(_no_such_model(manifest))
+        return schema.Model(id=manifest.name)
 
     @app.get("/v1/about")
     async def about() -> schema.About:
@@ -187,11 +196,11 @@ def _serve_page(app: FastAPI) -> None:
 
 
 def _job(body: schema.ImageRequest, previews: bool, manifest: Manifest, settings: Settings) -> Job:
-    def refuse(param: str, message: str, status: int = 400, code: str = "invalid_value") -> None:
-        raise _Refused(fault(status, f"{param}: {message}", param=param, code=code))
+    def refuse(param: str, message: str) -> None:
+        raise _Refused(fault(400, f"{param}: {message}", param=param, code="invalid_value"))
 
     if body.model is not None and body.model != manifest.name:
-        refuse("model", f"this server has {manifest.name!r}", 404, "model_not_found")
+        raise _Refused(_no_such_model(manifest))
     if not body.prompt.strip():
         refuse("prompt", "is empty")
     if len(body.prompt) > settings.max_prompt:
@@ -205,9 +214,8 @@ def _job(body: schema.ImageRequest, previews: bool, manifest: Manifest, settings
     ):
         if value is not None and value > largest:
             refuse(param, f"is at most {largest} here")
-    width = height = None
-    if body.size not in (None, "auto"):
-        width, height = map(int, str(body.size).split("x"))
+    if body.size not in (None, "auto", _size(manifest)):
+        refuse("size", f"must be {_size(manifest)!r}, the only one of this set, or 'auto'")
     given: dict[str, Any] = {
         "num_images_per_prompt": count,
         **body.model_dump(
@@ -219,10 +227,15 @@ def _job(body: schema.ImageRequest, previews: bool, manifest: Manifest, settings
         ),
     }
     checked = request.check(
-        manifest, **given, width=width, height=height, order=None, latents=None, output_type="np"
+        manifest, **given, width=None, height=None, order=None, latents=None, output_type="np"
     )
     parameters = request.parameters(checked, body.prompt, count)
     return Job(checked, parameters, (body.output_format or "png").upper(), previews)
+
+
+def _no_such_model(manifest: Manifest) -> JSONResponse:
+    message = f"model: this server has {manifest.name!r}"
+    return fault(404, message, param="model", code="model_not_found")
 
 
 async def _finished_or_gone(job: Job, http: Request) -> None:

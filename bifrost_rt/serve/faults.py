@@ -12,8 +12,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from bifrost_rt.errors import RequestError
-from bifrost_rt.serve.schema import Fault, FaultResponse
+from bifrost_rt.serve.schema import Fault, FaultResponse, ImageRequest, JobRequest
 from bifrost_rt.serve.studio import STOPPING, FullError, StoppingError
+from bifrost_rt.strict import nearest
 
 log = logging.getLogger("bifrost_rt.serve")
 
@@ -21,7 +22,19 @@ log = logging.getLogger("bifrost_rt.serve")
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 # said in FastAPI's routes, so that the document of the API names them
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": FaultResponse} for status in (400, 401, 403, 404, 413, 415, 429, 500, 503)
+    status: {"model": FaultResponse, "description": description}
+    for status, description in {
+        400: "not a request, or a field that cannot be what it is; `param` names it",
+        401: "no bearer token where the server asks for one, or a wrong one",
+        403: "a Host header or an origin that the server does not answer to; it is started with "
+        "--allow-host and --cors-origin for others than this machine's own",
+        404: "no such model, job, picture or path",
+        405: "a method that the path does not have",
+        413: "more bytes than the server reads",
+        429: "the queue is full; Retry-After says when to come back",
+        500: "drawing failed",
+        503: "the server is shutting down",
+    }.items()
 }
 
 
@@ -46,20 +59,40 @@ def fault(
     return JSONResponse(body.model_dump(), status, headers=headers)
 
 
+def unexpected(method: str, path: str, error: Exception) -> JSONResponse:
+    """The answer to a request that broke something; the log gets the trace."""
+    log.error("%s %s failed", method, path, exc_info=error)
+    return fault(500, "internal error; the server's log says more")
+
+
+def _invalid(first: Any) -> JSONResponse:
+    """What the validation of a request found first, in words for who wrote the request."""
+    place, *names = first["loc"]  # body, path or query, and the field
+    field = ".".join(map(str, names)).encode("ascii", "backslashreplace").decode()[:80]
+    if first["type"] == "json_invalid":
+        return fault(400, "the body is not JSON", code="invalid_json")
+    if first["type"] == "extra_forbidden":
+        message = f"unknown field {field!r}{nearest(field, ImageRequest.model_fields)}"
+        return fault(400, message, param=field, code="unknown_parameter")
+    if place == "body" and not field:
+        if isinstance(first["input"], bytes):
+            message, code = "the Content-Type must be application/json", "invalid_content_type"
+        else:
+            message, code = "the body must be a JSON object with a prompt", "invalid_json"
+        return fault(400, message, code=code)
+    message = f"{field}: {first['msg']}"
+    if first["type"] == "literal_error":
+        about = JobRequest.model_fields[field].description
+        message = f"{field}: must be {first['ctx']['expected'].replace('False', 'false')} ({about})"
+    return fault(400, message, param=field, code="invalid_value")
+
+
 def handle(app: FastAPI) -> None:
     """Have the app answer every error in this shape."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "body")
-        field = field.encode("ascii", "backslashreplace").decode()[:80]
-        if first["type"] == "extra_forbidden":
-            return fault(400, f"unknown field {field!r}", param=field, code="unknown_parameter")
-        if first["type"] == "json_invalid":
-            return fault(400, "the body is not JSON", code="invalid_json")
-        where = f"{field}: " if field else ""
-        return fault(400, f"{where}{first['msg']}", param=field or None, code="invalid_value")
+        return _invalid(error.errors()[0])
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> JSONResponse:
@@ -78,8 +111,3 @@ def handle(app: FastAPI) -> None:
         answer = fault(error.status_code, str(error.detail))
         answer.headers.update(error.headers or {})
         return answer
-
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return fault(500, "internal error; the server's log says more")

@@ -1,5 +1,5 @@
-"""What a request meets before any route: a count, the host that it names, the token that it has,
-its size.
+"""What a request meets before any route: a count, the host that it names, the page that it comes
+from, the token that it has, its size.
 
 Plain ASGI, so that bodies and streams pass through untouched.
 """
@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import hmac
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bifrost_rt.serve.faults import fault
+from bifrost_rt.serve import cors
+from bifrost_rt.serve.faults import fault, unexpected
 from bifrost_rt.serve.metrics import Metrics
 from bifrost_rt.serve.settings import Settings
 
 # Nothing secret, and what a page or a probe must see before it can know a token.
 OPEN = ("/", "/page.css", "/page.js", "/healthz", "/readyz")
-LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+STREAM = "/events"  # the end of paths whose answer goes on
 
 
 class Gate:
@@ -28,6 +30,8 @@ class Gate:
         self._app = app
         self._settings = settings
         self._metrics = metrics
+        self._hosts = settings.hosts
+        self._origins = settings.origins
         self._too_large = f"a request has at most {settings.max_body} bytes here"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -35,26 +39,76 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        method, path = scope["method"], scope["path"]
+        headers = Headers(scope=scope)
+        # HEAD is GET whose body the HTTP server leaves out; a stream would not end
+        headless = method == "HEAD" and not path.endswith(STREAM)
+        inner = {**scope, "method": "GET"} if headless else scope
+        begun = False
 
-        async def counted(message: Message) -> None:
+        async def answered(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "none")
-                self._metrics.answered(_method(scope["method"]), route, message["status"])
+                begun = True
+                route = getattr(inner.get("route"), "path", "none")
+                self._metrics.answered(_method(method), route, message["status"])
+                answer = MutableHeaders(scope=message)
+                for name, value in self._origins.headers(headers).items():
+                    if name == "Vary":
+                        answer.add_vary_header(value)
+                    else:
+                        answer[name] = value
             await send(message)
 
-        headers = Headers(scope=scope)
-        if self._settings.loopback and not _local(headers.get("host", "")):
-            # a page elsewhere whose name was made to point here (DNS rebinding)
-            answer = fault(403, "this server answers to local names only", code="wrong_host")
-        elif scope["path"] not in OPEN and not self._allowed(headers):
+        answer = self._answer(method, path, headers)
+        if answer is not None:
+            await answer(scope, receive, answered)
+            return
+        try:
+            await self._app(inner, self._measured(receive), answered)
+        except Exception as error:
+            if begun:
+                raise
+            await unexpected(method, path, error)(scope, receive, answered)
+
+    def _answer(self, method: str, path: str, headers: Headers) -> Response | None:
+        """What is answered here; None lets the request through."""
+        if self._hosts is not None and not self._hosts.answers(headers.get("host", "")):
+            return fault(
+                403,
+                "this server does not answer to the name in the Host header; it is started with "
+                "--allow-host NAME for names besides this machine's own",
+                code="wrong_host",
+            )
+        if cors.is_preflight(method, headers):
+            if self._origins.allows(headers.get("origin")):
+                return Response(status_code=204, headers=cors.permission(headers))
+            return fault(
+                403,
+                "pages of other origins may not use this server; it is started with "
+                "--cors-origin ORIGIN for those that may",
+                code="wrong_origin",
+            )
+        if path not in OPEN and not self._allowed(headers):
             answer = fault(401, "a bearer token is missing or wrong", code="invalid_api_key")
             answer.headers["WWW-Authenticate"] = "Bearer"
-        elif _size(headers) > self._settings.max_body:
-            answer = fault(413, self._too_large)
-        else:
-            await self._app(scope, self._measured(receive), counted)
-            return
-        await answer(scope, receive, counted)
+            return answer
+        if _size(headers) > self._settings.max_body:
+            return fault(413, self._too_large)
+        if method == "POST" and self._unasked(headers):
+            return fault(
+                400,
+                "a page must send its request with Content-Type: application/json",
+                code="invalid_content_type",
+            )
+        return None
+
+    def _unasked(self, headers: Headers) -> bool:
+        """Whether a page sends a body without a type. Browsers do so without a preflight, so any
+        page could have its visitors' servers draw."""
+        origin = headers.get("origin")
+        typeless = not headers.get("content-type")
+        return typeless and origin is not None and not self._origins.allows(origin)
 
     def _measured(self, receive: Receive) -> Receive:
         """What states no size is counted while it arrives."""
@@ -82,12 +136,6 @@ class Gate:
 def _size(headers: Headers) -> int:
     text = headers.get("content-length", "")
     return int(text) if text.isdecimal() else 0
-
-
-def _local(host: str) -> bool:
-    name = host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host
-    name = name if name.startswith("[") else name.partition(":")[0]
-    return name.lower() in LOCAL_NAMES
 
 
 def _method(name: str) -> str:

@@ -15,12 +15,12 @@ import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import FastAPI
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -39,8 +39,16 @@ from bifrost_rt.serve.studio import Studio
 Step = tuple[Stage, int, NDArray[np.uint8] | None]
 
 
+# a list in YAML; `serve run` has texts alone
+Names = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda given: given.split(",") if isinstance(given, str) else given),
+]
+
+
 class Arguments(BaseModel):
-    """What `serve run` or its YAML file says. Paths are as the workers see them."""
+    """What `serve run` or its YAML file says, with the names and defaults of `bifrost-rt serve`.
+    Paths are as the workers see them."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -52,9 +60,16 @@ class Arguments(BaseModel):
     memory_budget: str | None = None
     host: str = Field("127.0.0.1", description="where Ray's proxy listens")
     token_file: str | None = None
-    max_batch: int = 4
-    max_waiting: int = 64
-    preview_every: int = 4
+    allow_host: Names = ()
+    cors_origin: Names = ()
+    max_images: int = Settings.max_images
+    max_prompt: int = Settings.max_prompt
+    max_steps: int = Settings.max_steps
+    max_body: int = Settings.max_body
+    max_batch: int = Limits.batch
+    max_waiting: int = Limits.waiting
+    keep: int = Limits.keep
+    preview_every: int = Limits.preview_every or 0
 
 
 class _StoppedError(Exception):
@@ -137,9 +152,16 @@ class Door:
         self._settings = Settings(
             host=given.host,
             token=None if given.token_file is None else read_token(given.token_file),
+            allow_hosts=given.allow_host,
+            cors_origins=given.cors_origin,
+            max_images=given.max_images,
+            max_prompt=given.max_prompt,
+            max_steps=given.max_steps,
+            max_body=given.max_body,
             limits=Limits(
                 batch=given.max_batch,
                 waiting=given.max_waiting,
+                keep=given.keep,
                 preview_every=given.preview_every or None,
             ),
         )

@@ -2,50 +2,113 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import numpy as np
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from bifrost_rt.serve.jobs import Stage, State
 
-Steps = Annotated[int, Field(ge=1)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+_LARGEST = float(np.finfo(np.float32).max)
+_EXACT = 2**53  # up to here a float64 holds every whole number
+
+
+def _whole(value: Any) -> Any:
+    """1.0 as 1: to JSON they are one number, and some languages have no other."""
+    exact = isinstance(value, float) and value.is_integer() and abs(value) <= _EXACT
+    return int(value) if exact else value
+
+
+def _finite(value: float) -> float:
+    if not -_LARGEST <= value <= _LARGEST:  # nor is NaN
+        raise PydanticCustomError("not_finite", "must be finite in float32")
+    return value
+
+
+Whole = BeforeValidator(_whole)
+Count = Annotated[int, Whole, Field(ge=1)]
+Number = Annotated[float, AfterValidator(_finite)]
+# checked in `app.py`, which knows the set's own size
+Size = Annotated[
+    str, WithJsonSchema({"type": "string", "pattern": "^(auto|[0-9]{1,5}x[0-9]{1,5})$"})
+]
 
 
 class ImageRequest(BaseModel):
-    """OpenAI's fields, and below them those of `Generator.run` under their own names. An unknown
-    field is refused: what is not read is not obeyed."""
+    """OpenAI's fields, and below them those of `Generator.run` under their own names. Null is for
+    what is not given. Fields of OpenAI's that choose what there is one of here take their neutral
+    values. An unknown field is refused: what is not read is not obeyed."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str
     model: str | None = Field(None, description="the name that /v1/models gives")
-    n: Annotated[int, Field(ge=1)] | None = Field(None, description="pictures; default 1")
-    size: str | None = Field(
-        None, pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", description="the set's own, or auto"
-    )
+    n: Count | None = Field(None, description="pictures; default 1")
+    size: Size | None = Field(None, description="the set's own, or auto")
     response_format: Literal["b64_json", "url"] | None = Field(
         None, description="default b64_json; a url is good as long as the job is remembered"
     )
     output_format: Literal["png", "jpeg", "webp"] | None = Field(
         None, description="default png, which also says how it was made"
     )
+    output_compression: Annotated[Literal[100], Whole] | None = Field(
+        None, description="without effect: each format has one compression here"
+    )
+    quality: Literal["auto", "standard"] | None = Field(
+        None, description="without effect: num_inference_steps and decoding_steps decide"
+    )
+    style: Literal["vivid", "natural"] | None = Field(
+        None, description="without effect: the prompt decides"
+    )
+    background: Literal["auto", "opaque"] | None = Field(
+        None, description="without effect: pictures are opaque here"
+    )
+    moderation: Literal["auto", "low"] | None = Field(
+        None, description="without effect: nothing is moderated here"
+    )
+    stream: Literal[False] | None = Field(
+        None, description="without effect: /v1/jobs is for what tells of its progress"
+    )
+    partial_images: Annotated[Literal[0], Whole] | None = Field(
+        None, description="without effect: /v1/jobs is for pictures that are seen becoming"
+    )
     user: str | None = Field(None, description="without effect")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(None, description="default: random")
-    num_inference_steps: Steps | None = None
-    decoding_steps: Steps | None = None
+    safety_identifier: str | None = Field(None, description="without effect")
+    seed: Annotated[int, Whole, Field(ge=0, lt=2**63)] | None = Field(
+        None, description="default: random"
+    )
+    num_inference_steps: Count | None = None
+    decoding_steps: Count | None = None
     guidance_scale: Number | None = None
     cfg_weight: Number | None = None
-    cache_interval: Steps | None = Field(
+    cache_interval: Count | None = Field(
         None, description="compute every so many denoising steps; 1 is off"
     )
     controlnet_conditioning_scale: Number | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {field: value for field, value in body.items() if value is not None}
 
 
 class JobRequest(ImageRequest):
     """A request that is not waited for."""
 
-    previews: bool = Field(False, description="send pictures of the first image as it becomes")
+    previews: bool | None = Field(
+        None, description="send pictures of the first image as it becomes; default false"
+    )
 
 
 class Picture(BaseModel):

@@ -6,6 +6,8 @@ import ipaddress
 from dataclasses import dataclass, field
 
 from bifrost_rt.errors import RequestError
+from bifrost_rt.serve.cors import Origins
+from bifrost_rt.serve.hosts import Hosts
 
 # A token that can be guessed is none.
 SHORTEST_TOKEN = 16
@@ -30,17 +32,22 @@ class Limits:
 class Settings:
     """Attributes:
         token: what requests must carry as `Authorization: Bearer …`; None asks for nothing.
+        allow_hosts: names in the Host header besides this machine's own; `*` is any.
+        cors_origins: origins whose pages may use the server from a browser; `*` is any.
         max_images, max_prompt, max_steps, max_body: of one request: pictures, characters,
             denoising steps, bytes.
         grace: seconds for what runs when the server is told to stop.
 
     Raises:
-        RequestError: a number that cannot be, or an address that others reach without a token.
+        RequestError: a number, name or origin that cannot be, or a server without a token that
+            others reach: by its address, by any name, or from any page.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     token: str | None = None
+    allow_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
     max_images: int = 8
     max_prompt: int = 4000
     max_steps: int = 200
@@ -71,11 +78,34 @@ class Settings:
                 "for",
                 hint="openssl rand -hex 32 > token",
             )
-        if self.token is None and not self.loopback:
-            raise RequestError(
-                f"--host {self.host} is reached by other machines, and there is no token",
-                hint="openssl rand -hex 32 > token, and --token-file token",
-            )
+        self._refuse_what_is_open_to_all()
+
+    def _refuse_what_is_open_to_all(self) -> None:
+        hosts, origins = Hosts(self.allow_hosts), Origins(self.cors_origins)
+        if self.token is not None:
+            return
+        if not self.loopback:
+            open_to = f"--host {self.host} is reached by other machines"
+            hint = "openssl rand -hex 32 > token, and --token-file token"
+        elif hosts.any:
+            open_to = "--allow-host * answers to names that foreign pages point here"
+            hint = "name the hosts that are meant, or --token-file token"
+        elif origins.any:
+            open_to = f"--cors-origin {' '.join(self.cors_origins)} lets every page on the web draw"
+            hint = "name the origins that are meant, or --token-file token"
+        else:
+            return
+        raise RequestError(f"{open_to}, and there is no token", hint=hint)
+
+    @property
+    def hosts(self) -> Hosts | None:
+        """The names that requests may call the server by; None: any."""
+        return Hosts(self.allow_hosts) if self.loopback or self.allow_hosts else None
+
+    @property
+    def origins(self) -> Origins:
+        """The pages that may use the server from a browser."""
+        return Origins(self.cors_origins)
 
     @property
     def loopback(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +25,12 @@ from PIL import Image
 # The smallest job, and one that lasts.
 FEW = {"num_inference_steps": 1, "decoding_steps": 1}
 LONG = {"num_inference_steps": 2000, "decoding_steps": 1}
+
+# what a browser asks of its maker is of no use here, and a container has no sandbox for root
+QUIET = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+)
 
 
 class Server:
@@ -104,6 +112,22 @@ def server(serving: Callable[..., AbstractContextManager[Server]]) -> Iterator[S
     """One server for the tests that leave it as they found it."""
     with serving("--max-steps", "2000", "--max-images", "4", "--max-waiting", "8") as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A Chromium without a window. It ends with the module: it holds this thread's event loop."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None:
+        reason = "no Chromium here: apt-get install chromium"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=found, args=list(QUIET))
+        yield opened
+        opened.close()
 
 
 def pixels(file: bytes) -> NDArray[np.uint8]:

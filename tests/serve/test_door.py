@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from bifrost_rt.cli import main
-from tests.serve.conftest import Server
+from bifrost_rt.serve.gate import Gate
+from bifrost_rt.serve.metrics import Metrics
+from bifrost_rt.serve.settings import Settings
+from tests.serve.conftest import FEW, Server
 
 
 def test_probes_and_figures(server: Server) -> None:
@@ -106,6 +113,15 @@ def test_the_document_of_the_api_can_be_read(server: Server) -> None:
         (["--max-batch", "0"], "--max-batch cannot be 0"),
         (["--preview-every", "-1"], "--preview-every cannot be -1"),
         (["--grace", "-1"], "cannot be negative"),
+        (["--allow-host", "http://images.example"], "--allow-host http://images.example: expected"),
+        (["--allow-host", "images.example:443"], "leave scheme, port and path out"),
+        (["--allow-host", "*"], "foreign pages point here, and there is no token\nhint: name the"),
+        (["--cors-origin", "app.example"], "--cors-origin app.example: expected an origin, like"),
+        (
+            ["--cors-origin", "*"],
+            "lets every page on the web draw, and there is no token\nhint: name",
+        ),
+        (["--cors-origin", "null"], "lets every page on the web draw, and there is no token"),
         (["--port", "70000"], "--port must be from 0 to 65535"),
         (["--engines", "nowhere"], "read an engine set here: no such folder"),
     ],
@@ -122,6 +138,72 @@ def test_a_server_that_is_not_started(
     given = [] if "--port" in options else ["--port", "0"]
     assert main(["serve", *given, *options]) == 1
     assert message in capsys.readouterr().err
+
+
+ALLOWED = ("--allow-host", "Images.Example.", "--allow-host", "192.0.2.7")
+OURS = ("localhost", "LOCALHOST:8000", "localhost.", "127.0.0.1", "127.1.2.3:1", "[::1]:8000")
+PROXIED = ("images.example", "Images.Example:443", "images.example.", "192.0.2.7:8000")
+FOREIGN = (
+    *("evil.example", "images.example.evil.example", "evil-images.example", "192.0.2.70", ""),
+    *("127.0.0.1.evil.example", "localhost.evil.example", "0.0.0.0", "[::2]", "[::1", "@localhost"),
+)
+
+
+@pytest.mark.parametrize("host", [*OURS, *PROXIED, *FOREIGN])
+def test_a_server_answers_to_its_own_names_and_those_it_was_given(host: str) -> None:
+    assert Settings().hosts.answers(host) is (host in OURS)
+    given = Settings(allow_hosts=("images.example", "192.0.2.7"))
+    assert given.hosts.answers(host) is (host in (*OURS, *PROXIED))
+
+
+def test_on_an_address_that_others_reach_any_name_will_do_unless_some_are_given() -> None:
+    reached = {"host": "0.0.0.0", "token": "correct-horse-battery"}
+    assert Settings(**reached).hosts is None
+    named = Settings(**reached, allow_hosts=("images.example", "fd00::1")).hosts
+    names = ("images.example", "[fd00::1]:8000", "localhost", "evil.example")
+    assert [named.answers(name) for name in names] == [True, True, True, False]
+    assert Settings(token=reached["token"], allow_hosts=("*",)).hosts.answers("evil.example")
+
+
+def test_a_proxy_that_keeps_the_host_is_told_of_the_option_and_served_with_it(
+    server: Server, serving: Callable[..., Any]
+) -> None:
+    proxied = {"Host": "images.example", "X-Forwarded-Proto": "https"}
+    refused = server.client.get("/readyz", headers=proxied)
+    assert refused.status_code == 403
+    assert refused.json()["error"]["code"] == "wrong_host"
+    assert "--allow-host NAME" in refused.json()["error"]["message"]
+    with serving(*ALLOWED) as behind:
+        for path in ("/", "/readyz", "/metrics", "/v1/models", "/openapi.json"):
+            assert behind.client.get(path, headers=proxied).status_code == 200, path
+        body = {"prompt": "a cow", "response_format": "url", **FEW}
+        answer = behind.client.post("/v1/images/generations", json=body, headers=proxied)
+        url = answer.json()["data"][0]["url"]
+        # an address that the proxy's clients reach
+        assert url.startswith("https://images.example/v1/jobs/")
+        path = url.removeprefix("https://images.example")
+        assert behind.client.get(path, headers=proxied).headers["content-type"] == "image/png"
+        assert behind.client.get("/", headers={"Host": "evil.example"}).status_code == 403
+
+
+def test_an_accident_is_answered_in_the_same_shape_and_counted() -> None:
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        raise ZeroDivisionError("secret")
+
+    metrics = Metrics()
+    gate = Gate(broken, Settings(cors_origins=("https://app.example",)), metrics)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(gate)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.get("/v1/models", headers={"Origin": "https://app.example"})
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error"
+    assert "secret" not in answer.text
+    assert answer.headers["access-control-allow-origin"] == "https://app.example"
+    assert b'bifrost_requests_total{method="GET",route="none",status="500"} 1.0' in metrics.text()
 
 
 def test_a_taken_port_is_said_at_once(

@@ -27,7 +27,8 @@ FEW_EXAMPLES, MANY_EXAMPLES = 60, 10_000
 @pytest.fixture(scope="module")
 def target(serving: Callable[..., Any]) -> Iterator[Server]:
     """What a generated request may ask for is cheap."""
-    with serving("--max-steps", "2", "--max-images", "2", "--max-body", "20000") as started:
+    limits = ("--max-steps", "2", "--max-images", "2", "--max-body", "20000")
+    with serving(*limits, "--cors-origin", "http://x", "--allow-host", "x") as started:
         yield started
 
 
@@ -87,15 +88,19 @@ def send_bytes(target: Server, examples: int) -> None:
             lambda parts: "/" + "/".join(parts)
         ),
     )
-    keys = st.one_of(st.sampled_from(["prompt", "n", "seed", "cfg_weight", "size"]), st.text())
+    known = ["prompt", "n", "seed", "cfg_weight", "size", "quality", "stream", "partial_images"]
+    keys = st.one_of(st.sampled_from(known), st.text())
     values = st.one_of(
         st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.integers())
     )
     near = st.dictionaries(keys, values, max_size=6).map(lambda body: {**FEW, **body})
+    names = ["Accept", "Content-Type", "Authorization", "Expect", "Range", "Origin", "Host"]
+    asks = ["Access-Control-Request-Method", "Access-Control-Request-Headers"]
+    texts = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=20)
     headers = st.dictionaries(
-        st.sampled_from(["Accept", "Content-Type", "Authorization", "Expect", "Range", "Origin"]),
-        st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=20),
-        max_size=2,
+        st.sampled_from([*names, *asks]),
+        st.one_of(st.sampled_from(["http://x", "x"]), texts),
+        max_size=3,
     )
 
     @settings(
@@ -127,6 +132,8 @@ def send_bytes(target: Server, examples: int) -> None:
         except (httpx.InvalidURL, httpx.LocalProtocolError, UnicodeEncodeError):
             return  # never left this process
         assert time.monotonic() - began < SECONDS
+        if answer.status_code == 204:  # a preflight of an allowed origin
+            assert answer.headers["access-control-allow-origin"] == "http://x"
         if method != "HEAD" and not answer.text.startswith("Invalid HTTP request"):
             check(answer)
 

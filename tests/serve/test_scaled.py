@@ -23,6 +23,13 @@ from tests.serve.conftest import FEW, LONG, Server, pixels
 pytest.importorskip("ray.serve", reason="pip install 'bifrost-rt[ray]'")
 
 
+# `allow_host` as `serve run` has it on a command line, `cors_origin` as a YAML file can
+ARGUMENTS = {
+    **{"max_batch": 1, "max_images": 8},
+    **{"allow_host": "images.example,localhost", "cors_origin": ["https://app.example"]},
+}
+
+
 class Scaled(Server):
     """`serve run`, as a user types it, with a configuration that has a port of its own."""
 
@@ -35,7 +42,7 @@ class Scaled(Server):
             "applications": [
                 {
                     "import_path": "bifrost_rt.serve.scaled:app",
-                    "args": {"engines": str(engines), "replicas": 2, "cpus": 0.5, "max_batch": 1},
+                    "args": {"engines": str(engines), "replicas": 2, "cpus": 0.5, **ARGUMENTS},
                 }
             ],
         }
@@ -125,3 +132,26 @@ def test_refusals_are_the_same(scaled: Scaled) -> None:
     assert scaled.draw(n=99).status_code == 400
     assert scaled.client.get("/v1/jobs/none").status_code == 404
     assert scaled.client.get("/", headers={"Host": "evil.example"}).status_code == 403
+    assert scaled.draw(size="1024x1024").json()["error"]["param"] == "size"
+
+
+def test_hosts_and_origins_are_the_same(scaled: Scaled) -> None:
+    page = {"Host": "images.example", "Origin": "https://app.example"}
+    answer = scaled.client.get("/v1/models/alpha", headers=page)
+    assert answer.json()["id"] == "alpha"
+    assert answer.headers["access-control-allow-origin"] == "https://app.example"
+    asked = {**page, "Access-Control-Request-Method": "POST"}
+    assert scaled.client.options("/v1/jobs", headers=asked).status_code == 204
+    foreign = {**asked, "Origin": "https://evil.example"}
+    assert scaled.client.options("/v1/jobs", headers=foreign).status_code == 403
+
+
+def test_arguments_are_the_settings_of_the_command() -> None:
+    from bifrost_rt.cli.options import parser
+    from bifrost_rt.serve.scaled import Arguments
+
+    ours = {name.replace("-", "_") for name in vars(parser().parse_args(["serve"]))}
+    of_the_process = {"command", "debug", "port", "grace"}
+    assert ours - of_the_process == set(Arguments.model_fields) - {"replicas", "cpus", "gpus"}
+    given = Arguments.model_validate({"engines": "x", "allow_host": "a,b", "cors_origin": ["c"]})
+    assert (given.allow_host, given.cors_origin) == (("a", "b"), ("c",))
