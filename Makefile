@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SET := engines/sets/default
 PICTURE := out/demo.png
-CODE := bifrost_rt export benchmarks scenes training tests
+CODE := bifrost_rt export benchmarks scenes training tests examples
 # Modules are compiled when they are first imported: of torch's, most never are.
 INSTALL := $(BIN)/pip install --quiet --no-compile
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+import bifrost_rt
+
 
 @dataclass(frozen=True)
 class CheckoutCommand:
@@ -26,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
         prog="bifrost-rt", description="Run Bifrost-1 engine sets: prompts to pictures."
     )
     root.add_argument("--debug", action="store_true", help="show the trace of an error")
+    root.add_argument("--version", action="version", version=bifrost_rt.__version__)
     commands = root.add_subparsers(required=True, metavar="COMMAND", dest="command")
     _generate(commands.add_parser("generate", help="draw prompts"))
 

@@ -44,6 +44,7 @@ from export.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PARSED = {"ray", "slow", "rtx", "jetson", "parsed"}
 
 
@@ -113,6 +114,20 @@ def test_every_command_of_a_guide(path: Path, workspace: Path) -> None:
                     timeout=300,
                 )
                 assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example(path: Path, workspace: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, path], cwd=workspace, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        if line.startswith("equal"):
+            assert line.endswith("True")
+        for word in line.split():
+            assert not word.startswith("out/") or (workspace / word).stat().st_size > 0
+    assert done.stdout
 
 
 def found(package: str) -> bool:
