@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks.metering import Meter
 from bifrost_rt import manifest, schedules
+from bifrost_rt.backends.choice import openvino_refuses
 from bifrost_rt.errors import BackendError, EngineSetError
 from bifrost_rt.manifest import EngineSpec
 from bifrost_rt.text import Tokenizers
@@ -45,7 +46,7 @@ class Bare:
         meter: counts opening and running the graphs.
 
     Raises:
-        BackendError: another backend, or its library is not installed.
+        BackendError: another backend, its library is not installed, or the driver refuses the set.
         EngineSetError: the set holds compiled engines, not graphs.
     """
 
@@ -193,6 +194,9 @@ def _openvino(backend: str) -> Callable[[Path, EngineSpec], Call]:
     core = ov.Core()
 
     def opened(path: Path, spec: EngineSpec) -> Call:
+        if refused := openvino_refuses(spec.precision.layers):
+            reason, hint = refused
+            raise BackendError(f"{path}: {reason}", hint=hint)
         model = core.compile_model(path, "CPU", openvino_options(backend))
         infer = model.create_infer_request()
         names = [output.name for output in spec.outputs]

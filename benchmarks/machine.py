@@ -5,17 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 from benchmarks import host, jetson, nvidia
-from bifrost_rt.backends.choice import processor_features
+from bifrost_rt import processor
 
-# Instruction sets that decide the speed of these networks on a CPU.
-CPU_FEATURES = (
-    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
-    *("amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve"),
-)
 LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-rtx", "tensorrt", "torch")
 
 
@@ -43,20 +37,21 @@ def cores() -> int:
 
 
 def _cpu() -> dict[str, Any]:
-    fields: dict[str, str] = {}
-    path = Path("/proc/cpuinfo")
-    for line in path.read_text().splitlines() if path.exists() else ():
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())
-    flags = processor_features()
+    here = processor.here()
     found = {
-        "name": fields.get("model name", platform.processor() or platform.machine()),
+        "name": here.name,
         "cores": cores(),
-        "features": [name for name in CPU_FEATURES if name in flags],
-        "mhz": fields.get("cpu MHz"),
+        "features": [name for name in processor.FEATURES if name in here.features],
+        "mhz": _mhz(),
         **host.frequency_rules(),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _mhz() -> str | None:
+    lines = processor.CPUINFO.read_text().splitlines() if processor.CPUINFO.exists() else ()
+    fields = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in fields if name.strip() == "cpu MHz"), None)
 
 
 def _versions() -> dict[str, str]:

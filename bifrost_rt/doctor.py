@@ -8,9 +8,10 @@ import os
 import platform
 from collections.abc import Sequence
 
-from bifrost_rt import backends, generator, manifest, residency
+from bifrost_rt import backends, generator, manifest, processor, residency
 from bifrost_rt.backends import gpu
 from bifrost_rt.errors import EngineSetError
+from bifrost_rt.processor import Processor
 
 # what to do -> the packages that it takes, and the extra that brings them
 TASKS = {
@@ -26,13 +27,20 @@ TASKS = {
 _DISTRIBUTIONS = {"skimage": "scikit-image", "prometheus_client": "prometheus-client"}
 
 
-def report() -> str:
-    """Several lines of text. Imports nothing heavy: it asks what is installed."""
+def report(here: Processor | None = None) -> str:
+    """Several lines of text. Imports nothing heavy: it asks what is installed.
+
+    Args:
+        here: the processor; None takes this machine's.
+    """
     lines = [
         f"bifrost-rt {importlib.metadata.version('bifrost-rt')}, "
         f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, "
         f"{os.cpu_count()} cores{_memory()}",
         _gpu(),
+        "",
+        "processor",
+        *(f"  {line}" for line in processor.describe(here or processor.here())),
         "",
         "backends",
     ]

@@ -19,6 +19,7 @@ import onnxruntime as ort
 from numpy.typing import DTypeLike, NDArray
 
 from bifrost_rt.backends.base import Buffer, check_bindings
+from bifrost_rt.backends.onnxruntime import keep_exact
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import EngineSpec, Range
 
@@ -78,6 +79,7 @@ class OnnxRuntimeCuda:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        keep_exact(options, spec)
         path = folder / spec.graph
         graphs = self.graphs and bool(spec.carry)
         settings = {**OPTIONS, "enable_cuda_graph": str(int(graphs))}

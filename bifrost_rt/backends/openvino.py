@@ -11,9 +11,10 @@ import numpy as np
 import openvino as ov
 
 from bifrost_rt.backends.base import Buffer, HostMemory, check_bindings, return_freed_memory
-from bifrost_rt.backends.choice import SIMULATED
+from bifrost_rt.backends.choice import openvino_refuses
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import EngineSpec, Range
+from bifrost_rt.processor import Processor
 
 # Measured, benchmarks/results/residency.md: over the file's bytes 2.13 in float32 (half of it pages
 # of the file) and 4.24 in bfloat16 after the first run, and a few MiB for the graph itself.
@@ -23,7 +24,11 @@ FIXED = 8 << 20
 
 
 class OpenVino(HostMemory):
-    """The CPU plugin, in float32 wherever the graph is."""
+    """The CPU plugin, in float32 wherever the graph is.
+
+    Args:
+        processor: None takes this machine's.
+    """
 
     name = "openvino"
     arithmetic = "f32"
@@ -36,8 +41,9 @@ class OpenVino(HostMemory):
         """The mapped file and a reordered copy, in float32 where 16 bit is stored."""
         return math.ceil(stored * UNPACKED.get(spec.precision.weights, 2.2)) + FIXED
 
-    def __init__(self) -> None:
+    def __init__(self, processor: Processor | None = None) -> None:
         self._core = ov.Core()
+        self._processor = processor
 
     def open(
         self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]
@@ -45,14 +51,12 @@ class OpenVino(HostMemory):
         """Compile one graph with its weights.
 
         Raises:
-            BackendError: OpenVINO does not accept the file.
+            BackendError: OpenVINO does not accept the file, or would compute something else.
         """
         path = folder / spec.graph
-        if simulated := sorted(SIMULATED & spec.precision.layers.keys()):
-            raise BackendError(
-                f"{path}: OpenVINO does not simulate {' and '.join(simulated)} as it is defined",
-                hint="run this set with backend='onnxruntime'",
-            )
+        if refused := openvino_refuses(spec.precision.layers, self._processor):
+            reason, hint = refused
+            raise BackendError(f"{path}: {reason}", hint=hint)
         # Without these, processors with bf16 arithmetic silently run float32 files in it, and
         # weights of 4 bits quietly get activations of 8.
         options = {
