@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks import host, jetson, nvidia
 from benchmarks.telemetry import Lines, Log, Reading, Telemetry
+from tests.patience import until
 
 ORIN_NANO = (
     "10-08-2026 04:35:02 RAM 6712/7620MB (lfb 12x4MB) SWAP 369/3810MB (cached 8MB) "
@@ -279,11 +280,7 @@ def test_a_program_that_prints_is_followed_and_ended() -> None:
         return Reading({"cpu_c": float(line)}) if line.strip().isdecimal() else None
 
     lines = Lines([sys.executable, "-c", script], parse)
-    found = None
-    for _ in range(600):
-        if (found := lines.read()) is not None:
-            break
-        time.sleep(0.05)
+    found = until(lines.read)
     assert found == Reading({"cpu_c": 7.0})
     assert lines.read() is None  # once
     lines.close()

@@ -20,15 +20,15 @@ BARE = (
     *("onnxruntime", "flatbuffers", "google", "packaging"),
 )
 
+LIGHT = {"bifrost_rt", "numpy", "PIL", "tokenizers"}  # what importing it takes
+
 MEASURE = """
-import json, sys, time
-start = time.process_time()
+import json, sys
 import bifrost_rt
-seconds = time.process_time() - start
 # not getrusage, whose peak is inherited from the parent process across exec
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 peak = int(status["VmHWM"].split()[0]) / 1024
-print(json.dumps({"seconds": seconds, "mebibytes": peak, "modules": sorted(sys.modules)}))
+print(json.dumps({"mebibytes": peak, "modules": sorted(sys.modules)}))
 """
 
 
@@ -61,11 +61,10 @@ def test_import_is_light(bare: Path) -> None:
     done = run_bare(bare, MEASURE)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    # processor time, not wall time: it does not depend on what else the machine does
-    assert found["seconds"] < 0.5
     assert found["mebibytes"] < 80
     top_level = {name.partition(".")[0] for name in found["modules"]}
-    assert not top_level & set(HEAVY)
+    # what takes long to import: the backend waits until it is asked for
+    assert top_level - sys.stdlib_module_names - {"__main__"} == LIGHT
 
 
 def test_a_picture_needs_nothing_but_the_wheels_dependencies(

@@ -27,7 +27,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import tomllib
 import urllib.request
 from collections.abc import Iterator
@@ -41,6 +40,7 @@ from bifrost_rt import strict
 from bifrost_rt.cli import reference
 from bifrost_rt.cli.options import CHECKOUT_COMMANDS, parser
 from export.recipe import Recipe
+from tests.patience import PATIENCE, until
 
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
@@ -111,7 +111,7 @@ def test_every_command_of_a_guide(path: Path, workspace: Path) -> None:
                     env=environment,
                     capture_output=True,
                     text=True,
-                    timeout=300,
+                    timeout=PATIENCE,
                 )
                 assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
 
@@ -141,15 +141,19 @@ def serving(text: str, port: str, folder: Path, environment: dict[str, str]) -> 
         [*command, "--port", port], cwd=folder, env=environment, stdout=subprocess.DEVNULL
     )
     try:
-        for _ in range(300):
+
+        def answers() -> bool:
+            assert server.poll() is None
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz").close()
-                break
-            time.sleep(0.1)
+                return True
+            return False
+
+        until(answers)
         yield
     finally:
         server.terminate()
-        assert server.wait(timeout=60) == 0
+        assert server.wait(timeout=PATIENCE) == 0
 
 
 class UnderstoodError(BaseException):

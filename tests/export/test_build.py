@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from export import build, recipe
 from export.engine_set import written_aside
 from export.errors import BuildError, CheckpointError, ExportError, RecipeError
 from tests.conftest import ALPHA, alpha_recipe, difference, load_case
+from tests.patience import PATIENCE, until
 
 FLAGS = [
     *("--mllm", str(ALPHA / "mllm"), "--bifrost", str(ALPHA / "bifrost")),
@@ -231,13 +231,14 @@ def test_a_real_build_that_is_signalled_leaves_no_set(
         # a shell's background jobs ignore Ctrl-C, and so would their children
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".set.*.partial/*.onnx")):  # one engine is written
+
+    def one_engine_is_written() -> bool:
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        return bool(list(tmp_path.glob(".set.*.partial/*.onnx")))
+
+    until(one_engine_is_written)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert err == f"{build.CONTINUES}\n"
     assert not output.exists()

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -22,9 +21,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from tests.patience import PATIENCE, until
+
 # The smallest job, and one that lasts.
 FEW = {"num_inference_steps": 1, "decoding_steps": 1}
 LONG = {"num_inference_steps": 2000, "decoding_steps": 1}
+HANG_UP = httpx.Timeout(PATIENCE, read=0.5)  # of a client that asked for something LONG
 
 # what a browser asks of its maker is of no use here, and a container has no sandbox for root
 QUIET = (
@@ -51,13 +53,13 @@ class Server:
         self._reader.start()
         self.url = self.process.stdout.readline().strip().rstrip("/")
         assert self.url, self.stop()
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE)
 
     def stop(self, by: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
         """Tell it to stop; its exit status and its log."""
         if self.process.poll() is None:
             self.process.send_signal(by)
-        status = self.process.wait(timeout=60)
+        status = self.process.wait(timeout=PATIENCE)
         self._reader.join()
         for pipe in (self.process.stdout, self.process.stderr):
             pipe.close()
@@ -75,11 +77,13 @@ class Server:
         return dict(self.client.get(f"/v1/jobs/{job_id}").json())
 
     def until(self, job_id: str, *states: str) -> dict[str, Any]:
-        for _ in range(600):
-            if (job := self.job(job_id))["state"] in states:
-                return job
-            time.sleep(0.02)
-        raise AssertionError(f"still {job['state']}")
+        def reached() -> dict[str, Any] | None:
+            job = self.job(job_id)
+            return job if job["state"] in states else None
+
+        found = until(reached)
+        assert found is not None
+        return found
 
     def figure(self, name: str) -> float:
         """One of Prometheus' figures."""

@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
+from tests.patience import PATIENCE
 from tests.serve.conftest import FEW, Server
 
-SECONDS = 20  # under whatever else the machine does; a hang never ends
+SECONDS = PATIENCE
 FEW_EXAMPLES, MANY_EXAMPLES = 60, 10_000
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from bifrost_rt import Generator
-from tests.serve.conftest import FEW, LONG, Server, pixels
+from tests.patience import PATIENCE, until
+from tests.serve.conftest import FEW, HANG_UP, LONG, Server, pixels
 
 
 def events(server: Server, job_id: str) -> Iterator[tuple[str, Any]]:
@@ -56,10 +57,9 @@ def test_a_job_tells_how_far_it_is(server: Server, generator: Generator) -> None
 def test_a_cancelled_job_ends_and_the_next_begins(server: Server) -> None:
     job_id = server.start(**LONG)
     server.until(job_id, "running")
-    began = time.monotonic()
     assert server.client.delete(f"/v1/jobs/{job_id}").json()["state"] == "cancelled"
     assert server.draw().status_code == 200
-    assert time.monotonic() - began < 10  # the job itself would take far longer
+    assert server.job(job_id)["step"] < LONG["num_inference_steps"]  # it was not waited for
     assert server.client.delete(f"/v1/jobs/{job_id}").json()["state"] == "cancelled"
     assert list(events(server, job_id))[-1][0] == "cancelled"
     assert server.client.get(f"/v1/jobs/{job_id}/images/0").status_code == 404
@@ -77,11 +77,10 @@ def test_a_client_that_hangs_up_cancels(server: Server) -> None:
     cancelled = 'bifrost_jobs_total{state="cancelled"}'
     before = server.figure(cancelled)
     with pytest.raises(httpx.ReadTimeout):
-        server.client.post("/v1/images/generations", json={"prompt": "a cow", **LONG}, timeout=0.5)
-    for _ in range(200):
-        if server.figure(cancelled) > before:
-            break
-        time.sleep(0.02)
+        server.client.post(
+            "/v1/images/generations", json={"prompt": "a cow", **LONG}, timeout=HANG_UP
+        )
+    until(lambda: server.figure(cancelled) > before)
     assert server.figure(cancelled) == before + 1
     assert server.figure("bifrost_running_jobs") == 0
     assert server.draw().status_code == 200
@@ -130,7 +129,7 @@ def test_what_runs_is_finished_and_what_waits_is_told(serving: Callable[..., Any
             answers[name] = httpx.post(
                 f"{server.url}/v1/images/generations",
                 json={"prompt": "a cow", "decoding_steps": 1, **body},
-                timeout=60,
+                timeout=PATIENCE,
             )
 
         threads = [
@@ -153,13 +152,11 @@ def test_what_runs_is_finished_and_what_waits_is_told(serving: Callable[..., Any
     assert "shutting down" in answers["waits"].json()["error"]["message"]
 
 
-def test_grace_has_an_end(serving: Callable[..., Any]) -> None:
+def test_a_server_whose_grace_ends_stops_well(serving: Callable[..., Any]) -> None:
     with serving("--grace", "1", "--max-steps", "2000") as server:
         job_id = server.start(n=4, **LONG)
         server.until(job_id, "running")
-        began = time.monotonic()
-        server.stop()
-        assert time.monotonic() - began < 10
+        server.stop()  # its status is looked at
 
 
 def _resident(server: Server) -> int:

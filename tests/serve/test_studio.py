@@ -17,6 +17,7 @@ from bifrost_rt.serve.metrics import Metrics
 from bifrost_rt.serve.painter import Local, OnStep
 from bifrost_rt.serve.settings import Limits
 from bifrost_rt.serve.studio import FullError, StoppingError, Studio
+from tests.patience import until
 from tests.serve.conftest import FEW, pixels
 
 
@@ -69,10 +70,7 @@ def job(generator: Generator) -> Callable[..., Job]:
 
 
 def finished(*jobs: Job) -> list[str]:
-    until = time.monotonic() + 30
-    while not all(job.finished for job in jobs):
-        assert time.monotonic() < until
-        time.sleep(0.005)
+    until(lambda: all(job.finished for job in jobs))
     return [job.state for job in jobs]
 
 
@@ -127,6 +125,16 @@ def test_a_batch_ends_when_nobody_wants_it(
     assert finished(after) == ["done"]
     assert batch[1].step < 2000
     assert not batch[0].pictures
+
+
+def test_grace_has_an_end(studio: Studio, painter: Watched, job: Callable[..., Job]) -> None:
+    painter.go.set()
+    long = job(num_inference_steps=2000, decoding_steps=1)
+    studio.submit(long)
+    until(lambda: long.step >= 3)
+    studio.close(grace=0)
+    assert long.state == "cancelled"
+    assert long.step < 2000
 
 
 def test_a_full_queue_and_a_stopped_one(
