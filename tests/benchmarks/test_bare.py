@@ -12,8 +12,10 @@ import pytest
 from benchmarks.bare import Bare, openvino_options
 from benchmarks.metering import Meter
 from bifrost_rt import backends, manifest
+from bifrost_rt import processor as processors
 from bifrost_rt.errors import BackendError, EngineSetError
 from bifrost_rt.manifest import Compiled
+from tests.processors import AVX2
 
 REQUESTS: tuple[dict[str, Any], ...] = (
     {"prompt": "a red circle", "seed": 3},
@@ -64,6 +66,23 @@ def test_openvino_computes_as_in_the_driver(alpha_set: Path, backend: str) -> No
     bare = ov.Core().compile_model(alpha_set / spec.graph, "CPU", options)
     for name in driven.get_property("SUPPORTED_PROPERTIES"):
         assert bare.get_property(name) == driven.get_property(name), name
+
+
+@pytest.mark.parametrize("backend", ["openvino", "openvino-bf16"])
+def test_what_the_driver_refuses_is_not_run_bare(
+    alpha_set: Path, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(processors, "here", lambda: AVX2)
+    facts = manifest.read(alpha_set)
+    engines = tuple(
+        dataclasses.replace(spec, precision=dataclasses.replace(spec.precision, layers={"int8": 1}))
+        for spec in facts.engines
+    )
+    (tmp_path / manifest.FILENAME).write_bytes(dataclasses.replace(facts, engines=engines).dumps())
+    (tmp_path / "tokenizers").symlink_to(alpha_set / "tokenizers")
+    with pytest.raises(BackendError, match="wrong int8 values on Haswell"):
+        Bare(str(tmp_path), backend, Meter())
 
 
 def test_what_it_cannot_run_is_said(alpha_set: Path, tmp_path: Path) -> None:

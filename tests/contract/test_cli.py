@@ -17,8 +17,11 @@ from PIL import Image, PngImagePlugin
 from safetensors.numpy import save_file
 
 from bifrost_rt import Generator, backends, cli, doctor, generator, handover
+from bifrost_rt import processor as processors
 from bifrost_rt.cli import main
+from bifrost_rt.processor import Processor
 from tests.patience import PATIENCE
+from tests.processors import KINDS, named
 
 
 def test_generate_writes_a_picture_and_prints_its_path(
@@ -280,6 +283,20 @@ def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert all(name in text for name in backends.DRIVERS)
     assert all(f"\n{task}\n  " in text for task in doctor.TASKS)
+
+
+@named(*KINDS)
+def test_doctor_says_what_the_processor_means_for_int8(
+    processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in processors.LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    section = doctor.report(processor).split("\n\n")[1].splitlines()
+    assert section[0] == "processor"
+    assert section[1].startswith(f"  {processor.name}: ")
+    assert section[2].startswith("  int8 in onnxruntime: exact")
+    assert section[3].startswith("  int8 in openvino: ")
+    assert ("refused here" in section[3]) == processor.saturates
 
 
 def test_doctor_says_what_is_missing_and_how_to_get_it(

@@ -33,6 +33,13 @@ flags\t\t: fpu avx2 avx_vnni
 ARM_TEXT = "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd asimddp i8mm\n"
 
 
+@pytest.fixture(autouse=True)
+def _no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this process may have been started with."""
+    for name in processors.LIMITS:
+        monkeypatch.delenv(name, raising=False)
+
+
 @named(*WITHOUT_VNNI)
 def test_sums_saturate_without_vnni(processor: Processor) -> None:
     assert processor.saturates

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bifrost_rt import Generator, cache, cli, inspect
+from bifrost_rt import Generator, backends, cache, cli, inspect
 from bifrost_rt import manifest as manifests
+from bifrost_rt import processor as processors
+from bifrost_rt.processor import Processor
 from export import build, trace
 from export.checkpoint import Checkpoint
 from export.errors import CalibrationError, RecipeError
@@ -19,6 +21,7 @@ from export.quantize.quantise import STATISTICS
 from export.quantize.statistics import Statistics
 from export.recipe import Recipe, load
 from tests.conftest import ALPHA, alpha_recipe, difference, load_case
+from tests.processors import AVX2, WITHOUT_VNNI, named
 
 PROMPTS = "a photo of a red apple\na green bench\n"
 OVERRIDES = {
@@ -82,6 +85,34 @@ def test_pictures_stay_close(int8_set: Path) -> None:
     # random weights: nothing was trained to be robust, and 8 bits through all networks add up
     assert 0 < difference(result.tokens, case.tensors["mllm.tokens_final"]) < 0.2 * largest
     assert np.abs(result.images.astype(int) - case.tensors["flux.image_u8"]).mean() < 8
+
+
+@named(*WITHOUT_VNNI)
+def test_openvino_never_draws_it_wrong(
+    int8_set: Path,
+    processor: Processor,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Neither by itself nor when it is asked for, on a processor where it would."""
+    monkeypatch.setattr(processors, "here", lambda: processor)
+    assert cli.main(["inspect", str(int8_set)]) == 0
+    assert "onnxruntime: the only one that computes int8 exactly" in capsys.readouterr().out
+    if reason := backends.DRIVERS["openvino"].unavailable():
+        pytest.skip(reason)
+    for backend in ("openvino", "openvino-bf16"):
+        assert cli.main(["verify", str(int8_set), "--backend", backend]) == 1
+        error, hint = capsys.readouterr().err.splitlines()
+        assert "OpenVINO would compute wrong int8 values" in error
+        assert "run this set with backend='onnxruntime'" in hint
+
+
+def test_an_int8_set_is_as_built_in_the_precise_mode(
+    int8_set: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(processors, "here", lambda: AVX2)
+    assert cli.main(["verify", str(int8_set), "--backend", "onnxruntime"]) == 0
+    assert "self-test picture within 0 of 255" in capsys.readouterr().out
 
 
 def test_inspect_says_what_every_layer_is_and_why(
