@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bifrost_rt.errors import RequestError, TextFileError
 
+MARK = "\ufeff"  # a byte order mark, once it is decoded
 OTHER_MARKS = {  # the longer marks first: UTF-32's begins with UTF-16's
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",

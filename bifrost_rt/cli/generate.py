@@ -12,8 +12,8 @@ from typing import Any
 
 from bifrost_rt import handover
 from bifrost_rt.cli.progress import Progress
-from bifrost_rt.errors import RequestError
-from bifrost_rt.files import written_aside
+from bifrost_rt.errors import RequestError, TextFileError
+from bifrost_rt.files import MARK, decode_text, read_text, written_aside
 from bifrost_rt.generator import Generator
 from bifrost_rt.result import Result, picture_path, read_parameters
 
@@ -79,6 +79,7 @@ def _line(result: Result, path: Path, image: int, backend: str) -> str:
             **result.parameters,
             "backend": backend,
             "seconds": seconds,
+            "warnings": result.warnings,
         },
         ensure_ascii=False,
     )
@@ -148,10 +149,19 @@ def _like(path: str, made: handover.Handover | None) -> tuple[dict[str, Any], in
 
 def _lines(name: str) -> list[str]:
     try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        if name == "-":
+            text = decode_text(sys.stdin.buffer.read(), "standard input")
+        else:
+            text = read_text(name)
+    except OSError as error:
         raise RequestError(f"{name}: cannot be read as prompts: {error}") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    except TextFileError as error:
+        raise RequestError(
+            f"{name}: cannot be read as prompts: {error.message}", hint=error.hint
+        ) from None
+    # files that were put together have marks at their seams too
+    stripped = (line.lstrip(MARK).strip() for line in text.splitlines())
+    lines = [line for line in stripped if line]
     if not lines:
         raise RequestError(f"{name}: holds no prompt", hint="one prompt per line")
     return lines
