@@ -58,7 +58,10 @@ class OpenedFiles:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder = folder
         self._expected: dict[str, File] = manifest.files
-        self._known = {name: identity(folder / name) for name in manifest.files}
+        used = [name for spec in manifest.engines for name in files_of(spec)]
+        text = manifest.text
+        used += [part.tokenizer for part in (text.mllm, text.clip, text.t5)]
+        self._known = {name: identity(folder / name) for name in (*manifest.files, *used)}
 
     def verify(self, manifest: Manifest) -> None:
         """Check every file against its hash.
@@ -68,9 +71,8 @@ class OpenedFiles:
             EngineSetError: a file or the manifest was replaced meanwhile.
         """
         verify(self._folder, manifest)
-        for name, known in self._known.items():
-            if identity(self._folder / name) != known:
-                raise self._changed(name, "was replaced", "while")
+        for name in self._known:
+            self._same(name, identity(self._folder / name), "while")
         if manifests.read(self._folder) != manifest:
             raise self._changed(manifests.FILENAME, "was replaced", "while")
 
@@ -95,21 +97,20 @@ class OpenedFiles:
             if found is not None and known is not None and found[:2] == known[:2]:
                 self._same(name, found)
 
-    def _same(self, name: str, found: Identity | None) -> None:
+    def _same(self, name: str, found: Identity | None, when: str = "after") -> None:
         if found is not None and found == self._known.get(name):
             return
         if found is None:
-            raise self._changed(name, "is missing")
-        if name in self._expected:
-            try:  # copied, linked or touched: the same bytes are the same set
-                manifests.verify_file(self._folder, name, self._expected[name])
-            except IntegrityError as error:
-                raise self._changed(name, "holds something else") from error
-            self._known[name] = found
-            return
-        raise self._changed(name, "is not in the manifest")
+            raise self._changed(name, "is missing", when)
+        if name not in self._expected:
+            raise self._changed(name, "was replaced", when)
+        try:  # copied, linked or touched: the same bytes are the same set
+            manifests.verify_file(self._folder, name, self._expected[name])
+        except IntegrityError as error:
+            raise self._changed(name, "holds something else", when) from error
+        self._known[name] = found
 
-    def _changed(self, name: str, what: str, when: str = "after") -> EngineSetError:
+    def _changed(self, name: str, what: str, when: str) -> EngineSetError:
         return EngineSetError(
             f"{self._folder / name}: the set changed {when} it was opened: this file {what}",
             hint=REOPEN,

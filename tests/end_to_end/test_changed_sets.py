@@ -205,17 +205,36 @@ def test_a_file_that_changes_between_its_check_and_its_library(
         Generator(folder, backend=driver)
 
 
-def test_a_set_that_is_replaced_while_it_is_opened(folder: Path, other_set: Path) -> None:
+def test_a_set_that_is_replaced_before_its_files_are_hashed(folder: Path, other_set: Path) -> None:
     facts = manifest.read(folder)
-    before = OpenedFiles(folder, facts)
+    files = OpenedFiles(folder, facts)
     replace(folder, other_set)
     with pytest.raises(IntegrityError, match="damaged"):
-        before.verify(facts)
-    same = OpenedFiles(folder, manifest.read(folder))
-    shutil.copy2(folder / "report.json", folder / "again")
-    (folder / "again").replace(folder / "report.json")
-    with pytest.raises(EngineSetError, match=r"report\.json: the set changed while it was opened"):
-        same.verify(manifest.read(folder))
+        files.verify(facts)
+
+
+def test_a_set_that_is_replaced_while_its_files_are_hashed(
+    folder: Path, other_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = opened.verify
+    spoils = (
+        (lambda: shutil.copy(other_set / "t5_text.data", folder), r"t5_text\.data"),
+        (lambda: (folder / "t5_text.onnx").unlink(), r"t5_text\.onnx"),
+    )
+    for change, name in spoils:
+
+        def slowly(*arguments: Any, change: Any = change) -> None:
+            hashed(*arguments)
+            change()
+
+        monkeypatch.setattr(opened, "verify", slowly)
+        with pytest.raises(EngineSetError, match=f"{name}: the set changed while it was opened"):
+            Generator(folder)
+        shutil.rmtree(folder)
+        shutil.copytree(other_set, folder)
+
+
+def test_a_manifest_that_is_replaced_while_files_are_hashed(folder: Path) -> None:
     facts = manifest.read(folder)
     files = OpenedFiles(folder, facts)
     renamed = dataclasses.replace(facts, name="another")
