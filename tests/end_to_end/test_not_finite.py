@@ -178,3 +178,19 @@ def test_pixels_of_one_value_are_said(alpha_set: Path, caplog: pytest.LogCapture
     assert said.startswith("image 1: every pixel is 0; if this is no plain picture, then")
     assert "which computes in float32, has overflowed" in said
     assert said in caplog.text
+
+
+@pytest.mark.parametrize("stage", ["text_prefill", "t5_text", "denoise"])
+def test_a_build_still_names_the_engine_that_differs(alpha_set: Path, stage: str) -> None:
+    """Rather than the stage behind it whose values are looked at."""
+    from bifrost_rt import manifest
+    from export import parity
+    from export.compile import error
+    from export.errors import ParityError
+
+    facts, driver = manifest.read(alpha_set), OnnxRuntime()
+    right = {
+        spec.name: error._float32(alpha_set, facts, spec, driver, 1e-6) for spec in facts.engines
+    }
+    with pytest.raises(ParityError, match=f"engine `{stage}`: differs from torch by inf"):
+        parity.compare(alpha_set, facts, right, Spoiled(stage))
