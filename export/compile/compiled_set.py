@@ -12,8 +12,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from bifrost_rt import opened, residency
 from bifrost_rt import manifest as manifests
+from bifrost_rt import opened, residency
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.tensorrt_log import logger
 from bifrost_rt.manifest import Compiled, EngineSpec
