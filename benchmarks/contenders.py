@@ -17,6 +17,7 @@ from benchmarks.metering import Meter, MeteredBackend
 from bifrost_rt import backends, manifest
 from bifrost_rt.backends.choice import choose
 from bifrost_rt.errors import EngineSetError
+from bifrost_rt.files import read_text
 
 MLLM = ("text_prefill", "visual_decode")
 Kind = Literal["set", "bare", "reference", "reference-compiled"]
@@ -112,7 +113,7 @@ class ReferenceLoop:
     def __init__(self, spec: Spec) -> None:
         from benchmarks.reference import Reference
 
-        recipe = json.loads((Path(spec.engines) / "report.json").read_text())["recipe"]
+        recipe = json.loads(read_text(Path(spec.engines) / "report.json"))["recipe"]
         self._facts = manifest.read(Path(spec.engines))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # diffusers constructs its own deprecated class

@@ -21,6 +21,7 @@ from benchmarks.arguments import count, new_file
 from benchmarks.quality import Drawn, cells, chosen, closeness, measure, percent
 from bifrost_rt import Generator, command
 from bifrost_rt import manifest as manifests
+from bifrost_rt.files import read_text
 from scenes.world import FAMILIES
 
 COLUMNS = ("set", "precision", "weights", "overall", "PSNR mean", "PSNR lowest", "SSIM")
@@ -28,7 +29,7 @@ COLUMNS = ("set", "precision", "weights", "overall", "PSNR mean", "PSNR lowest",
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of a set's weights, as its build read them back."""
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report = json.loads(read_text(folder / "report.json"))
     return sum(sum(engine["weight_bytes"].values()) for engine in report["engines"].values())
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.arguments import new_file
 from bifrost_rt import command
 from bifrost_rt.errors import BifrostError
+from bifrost_rt.files import read_text
 
 HEAD = ("quantised alone", "stage error", "tokens", "residuals", "picture", "")
 
@@ -25,7 +26,7 @@ def read(folder: Path) -> dict[str, Any]:
         BifrostError: there is none.
     """
     try:
-        report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report: dict[str, Any] = json.loads(read_text(folder / "report.json"))
     except OSError as error:
         raise BifrostError(f"{folder}: no report of a set here: {error.strerror}") from None
     if "sensitivity" not in report:

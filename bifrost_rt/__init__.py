@@ -12,10 +12,13 @@ from bifrost_rt.errors import (
     BifrostError,
     BudgetError,
     EngineSetError,
+    GeneratorStateError,
     IntegrityError,
+    NumericsError,
     RequestError,
     RequestTypeError,
     StageInputError,
+    TextFileError,
 )
 from bifrost_rt.generator import Generator
 from bifrost_rt.result import Result
@@ -28,10 +31,13 @@ __all__ = [
     "BudgetError",
     "EngineSetError",
     "Generator",
+    "GeneratorStateError",
     "IntegrityError",
+    "NumericsError",
     "RequestError",
     "RequestTypeError",
     "Result",
     "StageInputError",
+    "TextFileError",
     "__version__",
 ]

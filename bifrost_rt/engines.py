@@ -12,27 +12,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from bifrost_rt import manifest as manifests
 from bifrost_rt import residency
 from bifrost_rt.backends.base import Backend, Buffer, Engine, output_shape, symbol_sizes
-from bifrost_rt.errors import BudgetError
+from bifrost_rt.errors import BifrostError, BudgetError
 from bifrost_rt.manifest import EngineSpec, Manifest
+from bifrost_rt.opened import OpenedFiles, files_of
 from bifrost_rt.residency import Need, Sizes, Step
 from bifrost_rt.workspace import Workspace
-
-
-def verify(folder: Path, manifest: Manifest) -> None:
-    """Check every file of the set against its hash, several at once.
-
-    Raises:
-        IntegrityError: for the first damaged file.
-    """
-    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        for check in [
-            pool.submit(manifests.verify_file, folder, name, file)
-            for name, file in manifest.files.items()
-        ]:
-            check.result()
 
 
 class Engines:
@@ -44,17 +30,26 @@ class Engines:
     Args:
         budget: bytes that engines and their tensors may take together. None opens everything now
             and keeps it.
+        files: the set's files, compared whenever an engine comes back. None compares nothing.
 
     Raises:
         BudgetError: not even one picture can be drawn within the budget.
+        EngineSetError: a file changed since it was verified.
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, backend: Backend, budget: int | None = None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        backend: Backend,
+        budget: int | None = None,
+        files: OpenedFiles | None = None,
     ) -> None:
         self.backend = backend
         self.budget = budget
         self._folder, self._manifest = folder, manifest
+        self._files = files
+        self._used: set[str] = set()
         self._open: dict[str, Engine] = {}
         self._arriving: dict[str, Future[Engine]] = {}
         self._pool = ThreadPoolExecutor(os.cpu_count()) if backend.opens_in_threads else None
@@ -78,7 +73,10 @@ class Engines:
 
         Raises:
             BudgetError: a stage cannot run within the budget.
+            EngineSetError: the file of an engine in memory was overwritten.
         """
+        self._used = set(self._open)
+        self.check_files()
         if self.budget is None:
             return
         backend = self.backend
@@ -99,6 +97,17 @@ class Engines:
         self._workspace.keep = sum(held.values()) + all_tensors <= self.budget
         if not self._workspace.keep:
             self._workspace.clear()
+
+    def check_files(self) -> None:
+        """Check that nobody has written to the files of the engines that this run has used: a
+        library may have them mapped, and compute with what they hold now.
+
+        Raises:
+            EngineSetError: somebody has.
+        """
+        if self._files is not None:
+            for name in self._used:
+                self._files.untouched(files_of(self._manifest.engine(name)))
 
     def _advice(self, needs: Sequence[Need], order: Sequence[str]) -> str:
         assert self.budget is not None
@@ -140,6 +149,7 @@ class Engines:
             coming = self._arriving.pop(name, None)
             self._open[name] = self._opened(name) if coming is None else coming.result()
         self._count(name)
+        self._used.add(name)
         for coming_next in step.ahead if step else ():
             self._arrive(coming_next)
         return self._open[name]
@@ -152,9 +162,21 @@ class Engines:
             self._count(name)
 
     def _opened(self, name: str) -> Engine:
-        return self.backend.open(
-            self._folder, self._manifest.engine(name), self._manifest.dimensions
-        )
+        spec = self._manifest.engine(name)
+        if self._files is None:
+            return self.backend.open(self._folder, spec, self._manifest.dimensions)
+        self._files.same(files_of(spec))
+        try:
+            engine = self.backend.open(self._folder, spec, self._manifest.dimensions)
+        except BifrostError:
+            self._files.same(files_of(spec))  # the cause, where they changed meanwhile
+            raise
+        try:
+            self._files.same(files_of(spec))
+        except BifrostError:
+            engine.close()
+            raise
+        return engine
 
     def _count(self, name: str) -> None:
         if name in self._needs:

@@ -6,6 +6,9 @@
     ├── BackendError            a driver that is unavailable or failed; says why
     ├── BudgetError             a memory budget that one stage exceeds by itself
     ├── StageInputError         a tensor at the door of an engine: name, dtype or shape
+    ├── NumericsError           values that are not finite; names the tensor and the stage
+    ├── GeneratorStateError     a call that a generator cannot take now (also a RuntimeError)
+    ├── TextFileError           a text file that is not UTF-8 (also a ValueError)
     └── RequestError            arguments of a request (also a ValueError)
         └── RequestTypeError    … of the wrong type (also a TypeError)
 
@@ -50,6 +53,18 @@ class BudgetError(BifrostError):
 
 class StageInputError(BifrostError):
     """A tensor handed to an engine has a wrong name, dtype or shape."""
+
+
+class NumericsError(BifrostError):
+    """A tensor between two stages holds NaN or infinity, so that no picture can come of it."""
+
+
+class GeneratorStateError(BifrostError, RuntimeError):
+    """A call to a generator that is closed, or that is drawing in the very thread that calls."""
+
+
+class TextFileError(BifrostError, ValueError):
+    """A text file whose bytes are not UTF-8."""
 
 
 class RequestError(BifrostError, ValueError):

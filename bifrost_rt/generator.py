@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from bifrost_rt import backends, engines, handover, manifest, pipeline, request, residency
+from bifrost_rt import (
+    backends,
+    engines,
+    handover,
+    manifest,
+    notes,
+    numerics,
+    pipeline,
+    request,
+    residency,
+)
 from bifrost_rt.backends.base import Backend
 from bifrost_rt.backends.choice import Choice, choose
 from bifrost_rt.engines import Loop
 from bifrost_rt.errors import BudgetError, EngineSetError, RequestError, RequestTypeError
+from bifrost_rt.opened import OpenedFiles
 from bifrost_rt.previews import Previews
 from bifrost_rt.result import Result
 from bifrost_rt.text import Tokenizers
+from bifrost_rt.turns import Turns, lock_of
 
 DEFAULT_SET = Path("engines/sets/default")
 
@@ -29,7 +42,10 @@ StepCallback = Callable[["Generator", int, float | None, dict[str, Any]], Mappin
 
 
 class Generator:
-    """An opened engine set.
+    """An opened engine set. May be used by several threads: they draw one after another.
+
+    What was opened is what draws. A set that is replaced or overwritten later does not mix with it:
+    a run that would need the new files is refused, and a link to a set is followed once.
 
     Args:
         path: the set's folder, as written by `python -m export.build`. None opens the default
@@ -46,8 +62,8 @@ class Generator:
         backend: the driver's name, and why it was taken.
 
     Raises:
-        EngineSetError, IntegrityError: the set is missing, foreign or damaged; every file is
-            checked against its hash.
+        EngineSetError, IntegrityError: the set is missing, foreign, damaged, or changed while it
+            was opened; every file is checked against its hash.
         BackendError: the driver is not available here, with the reason.
         BudgetError: a stage exceeds the budget by itself.
     """
@@ -61,19 +77,26 @@ class Generator:
     ) -> None:
         given = None if memory_budget is None else residency.parse(memory_budget)
         self.path = default_set() if path is None else Path(path)
-        self.manifest = manifest.read(self.path)
-        engines.verify(self.path, self.manifest)
+        folder = self.path.resolve()
+        self.manifest = manifest.read(folder)
+        files = OpenedFiles(folder, self.manifest)
+        files.verify(self.manifest)
         if backend is None:
             self.backend = choose(self.manifest)
         else:
             name = backend if isinstance(backend, str) else backend.name
             self.backend = Choice(name, "it was asked for")
         log.info("backend %s: %s", self.backend.name, self.backend.reason)
-        self._tokenizers = Tokenizers(self.path, self.manifest.text)
+        text = self.manifest.text
+        self._tokenizers = Tokenizers(folder, text)
+        files.same(part.tokenizer for part in (text.mllm, text.clip, text.t5))
         asked = self.backend.name if backend is None else backend
         started = backends.load(asked) if isinstance(asked, str) else asked
         budget = residency.default_budget(started.free_memory()) if given is None else given
-        self._engines = engines.Engines(self.path, self.manifest, started, budget)
+        lock = lock_of(started)
+        with lock:
+            self._engines = engines.Engines(folder, self.manifest, started, budget, files)
+        self._turns = Turns(lock)
 
     def run(
         self,
@@ -99,13 +122,16 @@ class Generator:
         """Draw one prompt or several. Names and meanings follow diffusers' FluxPipeline; a value of
         None takes the set's default.
 
+        Other threads wait for their turn. A prompt that is longer than the text models read, and an
+        argument without effect, are logged and stand in `Result.warnings`.
+
         Args:
             prompt: a text, or a list of texts of any lengths. Images come prompt by prompt.
             seed: of the reveal order and the starting noise. The same seed gives the same bits, and
                 image i does not depend on how many are drawn. None draws one; see `Result.seed`.
             num_images_per_prompt: images for each prompt.
             num_inference_steps: denoising steps.
-            guidance_scale: embedded guidance; without effect (and logged so) where neither network
+            guidance_scale: embedded guidance; without effect (and said so) where neither network
                 of the model has a guidance embedding.
             controlnet_conditioning_scale: how strongly the CLIP latents steer the image.
             decoding_steps: steps in which the MLLM reveals its N visual tokens, from 1 to beyond N.
@@ -122,7 +148,8 @@ class Generator:
             callback_on_step_end: called as (generator, step, timestep, tensors) after every step of
                 both loops: decoding with `{"tokens": [n, N, D]}` and timestep None, then denoising
                 with `{"latents": [n, S, C]}`. The arrays are copies and may be kept; a returned
-                dict replaces them. An exception ends the run and leaves the generator usable.
+                dict replaces them. An exception ends the run and leaves the generator usable. It
+                must not draw with the same generator, nor wait for a thread that does.
             preview_every: after every so many denoising steps the callback's dict also has
                 `"preview"`, uint8 [n, H, W, 3]: what the picture will be, estimated from the step,
                 for the price of one VAE decode.
@@ -131,7 +158,12 @@ class Generator:
             RequestError, RequestTypeError: an argument that cannot be served.
             BudgetError: so many pictures do not fit into the memory budget, or previews need
                 engines that it does not keep.
+            NumericsError: values between two stages are not finite, from an argument that is far
+                too large or from arithmetic in 16 bit; no picture is made of them.
+            EngineSetError: the set's files changed since it was opened.
+            GeneratorStateError: the generator is closed, or this is its own callback.
         """
+        self._turns.require_open("run()")
         checked = request.check(
             self.manifest,
             prompt=prompt,
@@ -150,13 +182,9 @@ class Generator:
             output_type=output_type,
             tokens=tokens,
         )
-        default = self.manifest.defaults.guidance_scale
-        if guidance_scale not in (None, default) and not self.manifest.model.guidance_embeds:
-            log.warning(
-                "guidance_scale=%s has no effect: this model has no guidance embedding",
-                guidance_scale,
-            )
-        out = self.draw(checked, callback_on_step_end, preview_every)
+        asked = [prompt] if isinstance(prompt, str) else list(prompt)
+        places = [asked.index(text) for text in checked.prompts]
+        out = self._draw("run()", checked, callback_on_step_end, preview_every, places)
         images: Any = out.latents if out.images is None else out.images
         if checked.output_type == "pil":
             images = [Image.fromarray(image) for image in images]
@@ -168,7 +196,9 @@ class Generator:
             if given is not None
         }:
             parameters["injected"] = injected
-        return Result(images, out.tokens, out.latents, out.timings, checked.seed, parameters)
+        return Result(
+            images, out.tokens, out.latents, out.timings, checked.seed, parameters, out.notes
+        )
 
     def draw(
         self,
@@ -177,6 +207,45 @@ class Generator:
         preview_every: int | None = None,
     ) -> pipeline.Output:
         """Draw a request that `request.check` or `request.merge` made; the rest is as in `run`."""
+        return self._draw("draw()", checked, callback_on_step_end, preview_every)
+
+    def _draw(
+        self,
+        call: str,
+        checked: request.Request,
+        callback_on_step_end: StepCallback | None,
+        preview_every: int | None,
+        places: Sequence[int] | None = None,
+    ) -> pipeline.Output:
+        """Args:
+        places: where the request's prompts stand in what the caller passed.
+        """
+        with self._turns.turn(call):
+            said = tuple(self._notes(checked, places))
+            for note in said:
+                log.warning("%s", note)
+            out = self._drawn(checked, callback_on_step_end, preview_every)
+        if out.images is not None:
+            compute = self.manifest.engine("vae_decode").precision.compute
+            for note in (seen := tuple(notes.one_value(out.images, compute))):
+                log.warning("%s", note)
+            said += seen
+        return dataclasses.replace(out, notes=said)
+
+    def _notes(
+        self, checked: request.Request, places: Sequence[int] | None
+    ) -> Iterator[notes.Note]:
+        yield from notes.without_effect(self.manifest, checked)
+        for one in self._tokenizers.truncations(checked.prompts, mllm=checked.tokens is None):
+            assert one.prompt is not None
+            yield one if places is None else dataclasses.replace(one, prompt=places[one.prompt])
+
+    def _drawn(
+        self,
+        checked: request.Request,
+        callback_on_step_end: StepCallback | None,
+        preview_every: int | None,
+    ) -> pipeline.Output:
         previews = on_step_end = None
         if callback_on_step_end:
             previews = None if preview_every is None else self._previews(checked, preview_every)
@@ -196,7 +265,12 @@ class Generator:
         return Previews(self._engines, self.manifest, checked, every)
 
     def no_previews(self) -> str | None:
-        """Why `preview_every` cannot be served, or None where it can."""
+        """Why `preview_every` cannot be served, or None where it can.
+
+        Raises:
+            GeneratorStateError: the generator is closed.
+        """
+        self._turns.require_open("no_previews()")
         if {spec.name for spec in self.manifest.engines} <= set(self._engines.resident):
             return None
         return "previews need every engine in memory at once, and the memory budget is smaller"
@@ -211,7 +285,9 @@ class Generator:
                 and (picture := previews.after(step, current)) is not None
             ):
                 tensors["preview"] = picture
+            self._turns.in_callback = True
             returned = callback(self, step, timestep, tensors)
+            self._turns.in_callback = False
             if returned is None:
                 return
             if not isinstance(returned, Mapping):
@@ -225,23 +301,26 @@ class Generator:
                     f"this loop can replace {name!r} only"
                 )
             if name in returned:
-                new = np.asarray(returned[name])
-                if new.shape != current.shape:
-                    raise RequestError(
-                        f"callback_on_step_end returned {name} of shape {list(new.shape)}, "
-                        f"expected {list(current.shape)}"
-                    )
-                loop.replace(name, new.astype(current.dtype))
+                new = _replacement(name, returned[name], current, step)
+                loop.replace(name, new)
                 if previews and name == "latents":
-                    previews.replaced(new.astype(current.dtype))
+                    previews.replaced(new)
 
         return on_step_end
 
     def close(self) -> None:
-        """Free the engines' memory."""
-        self._engines.close()
+        """Free the engines' memory. Waits for the run of another thread; runs that wait for their
+        turn, and all later ones, are refused. Without effect on a closed generator.
+
+        Raises:
+            GeneratorStateError: a callback of this generator's run called it.
+        """
+        with self._turns.last("close()") as first:
+            if first:
+                self._engines.close()
 
     def __enter__(self) -> Generator:
+        self._turns.require_open("with")
         return self
 
     def __exit__(
@@ -251,6 +330,30 @@ class Generator:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _replacement(name: str, returned: ArrayLike, current: NDArray[Any], step: int) -> NDArray[Any]:
+    """What a callback returned for `current`, checked."""
+    try:
+        given = np.asarray(returned)
+    except (TypeError, ValueError) as error:  # rows of different lengths, a tensor of a GPU
+        raise RequestTypeError(
+            f"callback_on_step_end returned {name} that cannot be read as an array: {error}"
+        ) from None
+    if given.dtype.kind not in "fiu":
+        raise RequestTypeError(
+            f"callback_on_step_end returned {name} of type {given.dtype}, expected {current.dtype}"
+        )
+    if given.shape != current.shape:
+        raise RequestError(
+            f"callback_on_step_end returned {name} of shape {list(given.shape)}, "
+            f"expected {list(current.shape)}"
+        )
+    with np.errstate(over="ignore"):
+        new: NDArray[Any] = given.astype(current.dtype)
+    if found := numerics.problem(new, "image"):
+        raise RequestError(f"callback_on_step_end, step {step}: the {name} it returned {found}")
+    return new
 
 
 def default_set() -> Path:

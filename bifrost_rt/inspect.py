@@ -10,6 +10,7 @@ from pathlib import Path
 from bifrost_rt import manifest as manifests
 from bifrost_rt.backends.choice import choose
 from bifrost_rt.errors import EngineSetError
+from bifrost_rt.files import read_text
 from bifrost_rt.manifest import EngineSpec, Manifest, Range, TensorSpec
 
 REPORT = "report.json"
@@ -65,7 +66,7 @@ def precision(folder: Path, manifest: Manifest) -> str:
     if REPORT in manifest.files:
         manifests.verify_file(folder, REPORT, manifest.files[REPORT])
     try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        report = json.loads(read_text(folder / REPORT))
         found = {name: engine["precision"] for name, engine in report["engines"].items()}
         decided = report["layers"]
     except (OSError, ValueError, KeyError, TypeError):

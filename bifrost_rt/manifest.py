@@ -6,6 +6,7 @@ the object that was saved. Everything that changes bytes or behaviour of a set s
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import hashlib
 import json
@@ -260,6 +261,7 @@ def read(folder: Path) -> Manifest:
             hint="build one with `python -m export.build --output DIR` and pass that folder",
         ) from None
     try:
+        raw = raw.removeprefix(codecs.BOM_UTF8)
         data = json.loads(raw)
         found_format = data["format"]
         digest = data.pop("sha256")

@@ -22,6 +22,8 @@ from bifrost_rt import residency, schedules
 from bifrost_rt.backends.base import Buffer
 from bifrost_rt.engines import Engines, Loop
 from bifrost_rt.manifest import Manifest
+from bifrost_rt.notes import Note
+from bifrost_rt.numerics import Checks
 from bifrost_rt.request import Request
 from bifrost_rt.text import Tokenizers
 
@@ -36,6 +38,7 @@ class Output:
     latents: NDArray[np.float32]  # [n, S, C]
     images: NDArray[np.uint8] | None  # [n, H, W, 3]; None when only latents were asked for
     timings: dict[str, float]  # seconds per engine, and `total`
+    notes: tuple[Note, ...] = ()  # what was asked for and not done
 
 
 def generate(
@@ -50,19 +53,25 @@ def generate(
     Args:
         on_step_end: called as (carried tensor's name, step, timestep or None, loop) after every
             step of both loops.
+
+    Raises:
+        NumericsError: what a stage has left is not finite. Looked at between stages, never inside a
+            loop.
     """
     start = time.perf_counter()
     timings: dict[str, float] = {}
     down = engines.backend.download
+    checks = Checks(manifest, request, down, replaced=on_step_end is not None)
 
     # 0  Which engines are in memory when.
     engines.begin(stages(request), sizes(manifest, request))
 
     # 1-3  Prompt -> CLIP latents, unless they were made before.
     if request.tokens is None:
-        tokens = _decode(engines, tokenizers, request, timings, on_step_end)
+        tokens = _decode(engines, tokenizers, request, timings, checks, on_step_end)
     else:
         tokens = engines.put("conditioning", tokens=request.tokens)["tokens"]
+    final_tokens = down(tokens).copy()
 
     # 4  The raw prompt -> text embeddings of the diffusion networks.
     prompts = request.prompts
@@ -70,6 +79,9 @@ def generate(
     pooled = engines.run("clip_text", clip_ids, timings)
     t5_ids = engines.put("t5_text", input_ids=tokenizers.t5(prompts))
     embeds = engines.run("t5_text", t5_ids, timings)
+    for stage, outputs in (("clip_text", pooled), ("t5_text", embeds)):
+        for name, buffer in outputs.items():
+            checks.finite(stage, name, down(buffer), "prompt")
 
     # 5  Everything about the image that no denoising step changes.
     sigmas = schedules.sigmas(
@@ -110,6 +122,8 @@ def generate(
         if on_step_end:
             on_step_end("latents", t, float(timesteps[t]), denoise)
     latents = denoise.finish("latents")
+    final_latents = down(latents).copy()
+    checks.finite("denoise", "latents", final_latents, "image", earlier=conditions)
     del conditions
 
     # 7  Latents -> pixels.
@@ -117,8 +131,9 @@ def generate(
     if request.output_type != "latent":
         decoded = engines.run("vae_decode", {"latents": latents}, timings)
         images = down(decoded["images"]).copy()
+    engines.check_files()
     timings["total"] = time.perf_counter() - start
-    return Output(down(tokens).copy(), down(latents).copy(), images, timings)
+    return Output(final_tokens, final_latents, images, timings)
 
 
 def stages(request: Request) -> tuple[str, ...]:
@@ -145,6 +160,7 @@ def _decode(
     tokenizers: Tokenizers,
     request: Request,
     timings: dict[str, float],
+    checks: Checks,
     on_step_end: StepEnd | None,
 ) -> Buffer:
     """The MLLM's part: the final visual tokens [B, N, D]."""
@@ -189,7 +205,10 @@ def _decode(
             decode.step()  # 3.t
         if on_step_end:
             on_step_end("tokens", t, None, decode)
-    return decode.finish("tokens")
+    tokens = decode.finish("tokens")
+    found = engines.backend.download(tokens)
+    checks.finite("visual_decode", "tokens", found, "image", earlier=prefill)
+    return tokens
 
 
 def _right_padded(ids: list[list[int]]) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ from bifrost_rt import schedules
 from bifrost_rt.engines import Engines
 from bifrost_rt.errors import BudgetError, RequestError, RequestTypeError
 from bifrost_rt.manifest import Manifest
+from bifrost_rt.numerics import Checks
 from bifrost_rt.request import Request
 
 
@@ -36,6 +37,7 @@ class Previews:
         if every < 1:
             raise RequestError(f"preview_every must be at least 1, got {every}")
         self.seconds = 0.0
+        self._checks = Checks(manifest, request, engines.backend.download, replaced=True)
         self._engines = engines
         self._every = every
         self._x_t: NDArray[np.float32] = request.latents
@@ -58,12 +60,14 @@ class Previews:
 
         Raises:
             BudgetError: the schedule of this many pictures had the VAE leave.
+            NumericsError: the estimate is not finite.
         """
         x_t, self._x_t = self._x_t, latents.copy()
         before, self._level = self._level, self._reached[step]
         if self._level != before:  # a step that was computed
-            velocity = (latents - x_t) / (self._level - before)
-            self._x_0 = (latents - self._level * velocity).astype(np.float32)
+            with np.errstate(over="ignore", invalid="ignore"):  # checked below, where it is seen
+                velocity = (latents - x_t) / (self._level - before)
+                self._x_0 = (latents - self._level * velocity).astype(np.float32)
         if (step + 1) % self._every or self._level == 0:
             return None
         if "vae_decode" not in self._engines.resident:
@@ -73,6 +77,7 @@ class Previews:
                 hint="leave previews out, or draw fewer pictures at a time",
             )
         began = time.perf_counter()
+        self._checks.finite("denoise", f"latents, as estimated at step {step},", self._x_0, "image")
         given = self._engines.put("vae_decode", latents=self._x_0)
         decoded = self._engines.run("vae_decode", given, {})
         picture: NDArray[np.uint8] = self._engines.backend.download(decoded["images"]).copy()

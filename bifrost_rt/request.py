@@ -207,7 +207,7 @@ def _number(name: str, value: Any, default: float) -> float:
 
 
 def _order(order: ArrayLike, shape: tuple[int, int]) -> NDArray[np.int64]:
-    array = np.asarray(order)
+    array = _array("order", order)
     if not np.issubdtype(array.dtype, np.integer):
         raise RequestTypeError(f"order must hold whole numbers, got {array.dtype}")
     if array.shape != shape:
@@ -233,13 +233,22 @@ def _latents(
 def _floats(
     name: str, given: ArrayLike, shape: tuple[int, ...], hint: str | None = None
 ) -> NDArray[np.float32]:
-    array = np.asarray(given)
+    array = _array(name, given)
     if not np.issubdtype(array.dtype, np.floating):
         raise RequestTypeError(f"{name} must be floating point, got {array.dtype}")
     if array.shape != shape:
         raise RequestError(
             f"{name} must have the shape {list(shape)}, got {list(array.shape)}", hint=hint
         )
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
     if not np.isfinite(array).all():
-        raise RequestError(f"{name} hold a value that is not finite")
-    return array.astype(np.float32)
+        raise RequestError(f"{name} hold a value that is not finite in float32")
+    return array
+
+
+def _array(name: str, given: ArrayLike) -> NDArray[Any]:
+    try:
+        return np.asarray(given)
+    except (TypeError, ValueError) as error:  # rows of different lengths, a tensor of a GPU
+        raise RequestTypeError(f"{name} cannot be read as an array: {error}") from None

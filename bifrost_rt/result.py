@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 from bifrost_rt import handover
 from bifrost_rt.errors import RequestError
 from bifrost_rt.files import written_aside
+from bifrost_rt.notes import Note, Truncation
 
 # The text chunk of a PNG that holds its parameters, as JSON.
 PNG_KEY = "bifrost-rt"
@@ -71,6 +72,7 @@ class Result:
         parameters: the arguments of `run` that make these images again. Where order, latents or
             tokens were passed in, `injected` names them with the sha256 of their values: they are
             needed too.
+        notes: what was asked for and not done: prompts that were cut, arguments without effect.
     """
 
     images: Any
@@ -79,6 +81,17 @@ class Result:
     timings: dict[str, float]
     seed: int
     parameters: dict[str, Any]
+    notes: tuple[Note, ...] = ()
+
+    @property
+    def warnings(self) -> list[str]:
+        """The notes in words, as they were logged."""
+        return [str(note) for note in self.notes]
+
+    @property
+    def truncated(self) -> list[Truncation]:
+        """The prompts that are longer than a text model reads: which, by how much, by whom."""
+        return [note for note in self.notes if isinstance(note, Truncation)]
 
     @property
     def image(self) -> Any:

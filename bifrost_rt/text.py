@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
-from bifrost_rt.manifest import EncoderText, Text
+from bifrost_rt.errors import EngineSetError
+from bifrost_rt.files import read_text
+from bifrost_rt.manifest import REBUILD, EncoderText, Text
+from bifrost_rt.notes import Truncation, truncation
 
 # Captions of the training data begin like this; the reference strips the first match, in this
 # order, without a word boundary ("This island" becomes "Land").
@@ -53,11 +56,18 @@ def strip_lead_in(prompt: str) -> str:
 
 
 class Tokenizers:
-    """The tokenizers of one engine set, each loaded at its first use."""
+    """The tokenizers of one engine set. Their files are read now, each is made at its first use.
+
+    Raises:
+        EngineSetError: a file cannot be read.
+    """
 
     def __init__(self, folder: Path, text: Text) -> None:
-        self._folder = folder
         self._text = text
+        self._files = {
+            facts.tokenizer: _read(folder / facts.tokenizer)
+            for facts in (text.mllm, text.clip, text.t5)
+        }
 
     def mllm_prompt(self, prompt: str) -> list[int]:
         """Ids of the whole chat prompt, unpadded, cut so that the postfix always ends it.
@@ -66,11 +76,12 @@ class Tokenizers:
         special tokens.
         """
         facts = self._text.mllm
-        user = self._mllm_ordinary.encode(
-            facts.lead + strip_lead_in(prompt), add_special_tokens=False
-        ).ids
         room = facts.max_length - len(facts.postfix_ids)
-        return [*(*facts.prefix_ids, *user)[:room], *facts.postfix_ids]
+        return [*(*facts.prefix_ids, *self._mllm_user(prompt))[:room], *facts.postfix_ids]
+
+    def _mllm_user(self, prompt: str) -> list[int]:
+        text = self._text.mllm.lead + strip_lead_in(prompt)
+        return list(self._mllm_ordinary.encode(text, add_special_tokens=False).ids)
 
     def clip(self, prompts: Sequence[str]) -> NDArray[np.int64]:
         """[P, 77], padded."""
@@ -80,27 +91,47 @@ class Tokenizers:
         """[P, T], padded; the network attends the padding too, so it is part of the input."""
         return _batch(self._t5, prompts)
 
+    def truncations(self, prompts: Sequence[str], *, mllm: bool = True) -> list[Truncation]:
+        """The prompts that are longer than a text model reads.
+
+        Args:
+            mllm: whether the MLLM reads them at all.
+        """
+        found = []
+        facts = self._text.mllm
+        for i, prompt in enumerate(prompts if mllm else ()):
+            tokens = len(facts.prefix_ids) + len(self._mllm_user(prompt)) + len(facts.postfix_ids)
+            if tokens > facts.max_length:
+                found.append(truncation(i, "mllm", tokens, facts.max_length))
+        for name, tokenizer, limit, texts in (
+            ("clip", self._clip, self._text.clip.max_length, [clean_clip(p) for p in prompts]),
+            ("t5", self._t5, self._text.t5.max_length, prompts),
+        ):
+            for i, encoding in enumerate(tokenizer.encode_batch(list(texts))):
+                if encoding.overflowing:
+                    found.append(truncation(i, name, _all_tokens(encoding), limit))
+        return sorted(found, key=lambda one: one.prompt or 0)
+
     def mllm_raw(self, text: str) -> list[int]:
         """Ids of a text in which special tokens are special. For templates, not for prompts."""
-        tokenizer = Tokenizer.from_file(str(self._folder / self._text.mllm.tokenizer))
+        tokenizer = Tokenizer.from_str(self._files[self._text.mllm.tokenizer])
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     @cached_property
     def _mllm_ordinary(self) -> Tokenizer:
-        path = self._folder / self._text.mllm.tokenizer
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(self._files[self._text.mllm.tokenizer])
         document |= {"added_tokens": [], "truncation": None, "padding": None}
         return Tokenizer.from_str(json.dumps(document))
 
     @cached_property
     def _clip(self) -> Tokenizer:
-        return _fixed_length(self._folder, self._text.clip)
+        return _fixed_length(self._files, self._text.clip)
 
     @cached_property
     def _t5(self) -> Tokenizer:
-        return _fixed_length(self._folder, self._text.t5)
+        return _fixed_length(self._files, self._text.t5)
 
 
 def clean_clip(text: str) -> str:
@@ -111,8 +142,16 @@ def clean_clip(text: str) -> str:
     return re.sub(r"\s+", " ", ftfy.fix_text(text)).strip()
 
 
-def _fixed_length(folder: Path, facts: EncoderText) -> Tokenizer:
-    tokenizer = Tokenizer.from_file(str(folder / facts.tokenizer))
+def _read(path: Path) -> str:
+    try:
+        return read_text(path)
+    except OSError as error:
+        why = error.strerror or error
+        raise EngineSetError(f"{path}: cannot be read: {why}", hint=REBUILD) from None
+
+
+def _fixed_length(files: Mapping[str, str], facts: EncoderText) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(files[facts.tokenizer])
     tokenizer.enable_truncation(facts.max_length)
     tokenizer.enable_padding(length=facts.max_length, pad_id=facts.pad_id)
     return tokenizer
@@ -120,3 +159,13 @@ def _fixed_length(folder: Path, facts: EncoderText) -> Tokenizer:
 
 def _batch(tokenizer: Tokenizer, texts: Sequence[str]) -> NDArray[np.int64]:
     return np.array([e.ids for e in tokenizer.encode_batch(list(texts))], dtype=np.int64)
+
+
+def _all_tokens(encoding: Encoding) -> int:
+    """Tokens of the whole text: those of every piece, and the special ones of one."""
+    pieces = [encoding, *encoding.overflowing]
+    special = [
+        [bool(m) for m, used in zip(e.special_tokens_mask, e.attention_mask, strict=True) if used]
+        for e in pieces
+    ]
+    return sum(piece.count(False) for piece in special) + special[0].count(True)

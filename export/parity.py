@@ -21,6 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 from bifrost_rt import pipeline, request, schedules
 from bifrost_rt.backends.base import Backend, Buffer, Engine
 from bifrost_rt.engines import Engines
+from bifrost_rt.errors import NumericsError
 from bifrost_rt.manifest import EngineSpec, Manifest, Range
 from bifrost_rt.text import Tokenizers
 from export import chain, sources
@@ -109,7 +110,8 @@ def compare(
         Per engine: max_error, largest_value, tolerance, calls.
 
     Raises:
-        ParityError: naming the engine that differs, by how much and by how much it may.
+        ParityError: naming the engine that differs, by how much and by how much it may; or the
+            stage that gives what is not finite, as torch does.
     """
     paired = PairedBackend(driver, stages, share.kept if share else None)
     checked = request.check(
@@ -129,8 +131,11 @@ def compare(
         output_type="np",
     )
     engines = Engines(folder, manifest, paired, share.engines if share else None)
+    overflow = None
     try:
         pipeline.generate(engines, Tokenizers(folder, manifest.text), manifest, checked)
+    except NumericsError as error:
+        overflow = error  # an engine that differs from torch is the better answer
     finally:
         engines.close()
     report = {}
@@ -151,6 +156,8 @@ def compare(
             "tolerance": tolerance if rounded is None else rounded,
             "calls": record.calls,
         }
+    if overflow is not None:
+        raise ParityError(overflow.message, hint=overflow.hint) from overflow
     return report
 
 

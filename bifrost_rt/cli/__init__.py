@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from bifrost_rt import command
@@ -20,7 +23,27 @@ def main(arguments: list[str] | None = None) -> int:
     if given and given[0] in CHECKOUT_COMMANDS:  # with options of their own, --help among them
         return command.run(lambda: _of_checkout(given[0], given[1:]), debug=False)
     options = parser().parse_args(given)
-    return command.run(lambda: _COMMANDS[options.command](options), debug=options.debug)
+    with _warnings_on_stderr() if options.command != "serve" else contextlib.nullcontext():
+        return command.run(lambda: _COMMANDS[options.command](options), debug=options.debug)
+
+
+@contextlib.contextmanager
+def _warnings_on_stderr() -> Iterator[None]:
+    """What the package logs as a warning, as one line. `serve` has a log of its own."""
+    handler = _Stderr(logging.WARNING)
+    logger = logging.getLogger("bifrost_rt")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Stderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        text = " ".join(record.getMessage().split())
+        print(f"{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
 
 
 def _generate(options: argparse.Namespace) -> int:

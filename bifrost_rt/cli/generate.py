@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 
 from bifrost_rt import handover
 from bifrost_rt.cli.progress import Progress
-from bifrost_rt.errors import RequestError
-from bifrost_rt.files import written_aside
+from bifrost_rt.errors import RequestError, TextFileError
+from bifrost_rt.files import MARK, decode_text, read_text, written_aside
 from bifrost_rt.generator import Generator
+from bifrost_rt.notes import Note
 from bifrost_rt.result import Result, picture_path, read_parameters
 
 # Options that are arguments of `run` under the same name.
@@ -22,17 +24,23 @@ ARGUMENTS = (
     *("seed", "num_images_per_prompt", "num_inference_steps", "decoding_steps"),
     *("guidance_scale", "cfg_weight", "controlnet_conditioning_scale", "cache_interval"),
 )
+# Those that shape its CLIP latents and nothing else.
+OF_THE_MLLM = ("decoding_steps", "cfg_weight")
+
+log = logging.getLogger("bifrost_rt")
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One run, and where its pictures go. `image` is the one that is wanted; None wants all."""
+    """One run, and where its pictures go. `image` is the one that is wanted; None wants all.
+    `notes` are on options that do nothing in it."""
 
     request: dict[str, Any]
     output: Path
     tokens: Path | None
     image: int | None = None
     prefix: str = ""
+    notes: tuple[Note, ...] = ()
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,10 +61,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _draw(generator: Generator, task: Task, as_json: bool) -> None:
+    for note in task.notes:
+        log.warning("%s", note)
     progress = None
     if sys.stderr.isatty():
         progress = Progress(task.request, generator.manifest.defaults, task.prefix)
     result = generator.run(**task.request, callback_on_step_end=progress)
+    result = dataclasses.replace(result, notes=(*task.notes, *result.notes))
     if progress:
         progress.close(result.timings, result.seed)
     if task.tokens:
@@ -79,6 +90,7 @@ def _line(result: Result, path: Path, image: int, backend: str) -> str:
             **result.parameters,
             "backend": backend,
             "seconds": seconds,
+            "warnings": result.warnings,
         },
         ensure_ascii=False,
     )
@@ -104,7 +116,10 @@ def _tasks(options: argparse.Namespace) -> Iterator[Task]:
     if options.prompt:
         request["prompt"] = options.prompt[0] if len(options.prompt) == 1 else options.prompt
         image = None
-    yield Task({**request, **given}, output, tokens, image)
+    idle = [f"--{name.replace('_', '-')}" for name in OF_THE_MLLM if name in given]
+    text = f"{' and '.join(idle)} has no effect: --tokens brings what the MLLM made"
+    notes = (Note(text=text),) if options.tokens and idle else ()
+    yield Task({**request, **given}, output, tokens, image, notes=notes)
 
 
 def _base(options: argparse.Namespace) -> tuple[dict[str, Any], int | None]:
@@ -148,10 +163,19 @@ def _like(path: str, made: handover.Handover | None) -> tuple[dict[str, Any], in
 
 def _lines(name: str) -> list[str]:
     try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        if name == "-":
+            text = decode_text(sys.stdin.buffer.read(), "standard input")
+        else:
+            text = read_text(name)
+    except OSError as error:
         raise RequestError(f"{name}: cannot be read as prompts: {error}") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    except TextFileError as error:
+        raise RequestError(
+            f"{name}: cannot be read as prompts: {error.message}", hint=error.hint
+        ) from None
+    # files that were put together have marks at their seams too
+    stripped = (line.lstrip(MARK).strip() for line in text.splitlines())
+    lines = [line for line in stripped if line]
     if not lines:
         raise RequestError(f"{name}: holds no prompt", hint="one prompt per line")
     return lines

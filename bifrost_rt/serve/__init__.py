@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from pathlib import Path
 
-from bifrost_rt.errors import BifrostError, RequestError
+from bifrost_rt.errors import BifrostError, RequestError, TextFileError
+from bifrost_rt.files import read_text
 
 NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -56,6 +56,9 @@ def read_token(path: str) -> str:
         RequestError: it cannot be read.
     """
     try:
-        return Path(path).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        token = read_text(path).strip()
+    except (OSError, TextFileError) as error:
         raise RequestError(f"{path}: cannot be read as a token: {error}") from None
+    if not token.isascii():
+        raise RequestError(f"{path}: cannot be read as a token: it is not ASCII")
+    return token

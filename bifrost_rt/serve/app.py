@@ -86,7 +86,8 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
         if not by_url:
             studio.forget(job)
         if job.failure:
-            raise _Refused(fault(job.failure.status, job.failure.message))
+            failure = job.failure
+            raise _Refused(fault(failure.status, failure.message, code=failure.code))
         if job.state == "cancelled":
             raise _Refused(fault(499, "the job was cancelled", code="cancelled"))
         base = str(http.base_url).rstrip("/")
@@ -101,6 +102,7 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
             output_format=body.output_format or "png",
             size=_size(manifest),
             seed=job.request.seed,
+            warnings=job.warnings,
         )
 
     @app.post("/v1/jobs", status_code=202)
@@ -257,7 +259,7 @@ def _described(job: Job, studio: Studio) -> schema.JobResponse:
     error = None
     if job.failure:
         kind = error_type(job.failure.status)
-        error = schema.Fault(message=job.failure.message, type=kind)
+        error = schema.Fault(message=job.failure.message, type=kind, code=job.failure.code)
     return schema.JobResponse(
         id=job.id,
         created=int(job.created),
@@ -269,6 +271,7 @@ def _described(job: Job, studio: Studio) -> schema.JobResponse:
         images=[_place(job, i) for i in range(len(job.pictures))],
         parameters=job.parameters,
         seconds=job.seconds,
+        warnings=job.warnings,
         error=error,
     )
 

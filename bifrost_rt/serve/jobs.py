@@ -19,10 +19,12 @@ Stage = Literal["decoding", "denoising"]
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a job has no pictures, in words for the client, and the HTTP status that says so."""
+    """Why a job has no pictures, in words for the client, the HTTP status that says so, and a code
+    for programs."""
 
     message: str
     status: int
+    code: str | None = None
 
 
 @dataclass(eq=False)
@@ -37,6 +39,7 @@ class Job:
         previews: whether someone wants to see it become.
         preview: (denoising step, WebP) of the first picture.
         pictures: the files, when it is done.
+        warnings: what was asked for and not done, in words; see `bifrost_rt.notes`.
         version: grows with every change.
     """
 
@@ -52,6 +55,7 @@ class Job:
     preview: tuple[int, bytes] | None = None
     pictures: list[bytes] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     failure: Failure | None = None
     version: int = 0
     _watchers: set[_Watcher] = field(default_factory=set)

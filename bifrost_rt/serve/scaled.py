@@ -22,6 +22,7 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from ray import serve
+from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from bifrost_rt import manifest
@@ -131,6 +132,8 @@ class Remote:
                 if isinstance(answer, Output):
                     return answer
                 on_step(*answer)
+        except RayTaskError as error:
+            raise error.cause from error  # whose text is the message, without the replica's trace
         finally:
             answers.cancel()  # without effect where it has ended
         raise AssertionError("a replica ended without pictures")

@@ -119,13 +119,15 @@ class Picture(BaseModel):
 
 
 class ImageResponse(BaseModel):
-    """OpenAI's answer, and the seed that gives these pictures again."""
+    """OpenAI's answer, the seed that gives these pictures again, and in `warnings` what was asked
+    for and not done, such as the end of a prompt that is longer than the model reads."""
 
     created: int
     data: list[Picture]
     output_format: Literal["png", "jpeg", "webp"]
     size: str
     seed: int
+    warnings: list[str] = []
 
 
 class Fault(BaseModel):
@@ -158,6 +160,7 @@ class JobResponse(BaseModel):
     images: list[str]
     parameters: dict[str, str | int | float]
     seconds: dict[str, float]
+    warnings: list[str]
     error: Fault | None
 
 

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from bifrost_rt import notes
 from bifrost_rt import request as requests
-from bifrost_rt.errors import BackendError, BifrostError, BudgetError, RequestError
+from bifrost_rt.errors import BifrostError, BudgetError, NumericsError, RequestError
 from bifrost_rt.pipeline import Output
 from bifrost_rt.result import Result
 from bifrost_rt.serve.jobs import Failure, Job, Stage, State
@@ -154,8 +155,11 @@ class Studio:
         while batch := self._next_batch():
             try:
                 self._draw(painter, batch)
-            except BudgetError:
-                # together they are too large; each alone may fit, and else is told so
+            except (BudgetError, NumericsError) as error:
+                if len(batch) == 1:
+                    self._refuse(batch[0], error)
+                    continue
+                # together they are too large, or one spoils the run of all; alone each is told so
                 for job in batch:
                     if not job.finished:
                         self._draw_alone(painter, job)
@@ -186,14 +190,22 @@ class Studio:
     def _draw_alone(self, painter: Painter, job: Job) -> None:
         try:
             self._draw(painter, [job])
-        except BudgetError as error:
+        except (BudgetError, NumericsError) as error:
+            self._refuse(job, error)
+
+    def _refuse(self, job: Job, error: BudgetError | NumericsError) -> None:
+        if isinstance(error, BudgetError):
             self._finish(job, "failed", Failure(str(error), 400))
+        else:
+            log.error("%s", error)
+            self._finish(job, "failed", Failure(str(error), 500, "not_finite"))
 
     def _draw(self, painter: Painter, batch: list[Job]) -> None:
         """Draw jobs in one run.
 
         Raises:
             BudgetError: they do not fit into the memory budget.
+            NumericsError: there is no picture of one of them.
         """
         merged = requests.merge([job.request for job in batch])
         wanted = self.no_previews is None and any(job.previews for job in batch)
@@ -201,14 +213,14 @@ class Studio:
         began = time.monotonic()
         try:
             out = painter.paint(merged, lambda *step: self._step(batch, *step), every)
-            self._deliver(batch, out)
+            self._deliver(batch, merged, out)
         except _CancelledError:
             return
-        except BudgetError:
+        except (BudgetError, NumericsError):
             raise
         except RequestError as error:
             self._fail(batch, Failure(str(error), 400))
-        except BackendError as error:
+        except BifrostError as error:
             log.error("%s", error)
             self._fail(batch, Failure(str(error), 500))
         except Exception:  # a client never sees the trace, and the next job gets its chance
@@ -232,7 +244,7 @@ class Studio:
                 job.changed()
             first += job.request.images
 
-    def _deliver(self, batch: list[Job], out: Output) -> None:
+    def _deliver(self, batch: list[Job], merged: requests.Request, out: Output) -> None:
         assert out.images is not None
         for name, seconds in out.timings.items():
             self.metrics.stage(name, seconds)
@@ -242,6 +254,9 @@ class Studio:
             first = part.stop
             if job.finished:
                 continue
+            job.warnings = [
+                str(note) for note in notes.of_part(out.notes, merged, job.request, part)
+            ]
             result = Result(
                 out.images[part],
                 out.tokens[part],

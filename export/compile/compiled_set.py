@@ -12,8 +12,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from bifrost_rt import engines, residency
 from bifrost_rt import manifest as manifests
+from bifrost_rt import opened, residency
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.tensorrt_log import logger
 from bifrost_rt.manifest import Compiled, EngineSpec
@@ -79,7 +79,7 @@ def compile_set(
     check_targets(builder, architectures, sorted({*types.values(), "float32"}))
     bounds = sizes(manifest.dimensions, manifest.defaults, max_images, max_steps)
     say("checking the set's files")
-    engines.verify(source, manifest)
+    opened.verify(source, manifest)
     jobs = []
     for spec in manifest.engines:
         graph = graphs.read(source / spec.graph, spec.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -340,3 +341,77 @@ def test_a_reader_that_goes_is_no_error(alpha_set: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 141
+
+
+def test_files_of_prompts_as_windows_writes_them(
+    alpha_set: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a byte order mark, at the seam of two such files too; from a pipe the same."""
+    marked = "\ufeffa cow\r\n\ufeffa dog\r\n".encode()
+    (tmp_path / "prompts.txt").write_bytes(marked)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(marked)))
+    common = ["generate", "--engines", str(alpha_set), "--steps", "1", "--seed", "3", "--json"]
+    for name in (str(tmp_path / "prompts.txt"), "-"):
+        assert main([*common, "--prompts", name, "-o", str(tmp_path / "p.png")]) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [line["prompt"] for line in lines] == ["a cow", "a dog"]
+        assert [line["warnings"] for line in lines] == [[], []]
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "-"])
+def test_prompts_in_another_encoding_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As PowerShell's `>` writes them."""
+    written = "a cow\r\n".encode("utf-16")
+    (tmp_path / "prompts.txt").write_bytes(written)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(written)))
+    assert main(["generate", "--engines", "e", "--prompts", name]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {name}: cannot be read as prompts: ")
+    assert "expected text in UTF-8, found UTF-16\nhint: save the file as UTF-8" in error
+
+
+def test_a_prompt_that_is_cut_is_a_line_on_stderr(
+    alpha_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "a photo of a wooden bridge over a river " * 12
+    command = ["generate", long, "--engines", str(alpha_set), "--steps", "1", "--seed", "1"]
+    assert main([*command, "-o", str(tmp_path / "a.png"), "--json"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    starts = [f"warning: prompt 0: truncated: {name} reads" for name in ("the MLLM", "CLIP", "T5")]
+    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
+    warnings = json.loads(captured.out)["warnings"]
+    assert [f"warning: {text}" for text in warnings] == lines
+
+
+def test_a_picture_that_would_be_black_is_an_error(
+    alpha_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", "a cow", "--engines", str(alpha_set), "-o", str(tmp_path / "a.png")]
+    assert main([*command, "--controlnet-conditioning-scale", "3e38"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("error: stage `denoise`: latents are not finite: 1024 of 1024")
+    assert lines[1] == "hint: controlnet_conditioning_scale=3e+38: use a value like the default"
+    assert len(lines) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_of_the_mllm_with_its_tokens_given_are_said(
+    alpha_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = str(tmp_path / "t.safetensors")
+    few = ["--engines", str(alpha_set), "--steps", "1", "--json", "-o", str(tmp_path / "a.png")]
+    assert main(["generate", "a cow", *few, "--cfg-weight", "2", "--save-tokens", tokens]) == 0
+    assert main(["generate", "--tokens", tokens, *few]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["generate", "--tokens", tokens, *few, "--cfg-weight", "5"]) == 0
+    captured = capsys.readouterr()
+    said = "--cfg-weight has no effect: --tokens brings what the MLLM made"
+    assert captured.err == f"warning: {said}\n"
+    assert json.loads(captured.out)["warnings"] == [said]

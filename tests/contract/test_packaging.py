@@ -155,11 +155,14 @@ def test_public_names_are_frozen() -> None:
         "BudgetError",
         "EngineSetError",
         "Generator",
+        "GeneratorStateError",
         "IntegrityError",
+        "NumericsError",
         "RequestError",
         "RequestTypeError",
         "Result",
         "StageInputError",
+        "TextFileError",
         "__version__",
     ]
     assert bifrost_rt.__version__ == metadata.version("bifrost-rt")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bifrost_rt import manifest
+from bifrost_rt import EngineSetError, inspect, manifest
 from bifrost_rt.text import Tokenizers, strip_lead_in
 from tests.conftest import ALPHA, Case
 
@@ -59,3 +61,25 @@ def test_a_long_prompt_is_cut_before_the_postfix(tokenizers: Tokenizers) -> None
 def test_special_tokens_are_special_in_templates_only(tokenizers: Tokenizers) -> None:
     assert tokenizers.mllm_raw("<|image_pad|>") == [612]
     assert 612 not in tokenizers.mllm_prompt("<|image_pad|>")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_set(alpha_set: Path, tmp_path: Path) -> None:
+    """In the manifest, the tokenizers and the report alike."""
+    folder = Path(shutil.copytree(alpha_set, tmp_path / "set"))
+    facts = manifest.read(alpha_set)
+    names = [part.tokenizer for part in (facts.text.mllm, facts.text.clip, facts.text.t5)]
+    for name in (manifest.FILENAME, inspect.REPORT, *names):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    assert manifest.read(folder) == facts
+    marked, plain = Tokenizers(folder, facts.text), Tokenizers(alpha_set, facts.text)
+    for text in ("a red circle", "café 猫"):
+        assert marked.mllm_prompt(text) == plain.mllm_prompt(text)
+        assert np.array_equal(marked.clip([text]), plain.clip([text]))
+        assert np.array_equal(marked.t5([text]), plain.t5([text]))
+    unlisted = dataclasses.replace(facts, files={})
+    assert inspect.precision(folder, unlisted) == inspect.precision(alpha_set, facts)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(alpha_set: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineSetError, match=r"mllm\.json: cannot be read: No such file"):
+        Tokenizers(tmp_path, manifest.read(alpha_set).text)

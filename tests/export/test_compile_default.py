@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from bifrost_rt import engines, manifest
+from bifrost_rt import manifest, opened
 from bifrost_rt.manifest import Manifest
 from export import build
 from export.compile import __main__ as command
@@ -108,7 +108,7 @@ def test_all_seven_engines_are_there_for_all_targets(compiled: Compiled) -> None
         assert spec.files == (f"{spec.name}.engine",)
         assert spec.inputs == source.engine(spec.name).inputs
         assert spec.outputs == source.engine(spec.name).outputs
-    engines.verify(compiled.folder, facts)
+    opened.verify(compiled.folder, facts)
 
 
 def test_the_set_that_they_are_compiled_from_is_untouched(compiled: Compiled) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bifrost_rt import Generator, engines, manifest
+from bifrost_rt import Generator, manifest, opened
 from bifrost_rt.errors import BifrostError
 from export.build import build
 from export.recipe import Recipe
@@ -112,7 +112,7 @@ def test_killed_once(checkpoint: Path, tmp_path: Path) -> None:
     assert "building vae_decode" in said
     assert (output / "text_prefill.data").stat().st_ino == first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
-    engines.verify(output, manifest.read(output))
+    opened.verify(output, manifest.read(output))
 
     said.clear()  # the longest prompt concerns the engines that read it
     build(replace(recipe(checkpoint, output), mllm_max_length=60), said.append)

@@ -110,6 +110,8 @@ def test_the_document_of_the_api_can_be_read(server: Server) -> None:
         (["--host", "example"], "is reached by other machines"),
         (["--token-file", "nowhere"], "cannot be read as a token"),
         (["--token-file", "short"], "the token has 3 characters"),
+        (["--token-file", "utf16"], "cannot be read as a token: utf16: expected text in UTF-8"),
+        (["--token-file", "umlaut"], "cannot be read as a token: it is not ASCII"),
         (["--max-batch", "0"], "--max-batch cannot be 0"),
         (["--preview-every", "-1"], "--preview-every cannot be -1"),
         (["--grace", "-1"], "cannot be negative"),
@@ -135,6 +137,8 @@ def test_a_server_that_is_not_started(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("short").write_text("abc\n")
+    Path("utf16").write_text("correct-horse-battery", encoding="utf-16")
+    Path("umlaut").write_text("correct-horse-bättery", encoding="utf-8")
     given = [] if "--port" in options else ["--port", "0"]
     assert main(["serve", *given, *options]) == 1
     assert message in capsys.readouterr().err

@@ -122,6 +122,21 @@ def test_a_client_that_hangs_up_cancels(scaled: Scaled) -> None:
 def test_refusals_are_the_same(scaled: Scaled) -> None:
     assert scaled.draw(n=99).status_code == 400
     assert scaled.client.get("/v1/jobs/none").status_code == 404
+    spoiled = scaled.draw(cfg_weight=3e38)
+    assert spoiled.status_code == 500
+    assert spoiled.json()["error"]["code"] == "not_finite"
+    assert spoiled.json()["error"]["message"].startswith("stage `visual_decode`: tokens reach")
+    assert "Traceback" not in spoiled.text
+
+
+def test_warnings_come_through(scaled: Scaled) -> None:
+    warnings = scaled.draw(prompt="a wooden bridge over a river " * 20).json()["warnings"]
+    assert [text[:28] for text in warnings] == ["prompt 0: truncated: the MLLM"[:28]] + [
+        f"prompt 0: truncated: {name} reads"[:28] for name in ("CLIP", "T5")
+    ]
+
+
+def test_the_door_answers_to_its_names_alone(scaled: Scaled) -> None:
     assert scaled.client.get("/", headers={"Host": "evil.example"}).status_code == 403
     assert scaled.draw(size="1024x1024").json()["error"]["param"] == "size"
 

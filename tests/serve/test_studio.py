@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bifrost_rt import BudgetError, Generator, request
+from bifrost_rt import BudgetError, EngineSetError, Generator, NumericsError, request
 from bifrost_rt.pipeline import Output
 from bifrost_rt.serve.jobs import Job
 from bifrost_rt.serve.metrics import Metrics
@@ -172,6 +172,41 @@ def test_what_does_not_fit_together_is_drawn_alone(
     assert finished(*jobs) == ["done", "done", "done", "failed"]
     assert jobs[3].failure is not None
     assert (jobs[3].failure.status, jobs[3].failure.message) == (400, "too large")
+
+
+def test_one_whose_values_overflow_takes_no_other_with_it(
+    studio: Studio, painter: Watched, job: Callable[..., Job], caplog: pytest.LogCaptureFixture
+) -> None:
+    def overflow(asked: request.Request) -> Exception | None:
+        bad = "bad" in asked.prompts
+        return NumericsError("stage `t5_text`: prompt_embeds are not finite") if bad else None
+
+    painter.raises = overflow
+    first, jobs = job("first"), [job("good"), job("bad"), job("fine")]
+    for one in (first, *jobs):
+        studio.submit(one)
+    painter.go.set()
+    assert finished(first, *jobs) == ["done", "done", "failed", "done"]
+    failure = jobs[1].failure
+    assert failure is not None
+    assert (failure.status, failure.code) == (500, "not_finite")
+    assert failure.message.startswith("stage `t5_text`")
+    assert "prompt_embeds are not finite" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_a_set_that_changed_is_said_to_the_client_and_the_log(
+    studio: Studio, painter: Watched, job: Callable[..., Job], caplog: pytest.LogCaptureFixture
+) -> None:
+    painter.raises = lambda _: EngineSetError("denoise.data: the set changed after it was opened")
+    one = job()
+    studio.submit(one)
+    painter.go.set()
+    assert finished(one) == ["failed"]
+    assert one.failure is not None
+    assert (one.failure.status, one.failure.code) == (500, None)
+    assert "the set changed" in one.failure.message
+    assert "the set changed" in caplog.text
 
 
 def test_an_accident_fails_one_batch_and_says_nothing_of_itself(

@@ -125,7 +125,7 @@ async function finish(state, job) {
   blobs.set(entry, pictures);
   remember(entry);
   show(entry);
-  say(`Drawn in ${job.seconds.total.toFixed(2)} s.`);
+  say([`Drawn in ${job.seconds.total.toFixed(2)} s.`, ...job.warnings].join(" "));
 }
 
 async function thumbnail(blob) {

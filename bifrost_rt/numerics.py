@@ -1,0 +1,105 @@
+"""Values that are not finite, found between two stages: never inside a loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bifrost_rt.backends.base import Buffer
+from bifrost_rt.errors import NumericsError
+from bifrost_rt.manifest import Manifest
+from bifrost_rt.request import Request
+
+# Every stage has norms, which add up squares: beyond this, a hundred million of them overflow.
+LARGEST = math.sqrt(float(np.finfo(np.float32).max) / 1e8)
+# Far beyond what a model was trained with, far below where a small excess would be the cause.
+HUGE = 1000.0
+
+
+def problem(array: NDArray[Any], rows: str) -> str | None:
+    """What is wrong with an array, or None where its values are finite and norms can take them.
+
+    Args:
+        rows: what the first axis counts, in the singular.
+    """
+    with np.errstate(invalid="ignore"):  # NaN compares as false
+        if array.min() >= -LARGEST and array.max() <= LARGEST:
+            return None
+        wrong = ~(np.abs(array) <= LARGEST)
+    count = int(wrong.sum())
+    places = [str(i) for i in range(len(array)) if wrong[i].any()]
+    shown = ", ".join(places[:4]) + (" …" if len(places) > 4 else "")
+    where = f"{rows}{'s' if len(places) > 1 else ''} {shown}"
+    if np.isfinite(array).all():
+        return f"reach {np.abs(array).max():.2g}, so that norms overflow ({where})"
+    return f"are not finite: {count} of {array.size} values ({where})"
+
+
+class Checks:
+    """The checks of one run.
+
+    Args:
+        download: gives the host's copy of a buffer.
+        replaced: whether a callback may have put values of its own in.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        request: Request,
+        download: Callable[[Buffer], NDArray[Any]],
+        replaced: bool,
+    ) -> None:
+        self._manifest, self._request = manifest, request
+        self._download, self._replaced = download, replaced
+
+    def finite(
+        self,
+        stage: str,
+        name: str,
+        array: NDArray[Any],
+        rows: str,
+        earlier: Mapping[str, Buffer] | None = None,
+    ) -> None:
+        """Check the values that a stage has left.
+
+        Args:
+            earlier: what the stage was given and nobody has looked at, in the order of its making;
+                looked at only to name where the fault began.
+
+        Raises:
+            NumericsError: one is not finite, or so large that the next stage makes it so.
+        """
+        if (found := problem(array, rows)) is None:
+            return
+        first = next(
+            (
+                given
+                for given, buffer in (earlier or {}).items()
+                if np.issubdtype(buffer.dtype, np.floating)
+                and not np.isfinite(self._download(buffer)).all()
+            ),
+            None,
+        )
+        cause = f"; `{first}`, which the stage was given, is not finite" if first else ""
+        raise NumericsError(f"stage `{stage}`: {name} {found}{cause}", hint=self._hint(stage))
+
+    def _hint(self, stage: str) -> str:
+        request = self._request
+        names = ("cfg_weight", "controlnet_conditioning_scale", "guidance_scale")
+        huge = [f"{n}={getattr(request, n):g}" for n in names if abs(getattr(request, n)) > HUGE]
+        if huge:
+            return f"{' and '.join(huge)}: use a value like the default"
+        compute = self._manifest.engine(stage).precision.compute
+        if compute == "float16":
+            return (
+                f"`{stage}` computes in float16, whose largest number is 65504: build the set with "
+                "--precision bf16"
+            )
+        if self._replaced:
+            return "a value that callback_on_step_end returned may be too large"
+        return "`bifrost-rt verify DIR` tells whether this machine computes what the builder did"
