@@ -6,6 +6,7 @@
     ├── BackendError            a driver that is unavailable or failed; says why
     ├── BudgetError             a memory budget that one stage exceeds by itself
     ├── StageInputError         a tensor at the door of an engine: name, dtype or shape
+    ├── TextFileError           a text file that is not UTF-8 (also a ValueError)
     └── RequestError            arguments of a request (also a ValueError)
         └── RequestTypeError    … of the wrong type (also a TypeError)
 
@@ -50,6 +51,10 @@ class BudgetError(BifrostError):
 
 class StageInputError(BifrostError):
     """A tensor handed to an engine has a wrong name, dtype or shape."""
+
+
+class TextFileError(BifrostError, ValueError):
+    """A text file whose bytes are not UTF-8."""
 
 
 class RequestError(BifrostError, ValueError):

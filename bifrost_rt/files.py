@@ -1,13 +1,62 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all; text files are UTF-8, with or without a byte order mark."""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from bifrost_rt.errors import RequestError
+from bifrost_rt.errors import RequestError, TextFileError
+
+OTHER_MARKS = {  # the longer marks first: UTF-32's begins with UTF-16's
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 text file; skip a byte order mark.
+
+    Raises:
+        OSError: the file cannot be read.
+        TextFileError: the bytes are not UTF-8.
+    """
+    return decode_text(Path(path).read_bytes(), path)
+
+
+def decode_text(content: bytes, source: str | Path) -> str:
+    """Decode UTF-8 with or without a byte order mark.
+
+    Args:
+        source: where the bytes come from, to name in an error.
+
+    Raises:
+        TextFileError: the bytes are not UTF-8.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        for mark, encoding in OTHER_MARKS.items():
+            if content.startswith(mark):
+                raise TextFileError(
+                    f"{source}: expected text in UTF-8, found {encoding}",
+                    hint="save the file as UTF-8; PowerShell: `... | Out-File -Encoding utf8 FILE`",
+                ) from error
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        raise TextFileError(
+            f"{source}, line {line}: expected text in UTF-8, found byte 0x{byte:02x}",
+            hint="save the file as UTF-8",
+        ) from error
+    if "\0" in text:  # ASCII in UTF-16 without a mark decodes
+        raise TextFileError(
+            f"{source}: expected text in UTF-8, found NUL characters (UTF-16 or binary data?)",
+            hint="save the file as UTF-8",
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 @contextlib.contextmanager
