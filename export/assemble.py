@@ -78,7 +78,9 @@ def facts(checkpoint: Checkpoint) -> ModelFacts:
             "transformer.pooled_projection_dim",
             transformer.pooled_projection_dim,
         ),
-        ("transformer.patch_size", transformer.patch_size, "1", 1),
+        ("transformer.patch_size", transformer.patch_size, "the engines'", 1),
+        ("controlnet.patch_size", controlnet.patch_size, "the engines'", 1),
+        ("vae.out_channels", vae.out_channels, "an image's", 3),
     )
     for name, value, other, wanted in pairs:
         if value != wanted:

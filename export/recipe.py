@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bifrost_rt import strict
+from bifrost_rt import files, strict
+from bifrost_rt.errors import TextFileError
 from export.errors import RecipeError
 
 COMPILED = ("tensorrt-rtx", "tensorrt")
@@ -127,10 +128,12 @@ def read(path: Path, overrides: dict[str, object]) -> Recipe:
             nearest known one.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(files.read_text(path))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except TextFileError as error:
+        raise RecipeError(error.message, hint=error.hint) from None
+    except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: not TOML: {error}") from None
     for key in PATHS:
         if isinstance(data.get(key), str):

@@ -198,7 +198,7 @@ def test_an_unsupported_variant(folder: Path, key: str, value: object) -> None:
         ("bifrost/flux_controlnet/config.json", {"num_mode": 3}, "num_mode = 3"),
         ("bifrost/flux_controlnet/config.json", {"input_cond_dim": 32}, "latents of width 32"),
         ("flux/scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas"),
-        ("flux/scheduler/scheduler_config.json", {"_class_name": "DDIM"}, "DDIM is not supported"),
+        ("flux/scheduler/scheduler_config.json", {"_class_name": "DDIM"}, "_class_name is 'DDIM', expected FlowMatch"),
         ("flux/vae/config.json", {"latent_channels": 8}, "wrong shape"),
     ],
 )
