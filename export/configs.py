@@ -188,9 +188,10 @@ class Config:
         """
         value = self.values.get(key, supported[0])
         if not any(value == one for one in supported):
-            known = " and ".join(show(one) for one in supported)
+            known = [one for one in supported if one is not None] or [None]
             raise CheckpointError(
-                f"{self.path}: {self.name(key)} = {show(value)} is not supported, only {known}"
+                f"{self.path}: {self.name(key)} = {show(value)} is not supported, only "
+                + " and ".join(show(one) for one in known)
             )
 
     def table(self, key: str) -> Config | None:
@@ -262,12 +263,14 @@ def read_text(path: Path) -> str:
     except OSError as error:
         if found := foreign.file(path):
             raise CheckpointError(
-                f"{path}: cannot be read: {found.what}", hint=found.hint
+                f"{path}: cannot be read: it is {found.what}", hint=found.hint
             ) from None
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror}", hint=foreign.INCOMPLETE
+        ) from None
     except TextFileError as error:
         if found := foreign.file(path):
-            raise CheckpointError(f"{path}: {found.what}", hint=found.hint) from None
+            raise CheckpointError(f"{path}: it is {found.what}", hint=found.hint) from None
         raise CheckpointError(error.message, hint=error.hint) from None
     return text
 

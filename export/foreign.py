@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 HEAD = 1024  # bytes that tell what a file is
 DOWNLOAD = "download it again, for example with `hf download`"
+INCOMPLETE = "the folder is not complete: copy or download it again"
 CONVERT = (
     "convert it to safetensors first, for example with "
     "`save_pretrained(..., safe_serialization=True)`; pickles are not opened here"
@@ -123,7 +124,7 @@ def _absent(path: Path, name: str) -> Foreign:
     last = "/".join(Path(text).parts[-2:])
     if _HUB_ID.fullmatch(last) and not path.parent.exists():
         return Foreign(
-            "no folder here",
+            "no such folder",
             f"if {last} is a model of the Hugging Face hub, download it first, since nothing is "
             f"fetched: `hf download {last} --local-dir FOLDER`; then give that folder as --{name}",
         )

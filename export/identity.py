@@ -114,7 +114,10 @@ PIPELINE = Part(
         "scheduler": SCHEDULER.stated["_class_name"],
     },
 )
-PARTS = (MLLM, BIFROST, CONTROLNET, TRANSFORMER, VAE, CLIP, T5, SCHEDULER)
+PARTS = (
+    *(MLLM, BIFROST, CONTROLNET, TRANSFORMER, VAE, CLIP, T5, SCHEDULER),
+    *(MLLM_TOKENIZER, CLIP_TOKENIZER, T5_TOKENIZER),
+)
 
 
 def check(config: Config, part: Part) -> Config:

@@ -84,7 +84,7 @@ def _candidates(folder: Path, stem: str) -> dict[str, _Candidate]:
         "old shard": re.compile(rf"{name}-{number}{variant}\.safetensors"),
     }
     found: dict[str, _Candidate] = {}
-    for file in sorted(os.listdir(folder)):
+    for file in sorted(_names(folder)):
         for what, pattern in patterns.items():
             if match := pattern.fullmatch(file):
                 candidate = found.setdefault(match["variant"] or "", _Candidate())
@@ -97,6 +97,13 @@ def _candidates(folder: Path, stem: str) -> dict[str, _Candidate]:
                     candidate.shards.setdefault(n, {})[i] = folder / file
                 break
     return found
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}") from None
 
 
 def _files(folder: Path, found: _Candidate) -> WeightFiles:
@@ -116,7 +123,8 @@ def _files(folder: Path, found: _Candidate) -> WeightFiles:
             hint="remove those that are not of the trained model",
         )
     ((number, shards),) = found.shards.items()
-    if missing := sorted(set(range(1, number + 1)) - shards.keys()):
+    first = 0 if 0 in shards else 1
+    if missing := sorted(set(range(first, number + first)) - shards.keys()):
         raise CheckpointError(
             f"{folder}: shard {missing[0]} of {number} is missing beside "
             f"{min(shards.values()).name}",

@@ -132,7 +132,8 @@ def _entries(file: Path) -> dict[str, Entry]:
     except (SafetensorError, OSError) as error:
         found = foreign.file(file)
         raise CheckpointError(
-            f"{file}: not a complete safetensors file ({found.what if found else error})",
+            f"{file}: not a complete safetensors file: "
+            + (f"it is {found.what}" if found else str(error)),
             hint=found.hint if found else "copy or download it again",
         ) from None
 
@@ -231,6 +232,9 @@ def _wrapped(weights: Weights, key: str) -> str | None:
     for prefix, tool in WRAPPERS.items():
         if any(prefix in name and name.replace(prefix, "") == key for name in weights.entries):
             return f"its names hold {prefix!r}, which {tool} puts there: save the model without it"
+    packed = [key.removesuffix(".weight") + end for end in (".qweight", ".weight_packed")]
+    if any(name in weights.entries for name in packed):
+        return "it is there in 4 bit (AWQ, GPTQ): give the model before it was quantized"
     return None
 
 
