@@ -42,6 +42,18 @@ class Foreign(NamedTuple):
     hint: str
 
 
+ADAPTER = Foreign(
+    "a LoRA adapter without its base model",
+    "merge it into its base (`merge_and_unload()` of peft, `fuse_lora()` of diffusers) and save "
+    "the whole model",
+)
+_FLUX_FOLDER = (
+    "the flux folder is a diffusers pipeline with model_index.json and the folders "
+    f"{', '.join(PIPELINE_PARTS)}, tokenizer and tokenizer_2; "
+    "`hf download black-forest-labs/FLUX.1-dev` gets them"
+)
+
+
 def file(path: Path) -> Foreign | None:
     """What `path` is, if it cannot be a file of a checkpoint; None for anything else."""
     if path.is_symlink() and not path.exists():
@@ -70,8 +82,8 @@ def folder(path: Path, name: str) -> Foreign | None:
     if not path.exists():
         return _absent(path, name)
     if not path.is_dir():
-        hint = f"--{name} takes a folder"
-        return Foreign("a file, not a folder", hint + (_FLUX_HINT if name == "flux" else ""))
+        hint = _FLUX_FOLDER if name == "flux" else f"--{name} takes a folder"
+        return Foreign("a file, not a folder", hint)
     if (path / "snapshots").is_dir() and not (path / "config.json").exists():
         return Foreign(
             "a model's cache of the Hugging Face hub, not its files",
@@ -82,29 +94,17 @@ def folder(path: Path, name: str) -> Foreign | None:
     if _holds(path / name, name):
         return Foreign(f"the folder above: it holds {name}/", f"give {path / name}")
     if name == "flux":
+        if (path / "config.json").is_file():
+            return Foreign("one network's folder, not a pipeline's", _FLUX_FOLDER)
         single = sorted(f.name for pattern in _SINGLE_FILE for f in path.glob(pattern))
         if single:
-            return Foreign(f"a single file of FLUX ({single[0]}), not its folders", _FLUX_HINT[2:])
-        if (path / "config.json").is_file():
-            return Foreign("one network's folder, not a pipeline's", _FLUX_HINT[2:])
-        return Foreign("not a diffusers pipeline folder", _FLUX_HINT[2:])
+            return Foreign(f"a single file of FLUX ({single[0]}), not its folders", _FLUX_FOLDER)
+        return Foreign("not a diffusers pipeline folder", _FLUX_FOLDER)
     if _holds(path, "flux"):
         return Foreign("a diffusers pipeline folder", f"give it as --flux, not as --{name}")
     if (path / "adapter_config.json").exists():
-        return Foreign(*ADAPTER)
+        return ADAPTER
     return None
-
-
-ADAPTER = Foreign(
-    "a LoRA adapter without its base model",
-    "merge it into its base (`merge_and_unload()` of peft, `fuse_lora()` of diffusers) and save "
-    "the whole model",
-)
-_FLUX_HINT = (
-    ": the flux folder is a diffusers pipeline with model_index.json and the folders "
-    f"{', '.join(PIPELINE_PARTS)}, tokenizer and tokenizer_2; "
-    "`hf download black-forest-labs/FLUX.1-dev` gets them"
-)
 
 
 def _holds(path: Path, name: str) -> bool:

@@ -186,23 +186,25 @@ def fill(
     # tied parameters have two names and one key: both get the one tensor that is read
     parameters = dict(module.named_parameters(remove_duplicate=False))
     wanted = {**parameters, **dict(_persistent_buffers(module))}
-    absent: list[tuple[Weights, str]] = []
-    missing, misshapen = [], []
+    missing: dict[str, Weights] = {}
+    misshapen: dict[str, Weights] = {}
     for name, parameter in wanted.items():
         weights, key = find(name)
+        expected = list(parameter.shape)
         if key not in weights:
-            absent.append((weights, key))
-            missing.append(f"{key} {list(parameter.shape)} in {weights.folder}")
-        elif weights.shape(key) != tuple(parameter.shape):
-            misshapen.append(
-                f"{key}: expected {list(parameter.shape)}, found {list(weights.shape(key))}"
-            )
+            missing[f"{key} {expected} in {weights.folder}"] = weights
+        elif (shape := list(weights.shape(key))) != expected:
+            misshapen[f"{key}: expected {expected}, found {shape}"] = weights
     if missing:
-        hint = _wrapped(*absent[0])
-        raise CheckpointError(f"{what}: missing tensors: {_listed(missing)}", hint=hint)
-    if misshapen:
+        first, weights = next(iter(missing.items()))
         raise CheckpointError(
-            f"{what}: tensors of a wrong shape: {_listed(misshapen)}",
+            f"{what}: missing tensors: {_listed(list(missing))}",
+            hint=_wrapped(weights, first.split(" ")[0]),
+        )
+    if misshapen:
+        folder = next(iter(misshapen.values())).folder
+        raise CheckpointError(
+            f"{what}: tensors of a wrong shape in {folder}: {_listed(list(misshapen))}",
             hint="the weights do not belong to the config.json beside them",
         )
     for name in wanted:

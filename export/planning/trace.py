@@ -65,7 +65,13 @@ def run_without_values(stage: Stage, sizes: Mapping[str, int]) -> Trace:
 def _called(stage: Stage, given: list[Tensor]) -> Any:
     try:
         return stage.module(*given)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # torch's, of shapes
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+    ) as error:  # torch's, of shapes
         raise CheckpointError(
             f"{stage.name}: its networks do not run: {str(error).strip().splitlines()[0]}",
             hint="a value in their config.json, which the shapes of the weights do not show, is "
