@@ -37,7 +37,8 @@ READ: dict[str, Callable[[Checkpoint], Any]] = {
     "bifrost/flux_controlnet/config.json": lambda c: _network(c.controlnet),
     "flux/transformer/config.json": lambda c: _network(c.transformer),
     "flux/vae/config.json": lambda c: (
-        _network(c.vae), c.vae.config.scaling_factor, c.vae.config.shift_factor,
+        _network(c.vae.decoder), str(c.vae.post_quant_conv),
+        c.vae.config.scaling_factor, c.vae.config.shift_factor,
     ),
     "flux/text_encoder/config.json": lambda c: (_network(c.clip), c.clip.config.eos_token_id),
     "flux/text_encoder_2/config.json": lambda c: _network(c.t5),
