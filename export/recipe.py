@@ -18,6 +18,7 @@ QUANTISED = ("int8", "fp8", "nvfp4", "int4")
 PRECISIONS = ("fp32", *SIXTEEN_BIT, *QUANTISED)
 METHODS = ("mse", "percentile", "max")
 SIZES = ("mllm_max_length", "t5_max_length", "max_images", "max_steps", "calibration_steps")
+LARGEST = 1 << 16  # of any size: tables grow with them
 PATHS = ("mllm", "bifrost", "flux", "output", "calibration_prompts", "statistics")
 
 
@@ -97,6 +98,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{name} must be at least 1, got {value}")
+            if value is not None and value > LARGEST:
+                raise RecipeError(f"{name} must be at most {LARGEST}, got {value}")
         if self.backend in COMPILED and self.max_images is None:
             raise RecipeError(
                 f"backend {self.backend!r} needs max_images: engines plan memory for their largest "
