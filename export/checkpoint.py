@@ -259,7 +259,7 @@ def _config(path: Path, part: Part) -> Config:
 
 
 def _clip(**keys: Any) -> CLIPTextModel:
-    config = CLIPTextConfig(**keys)
+    config = CLIPTextConfig(bos_token_id=None, pad_token_id=None, **keys)  # which it does not use
     config._attn_implementation = "sdpa"
     return CLIPTextModel(config)
 
