@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
+
+from bifrost_rt import schedules
 from bifrost_rt.manifest import ModelFacts
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError
@@ -78,7 +81,9 @@ def facts(checkpoint: Checkpoint) -> ModelFacts:
             "transformer.pooled_projection_dim",
             transformer.pooled_projection_dim,
         ),
-        ("transformer.patch_size", transformer.patch_size, "1", 1),
+        ("transformer.patch_size", transformer.patch_size, "the engines'", 1),
+        ("controlnet.patch_size", controlnet.patch_size, "the engines'", 1),
+        ("vae.out_channels", vae.out_channels, "an image's", 3),
     )
     for name, value, other, wanted in pairs:
         if value != wanted:
@@ -86,6 +91,7 @@ def facts(checkpoint: Checkpoint) -> ModelFacts:
                 f"the networks do not fit together: {name} is {value}, {other} is {wanted}"
             )
     grid = math.isqrt(checkpoint.num_visual_tokens)
+    _check_schedule(checkpoint, 4 * grid * grid)
     pixels = 4 * grid * 2 ** (len(vae.block_out_channels) - 1)
     return ModelFacts(
         hidden_size=checkpoint.decoder.hidden_size,
@@ -96,6 +102,20 @@ def facts(checkpoint: Checkpoint) -> ModelFacts:
         image_width=pixels,
         guidance_embeds=bool(transformer.guidance_embeds or controlnet.guidance_embeds),
     )
+
+
+def _check_schedule(checkpoint: Checkpoint, image_tokens: int) -> None:
+    try:
+        levels = schedules.sigmas(8, image_tokens, checkpoint.scheduler)
+        fall = bool(np.all(np.diff(levels) < 0))
+    except OverflowError:
+        fall = False
+    if not fall:
+        raise CheckpointError(
+            f"{checkpoint.flux / 'scheduler' / 'scheduler_config.json'}: base_shift and max_shift "
+            f"give no noise levels for {image_tokens} image tokens",
+            hint="FLUX.1-dev has 0.5 and 1.15",
+        )
 
 
 def stages(

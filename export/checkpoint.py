@@ -11,10 +11,9 @@ configuration of the published training code).
 from __future__ import annotations
 
 import functools
-import inspect
-import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,31 +24,17 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from bifrost_rt.manifest import Scheduler
+from export import foreign, identity
+from export import network_configs as networks
+from export.configs import WIDTH, Config, Optional, Whole
 from export.errors import CheckpointError
+from export.identity import Part
 from export.model.controlnet import LatentControlNet
 from export.model.decoder import DecoderConfig
 from export.model.text_branch import TextBranch
 from export.model.visual_branch import VisualBranch, visual_key
 from export.weights import Weights, fill, refuse_unused
 
-# Keys of the bifrost folder's config.json that change the mathematics, with the one value that the
-# engines compute. A key that is absent has that value.
-SUPPORTED_VARIANT: dict[str, Any] = {
-    "add_vision_branch": True,
-    "add_vision_branch_reuse_layernorm": False,
-    "add_timestep_token": False,
-    "add_vision_gen_mask_token": False,
-    "add_vision_soi_eoi_tokens": False,
-    "add_vision_soi_token": False,
-    "mar_style_vision_branch": False,
-    "use_2d_query_tokens": False,
-    "use_clip_visual_encoder": True,
-    "use_discrete_visual_tokenizer": False,
-    "vae_scale_by_4": False,
-    "vision_denoising_type": "mar",
-    "vision_head_type": "linear",
-    "vision_pos_emb_type": "learnable_pos_emb",
-}
 # Left-overs of training that inference does not use.
 BIFROST_UNUSED = (
     "vision_language_model.visual.",
@@ -58,17 +43,14 @@ BIFROST_UNUSED = (
 )
 # Of the base model only what the training did not save is read.
 MLLM_UNUSED = ("model.", "visual.", "lm_head.")
-# Scheduler settings that change the sigmas in ways that `schedules.sigmas` does not compute.
-PLAIN_SCHEDULER: dict[str, Any] = {
-    "invert_sigmas": False,
-    "shift_terminal": None,
-    "stochastic_sampling": False,
-    "time_shift_type": "exponential",
-    "use_beta_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_karras_sigmas": False,
-}
 RELEASE_MAX_LENGTH = 300
+# Of the MLLM: what the published config says, and more than any prompt needs.
+PUBLISHED_POSITIONS, MOST_POSITIONS = 128_000, 1 << 20
+# Of a whole CLIP or T5, whose text encoder alone is read.
+CLIP_UNUSED = ("text_projection.", "vision_model.", "visual_projection.", "logit_scale")
+T5_UNUSED = ("decoder.", "lm_head.")
+# diffusers' own name for weights, and the one that a ControlNet saved by hand has.
+DIFFUSERS_STEMS = ("diffusion_pytorch_model", "model")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -87,13 +69,19 @@ class Checkpoint:
     def __init__(self, mllm: Path, bifrost: Path, flux: Path, *, read: bool = True) -> None:
         self._fill = functools.partial(fill, read=read)
         self.mllm, self.bifrost, self.flux = mllm, bifrost, flux
-        self.bifrost_config = read_json(bifrost / "config.json")
-        _refuse_variant(bifrost / "config.json", self.bifrost_config, SUPPORTED_VARIANT)
-        config = read_json(mllm / "config.json")
-        try:
-            self.decoder = DecoderConfig.from_dict(config)
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{mllm / 'config.json'}: {error}") from None
+        for name, folder in (("mllm", mllm), ("bifrost", bifrost), ("flux", flux)):
+            if found := foreign.folder(folder, name):
+                raise CheckpointError(f"{folder}: {found.what}", hint=found.hint)
+        self._bifrost_config = _config(bifrost / "config.json", identity.BIFROST)
+        for key, value in networks.SUPPORTED_VARIANT.items():
+            self._bifrost_config.only(key, value)
+        config = _config(mllm / "config.json", identity.MLLM)
+        self.decoder = DecoderConfig.read(config)
+        self._positions: int = config.over("text_config").get(
+            "max_position_embeddings", Whole(1, MOST_POSITIONS), PUBLISHED_POSITIONS
+        )
+        if os.path.lexists(flux / "model_index.json"):
+            _config(flux / "model_index.json", identity.PIPELINE)
         self.trained = Weights.open(bifrost, "model")
         self.base = Weights.open(mllm, "model")
         self._base_prefix = _base_prefix(self.base)
@@ -106,17 +94,20 @@ class Checkpoint:
     @property
     def max_seq_length(self) -> int:
         """Tokens of a chat prompt, as it was trained."""
-        return int(self.bifrost_config.get("max_seq_length", RELEASE_MAX_LENGTH))
+        length: int = self._bifrost_config.get(
+            "max_seq_length", Whole(1, self._positions), RELEASE_MAX_LENGTH
+        )
+        return length
 
     @cached_property
     def num_visual_tokens(self) -> int:
         """N; a square number, because the tokens are a square grid."""
-        n = self.trained.shape("learnable_pos_emb")[1]
+        n = self.trained.shape("learnable_pos_emb", rank=3)[1]
         if math.isqrt(n) ** 2 != n:
             raise CheckpointError(
                 f"{self.bifrost}: learnable_pos_emb has {n} places, expected a square number"
             )
-        stated = self.bifrost_config.get("num_visual_gen_tokens", n)
+        stated = self._bifrost_config.get("num_visual_gen_tokens", WIDTH, n)
         if stated != n:
             raise CheckpointError(
                 f"{self.bifrost / 'config.json'}: num_visual_gen_tokens is {stated}, but "
@@ -125,7 +116,17 @@ class Checkpoint:
         return n
 
     def text_branch(self, max_length: int) -> TextBranch:
-        """The text branch; a tensor that was not saved with the training is the base model's."""
+        """The text branch; a tensor that was not saved with the training is the base model's.
+
+        Raises:
+            CheckpointError: more tokens than the model has positions, or tensors that do not fit.
+        """
+        if max_length > self._positions:
+            raise CheckpointError(
+                f"{self.mllm / 'config.json'}: max_position_embeddings is {self._positions}, but "
+                f"prompts of {max_length} tokens were asked for",
+                hint="the release uses 300",
+            )
 
         def find(name: str) -> tuple[Weights, str]:
             key = f"vision_language_model.model.{name}"
@@ -133,13 +134,13 @@ class Checkpoint:
                 return self.trained, key
             return self.base, self._base_prefix + name
 
-        branch = _on_meta(lambda: TextBranch(self.decoder, max_length))
+        branch = _without_values(lambda: TextBranch(self.decoder, max_length))
         self._fill(branch, "text branch", find)
         return branch
 
     def visual_branch(self) -> VisualBranch:
         """The visual branch, with mask token, positions and head."""
-        branch = _on_meta(lambda: VisualBranch(self.decoder, self.num_visual_tokens))
+        branch = _without_values(lambda: VisualBranch(self.decoder, self.num_visual_tokens))
         self._fill(branch, "visual branch", lambda name: (self.trained, visual_key(name)))
         return branch
 
@@ -155,21 +156,21 @@ class Checkpoint:
     def controlnet(self) -> LatentControlNet:
         """The latent ControlNet."""
         folder = self.bifrost / "flux_controlnet"
-        config = read_json(folder / "config.json")
+        config = _config(folder / "config.json", identity.CONTROLNET)
         for key in ("num_mode", "conditioning_embedding_channels"):
-            if config.get(key) is not None:
-                raise CheckpointError(
-                    f"{folder / 'config.json'}: {key} = {config[key]!r} is not supported"
-                )
-        weights = Weights.open(folder, "diffusion_pytorch_model")
-        stated = config.get("input_cond_dim")
-        width = weights.shape("controlnet_x_embedder.weight")[1] if stated is None else int(stated)
+            config.only(key, None)
+        arguments = networks.flux(config)
+        weights = Weights.open(folder, *DIFFUSERS_STEMS)
+        width = config.get("input_cond_dim", Optional(WIDTH), None)
+        if width is None:
+            width = weights.shape("controlnet_x_embedder.weight", rank=2)[1]
         if width != self.decoder.hidden_size:
             raise CheckpointError(
                 f"{folder}: takes latents of width {width}, the MLLM gives "
                 f"{self.decoder.hidden_size}"
             )
-        net = _on_meta(lambda: LatentControlNet(width, **_known(LatentControlNet.__base__, config)))
+        arguments.pop("out_channels", None)
+        net = _on_meta(config, functools.partial(LatentControlNet, width), arguments)
         self._fill(net, "ControlNet", lambda name: (weights, name))
         refuse_unused(
             weights,
@@ -182,9 +183,10 @@ class Checkpoint:
     def transformer(self) -> FluxTransformer2DModel:
         """The FLUX transformer."""
         folder = self.flux / "transformer"
-        config = read_json(folder / "config.json")
-        weights = Weights.open(folder, "diffusion_pytorch_model")
-        net = _on_meta(lambda: FluxTransformer2DModel(**_known(FluxTransformer2DModel, config)))
+        config = _config(folder / "config.json", identity.TRANSFORMER)
+        arguments = networks.flux(config)
+        weights = Weights.open(folder, *DIFFUSERS_STEMS)
+        net = _on_meta(config, FluxTransformer2DModel, arguments)
         self._fill(net, "FLUX transformer", lambda name: (weights, name))
         refuse_unused(weights, "FLUX transformer")
         return net
@@ -193,9 +195,10 @@ class Checkpoint:
     def vae(self) -> AutoencoderKL:
         """The VAE's decoder; the encoder is not read."""
         folder = self.flux / "vae"
-        config = read_json(folder / "config.json")
-        weights = Weights.open(folder, "diffusion_pytorch_model")
-        vae = _on_meta(lambda: AutoencoderKL(**_known(AutoencoderKL, config)))
+        config = _config(folder / "config.json", identity.VAE)
+        arguments = networks.vae(config)
+        weights = Weights.open(folder, *DIFFUSERS_STEMS)
+        vae = _on_meta(config, AutoencoderKL, arguments)
         vae.encoder = vae.quant_conv = None
         self._fill(vae, "VAE decoder", lambda name: (weights, name))
         refuse_unused(weights, "VAE", ["encoder.", "quant_conv."])
@@ -205,10 +208,12 @@ class Checkpoint:
     def clip(self) -> CLIPTextModel:
         """CLIP's text encoder."""
         folder = self.flux / "text_encoder"
-        config = CLIPTextConfig(**read_json(folder / "config.json"))
-        config._attn_implementation = "sdpa"
+        whole = _config(folder / "config.json", identity.CLIP)
+        # as `CLIPModel` writes it: its text encoder is a table of its own
+        config = whole.table("text_config") or whole
+        arguments = config.among(networks.CLIP)
         weights = Weights.open(folder, "model")
-        net = _on_meta(lambda: CLIPTextModel(config))
+        net = _on_meta(config, _clip, arguments)
         prefix = "text_model." if any(n.startswith("text_model.") for n in weights.entries) else ""
         own = any(n.startswith("text_model.") for n, _ in net.named_parameters())
         self._fill(
@@ -216,77 +221,47 @@ class Checkpoint:
             "CLIP text encoder",
             lambda name: (weights, name if own or not prefix else prefix + name),
         )
-        # a constant that old versions saved, and the projection that FLUX does not use
+        # a constant that old versions saved, and what FLUX does not use
         refuse_unused(
-            weights, "CLIP text encoder", [f"{prefix}embeddings.position_ids", "text_projection."]
+            weights, "CLIP text encoder", [f"{prefix}embeddings.position_ids", *CLIP_UNUSED]
         )
+        positions = net.config.max_position_embeddings
         for module in net.modules():
             if "position_ids" in module._buffers:
-                module._buffers["position_ids"] = torch.arange(config.max_position_embeddings)[None]
+                module._buffers["position_ids"] = torch.arange(positions)[None]
         return net
 
     @cached_property
     def t5(self) -> T5EncoderModel:
         """T5's encoder."""
         folder = self.flux / "text_encoder_2"
-        config = T5Config(**read_json(folder / "config.json"))
+        config = _config(folder / "config.json", identity.T5)
+        arguments = config.among(networks.T5)
         weights = Weights.open(folder, "model")
-        net = _on_meta(lambda: T5EncoderModel(config))
+        net = _on_meta(config, lambda **keys: T5EncoderModel(T5Config(**keys)), arguments)
         # one tensor under two names; checkpoints hold either or both
         names = ("shared.weight", "encoder.embed_tokens.weight")
         saved = next((n for n in names if n in weights), names[0])
         self._fill(net, "T5 encoder", lambda name: (weights, saved if name in names else name))
-        refuse_unused(weights, "T5 encoder", names)
+        refuse_unused(weights, "T5 encoder", [*names, *T5_UNUSED])
         return net
 
     @cached_property
     def scheduler(self) -> Scheduler:
         """The noise schedule."""
-        path = self.flux / "scheduler" / "scheduler_config.json"
-        config = read_json(path)
-        name = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
-        if name != "FlowMatchEulerDiscreteScheduler":
-            raise CheckpointError(f"{path}: {name} is not supported, only FlowMatchEulerDiscrete")
-        _refuse_variant(path, config, PLAIN_SCHEDULER)
-        return Scheduler(
-            num_train_timesteps=int(config.get("num_train_timesteps", 1000)),
-            use_dynamic_shifting=bool(config.get("use_dynamic_shifting", False)),
-            shift=float(config.get("shift", 1.0)),
-            base_shift=float(config.get("base_shift", 0.5)),
-            max_shift=float(config.get("max_shift", 1.15)),
-            base_image_seq_len=int(config.get("base_image_seq_len", 256)),
-            max_image_seq_len=int(config.get("max_image_seq_len", 4096)),
-        )
+        config = _config(self.flux / "scheduler" / "scheduler_config.json", identity.SCHEDULER)
+        return networks.scheduler(config)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A config file.
-
-    Raises:
-        CheckpointError: missing, or not a JSON object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return data
+def _config(path: Path, part: Part) -> Config:
+    """Read a config file that must be that of `part`."""
+    return identity.check(Config.read(path), part)
 
 
-def _refuse_variant(path: Path, config: dict[str, Any], supported: dict[str, Any]) -> None:
-    for key, value in supported.items():
-        if config.get(key, value) != value:
-            raise CheckpointError(
-                f"{path}: {key} = {config[key]!r} is not supported, only {value!r}"
-            )
-
-
-def _known(cls: type, config: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a diffusers config that `cls` takes; others are of other versions."""
-    return {k: v for k, v in config.items() if k in inspect.signature(cls).parameters}
+def _clip(**keys: Any) -> CLIPTextModel:
+    config = CLIPTextConfig(bos_token_id=None, pad_token_id=None, **keys)  # which it does not use
+    config._attn_implementation = "sdpa"
+    return CLIPTextModel(config)
 
 
 def _base_prefix(weights: Weights) -> str:
@@ -308,7 +283,17 @@ def _unused_text_parameters(config: DecoderConfig) -> list[str]:
     return [f"{model}norm.", *(last + part for part in parts)]
 
 
-def _on_meta(build: Callable[[], M]) -> M:
+def _without_values(build: Callable[[], M]) -> M:
     """Build a network without memory for its weights."""
     with torch.device("meta"):
         return build()
+
+
+def _on_meta(config: Config, network: Callable[..., M], arguments: Mapping[str, Any]) -> M:
+    """Build a network of a config's values, without memory for its weights.
+
+    Raises:
+        CheckpointError: its library refuses them.
+    """
+    with torch.device("meta"):
+        return config.make("network", network, arguments)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bifrost_rt import strict
+from bifrost_rt import files, strict
+from bifrost_rt.errors import TextFileError
 from export.errors import RecipeError
 
 COMPILED = ("tensorrt-rtx", "tensorrt")
@@ -17,6 +18,7 @@ QUANTISED = ("int8", "fp8", "nvfp4", "int4")
 PRECISIONS = ("fp32", *SIXTEEN_BIT, *QUANTISED)
 METHODS = ("mse", "percentile", "max")
 SIZES = ("mllm_max_length", "t5_max_length", "max_images", "max_steps", "calibration_steps")
+LARGEST = 1 << 16  # of any size: tables grow with them
 PATHS = ("mllm", "bifrost", "flux", "output", "calibration_prompts", "statistics")
 
 
@@ -96,6 +98,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{name} must be at least 1, got {value}")
+            if value is not None and value > LARGEST:
+                raise RecipeError(f"{name} must be at most {LARGEST}, got {value}")
         if self.backend in COMPILED and self.max_images is None:
             raise RecipeError(
                 f"backend {self.backend!r} needs max_images: engines plan memory for their largest "
@@ -127,10 +131,12 @@ def read(path: Path, overrides: dict[str, object]) -> Recipe:
             nearest known one.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(files.read_text(path))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except TextFileError as error:
+        raise RecipeError(error.message, hint=error.hint) from None
+    except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: not TOML: {error}") from None
     for key in PATHS:
         if isinstance(data.get(key), str):

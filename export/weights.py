@@ -3,7 +3,6 @@ what is missing, damaged or left over is named."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -13,14 +12,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from export import sources
+from export import foreign, sources, weight_files
 from export.errors import CheckpointError
 from export.sources import Source
+from export.weight_files import WeightFiles
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# What other tools leave in a checkpoint folder. Not read: pickles can run code when they are
-# opened, and FSDP shards are training state.
-FOREIGN = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.gguf", "pytorch_model_fsdp*")
+# In the names of tensors of a model that was saved with its adapters beside the weights.
+UNMERGED = (".base_layer.", ".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora_magnitude_")
+# What tools put in front of every name of a model that they hold.
+WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DistributedDataParallel or DeepSpeed",
+    "base_model.model.": "peft",
+    "_fsdp_wrapped_module.": "FSDP",
+}
 BLOCK = 1 << 22  # elements: a check of a whole embedding would take as much memory again
 
 
@@ -43,42 +49,40 @@ class Weights:
     used: set[str] = field(default_factory=set)
 
     @classmethod
-    def open(cls, folder: Path, stem: str) -> Weights:
-        """Open `{stem}.safetensors`, or the shards of `{stem}.safetensors.index.json`.
+    def open(cls, folder: Path, *stems: str) -> Weights:
+        """Open the model of a folder, by the first of `stems` that it has files of.
 
         Raises:
-            CheckpointError: neither or both are there, a shard is missing or truncated, or the
-                index and the shards disagree.
+            CheckpointError: it holds none or several, a file is missing, damaged or no weights,
+                the index and the shards disagree, or adapters were not merged.
         """
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder")
-        foreign = tuple(sorted({p.name for pattern in FOREIGN for p in folder.glob(pattern)}))
-        single = folder / f"{stem}.safetensors"
-        index = folder / f"{stem}.safetensors.index.json"
-        if single.exists() and index.exists():
-            raise CheckpointError(
-                f"{folder}: holds both {single.name} and {index.name}",
-                hint="remove the one that is not the trained model",
-            )
-        if single.exists():
-            return cls(folder, _entries(single), foreign)
-        if not index.exists():
-            found = ", ".join(foreign) or "nothing of the kind"
-            raise CheckpointError(
-                f"{folder}: expected {single.name} or {index.name}, found {found}",
-                hint="convert other formats to safetensors first, for example with "
-                "`save_pretrained(..., safe_serialization=True)`; pickles are not opened here",
-            )
-        return cls(folder, _sharded(folder, index), foreign)
+        found = weight_files.find(folder, stems)
+        entries = _all_entries(found)
+        _refuse_unmerged(folder, entries)
+        return cls(folder, entries, weight_files.ignored(folder))
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
+    def shape(self, name: str, rank: int | None = None) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it.
+
+        Raises:
+            CheckpointError: there is none, or it has not `rank` dimensions.
+        """
         if name not in self.entries:
-            raise CheckpointError(f"{self.folder}: missing tensor {name}")
-        return self.entries[name].shape
+            raise CheckpointError(
+                f"{self.folder}: missing tensor {name}", hint=_wrapped(self, name)
+            )
+        shape = self.entries[name].shape
+        if rank is not None and len(shape) != rank:
+            raise CheckpointError(
+                f"{self.folder}: tensor {name} has the shape {list(shape)}, expected {rank} "
+                "dimensions"
+            )
+        return shape
 
     def source(self, name: str) -> Source:
         """One tensor, in its file's dtype, read when it is asked for.
@@ -126,35 +130,39 @@ def _entries(file: Path) -> dict[str, Entry]:
                 name: Entry(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()
             }
     except (SafetensorError, OSError) as error:
+        found = foreign.file(file)
         raise CheckpointError(
-            f"{file}: not a complete safetensors file ({error})", hint="copy or download it again"
+            f"{file}: not a complete safetensors file: "
+            + (f"it is {found.what}" if found else str(error)),
+            hint=found.hint if found else "copy or download it again",
         ) from None
 
 
-def _sharded(folder: Path, index: Path) -> dict[str, Entry]:
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index}: not a safetensors index ({error!r})") from None
+def _all_entries(found: WeightFiles) -> dict[str, Entry]:
+    """The tensors of all files. An index may list fewer than its shards hold."""
     entries: dict[str, Entry] = {}
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index}: names a file outside its folder: {shard!r}")
-        if not (folder / shard).is_file():
-            raise CheckpointError(
-                f"{folder / shard}: missing; {index.name} lists it",
-                hint="copy or download the missing shard",
-            )
-        entries |= _entries(folder / shard)
-    if lost := sorted(
-        n for n, f in weight_map.items() if getattr(entries.get(n), "file", None) != folder / f
-    ):
-        raise CheckpointError(f"{index}: not in the shard that it names: {_listed(lost)}")
-    if extra := sorted(entries.keys() - weight_map.keys()):
-        raise CheckpointError(
-            f"{index}: shards hold tensors that it does not list: {_listed(extra)}"
-        )
+    for file in found.files:
+        for name, entry in _entries(file).items():
+            listed = found.listed.get(name, file)
+            if name in entries and name not in found.listed:
+                raise CheckpointError(
+                    f"{file}: holds tensor {name}, and so does {entries[name].file.name}",
+                    hint="remove the file that is not of the trained model",
+                )
+            if listed == file:
+                entries[name] = entry
+    if lost := sorted(found.listed.keys() - entries.keys()):
+        raise CheckpointError(f"{found.index}: not in the shard that it names: {_listed(lost)}")
     return entries
+
+
+def _refuse_unmerged(folder: Path, entries: Iterable[str]) -> None:
+    if unmerged := sorted(n for n in entries if any(mark in f".{n}" for mark in UNMERGED)):
+        raise CheckpointError(
+            f"{folder}: holds a LoRA adapter that was not merged: {_listed(unmerged, 3)}",
+            hint="merge it (`merge_and_unload()` of peft, `fuse_lora()` and "
+            "`unload_lora_weights()` of diffusers) and save the model again",
+        )
 
 
 def fill(
@@ -178,20 +186,25 @@ def fill(
     # tied parameters have two names and one key: both get the one tensor that is read
     parameters = dict(module.named_parameters(remove_duplicate=False))
     wanted = {**parameters, **dict(_persistent_buffers(module))}
-    missing, misshapen = [], []
+    missing: dict[str, Weights] = {}
+    misshapen: dict[str, Weights] = {}
     for name, parameter in wanted.items():
         weights, key = find(name)
+        expected = list(parameter.shape)
         if key not in weights:
-            missing.append(f"{key} {list(parameter.shape)} in {weights.folder}")
-        elif weights.shape(key) != tuple(parameter.shape):
-            misshapen.append(
-                f"{key}: expected {list(parameter.shape)}, found {list(weights.shape(key))}"
-            )
+            missing[f"{key} {expected} in {weights.folder}"] = weights
+        elif (shape := list(weights.shape(key))) != expected:
+            misshapen[f"{key}: expected {expected}, found {shape}"] = weights
     if missing:
-        raise CheckpointError(f"{what}: missing tensors: {_listed(missing)}")
-    if misshapen:
+        first, weights = next(iter(missing.items()))
         raise CheckpointError(
-            f"{what}: tensors of a wrong shape: {_listed(misshapen)}",
+            f"{what}: missing tensors: {_listed(list(missing))}",
+            hint=_wrapped(weights, first.split(" ")[0]),
+        )
+    if misshapen:
+        folder = next(iter(misshapen.values())).folder
+        raise CheckpointError(
+            f"{what}: tensors of a wrong shape in {folder}: {_listed(list(misshapen))}",
             hint="the weights do not belong to the config.json beside them",
         )
     for name in wanted:
@@ -214,6 +227,17 @@ def refuse_unused(weights: Weights, what: str, allowed: Iterable[str] = ()) -> N
             f"{what}: unexpected tensors in {weights.folder}: {_listed(unused)}",
             hint="the checkpoint is of a variant that is not supported, or of another model",
         )
+
+
+def _wrapped(weights: Weights, key: str) -> str | None:
+    """Why a tensor is missing that is there under a longer name."""
+    for prefix, tool in WRAPPERS.items():
+        if any(prefix in name and name.replace(prefix, "") == key for name in weights.entries):
+            return f"its names hold {prefix!r}, which {tool} puts there: save the model without it"
+    packed = [key.removesuffix(".weight") + end for end in (".qweight", ".weight_packed")]
+    if any(name in weights.entries for name in packed):
+        return "it is there in 4 bit (AWQ, GPTQ): give the model before it was quantized"
+    return None
 
 
 def _persistent_buffers(module: nn.Module) -> Iterable[tuple[str, Tensor]]:

@@ -6,7 +6,7 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bifrost_rt import residency, strict
+from bifrost_rt import files, residency, strict
 from export.errors import RecipeError
 
 TABLE = Path(__file__).parents[2] / "engines" / "devices.toml"
@@ -103,7 +103,7 @@ def read(path: Path) -> dict[str, Device]:
         RecipeError: a figure without a source or certainty, or an unknown name.
     """
     found = {}
-    for name, entry in tomllib.loads(path.read_text(encoding="utf-8")).items():
+    for name, entry in tomllib.loads(files.read_text(path)).items():
         title = entry.pop("title", name)
         figures = {key: _figure(f"{path.name}: {name}.{key}", key, v) for key, v in entry.items()}
         if "memory_gib" not in figures:

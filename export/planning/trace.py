@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from export.errors import CheckpointError
 from export.stages import Stage
 
 
@@ -37,7 +38,11 @@ class Trace:
 
 
 def run_without_values(stage: Stage, sizes: Mapping[str, int]) -> Trace:
-    """Run `stage` once at `sizes`. Its module goes to the meta device and stays there."""
+    """Run `stage` once at `sizes`. Its module goes to the meta device and stays there.
+
+    Raises:
+        CheckpointError: its networks cannot be run at these sizes.
+    """
     module = stage.module.to("meta")
     given = [
         torch.empty(
@@ -51,10 +56,27 @@ def run_without_values(stage: Stage, sizes: Mapping[str, int]) -> Trace:
     inputs = {storage_key(t) for t in given}
     watch = _Watch(weights, inputs)
     with torch.no_grad(), FlopCounterMode(display=False) as counter, watch:
-        out = module(*given)
+        out = _called(stage, given)
     doors = weights | inputs | {storage_key(t) for t in tree_leaves(out)}
     del out
     return Trace(counter.get_total_flops(), watch.peak(doors), frozenset(watch.used), watch.folded)
+
+
+def _called(stage: Stage, given: list[Tensor]) -> Any:
+    try:
+        return stage.module(*given)
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+    ) as error:  # torch's, of shapes
+        raise CheckpointError(
+            f"{stage.name}: its networks do not run: {str(error).strip().splitlines()[0]}",
+            hint="a value in their config.json, which the shapes of the weights do not show, is "
+            "not the one that they were trained with",
+        ) from error
 
 
 def storage_key(tensor: Tensor) -> int:

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bifrost_rt import files
+from bifrost_rt.errors import TextFileError
 from bifrost_rt.manifest import Manifest
 from export import chain
 from export.errors import CalibrationError
@@ -36,8 +38,8 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         CalibrationError: it cannot be read, or there is none in it.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = files.read_text(path).splitlines()
+    except (OSError, TextFileError) as error:
         raise CalibrationError(f"{path}: calibration prompts cannot be read: {error}") from None
     prompts = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     if not prompts:

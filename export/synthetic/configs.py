@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from export.checkpoint import SUPPORTED_VARIANT
+from export.network_configs import SUPPORTED_VARIANT
 from export.synthetic.shapes import Flux, Shapes
 from export.synthetic.tokenizers import CLIP_LENGTH, clip_end, qwen_id
 

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,9 @@ from bifrost_rt import manifest
 from bifrost_rt.manifest import Manifest
 from export.compile.compiled_set import compile_set
 from export.engine_set import describe_files
+from export.synthesize import synthesize
+from export.synthetic.shapes import Shapes
+from tests.export.checkpoints import opened, outline
 
 SMALL = ("clip_text", "t5_text")
 TARGETS = ("sm89", "rtx-5090")
@@ -39,6 +43,27 @@ def content(folder: Path) -> dict[str, str]:
     """Every file below a folder, hidden ones too, and its sha256."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): manifest.sha256(path) for path in files}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint of one file a network, as `python -m export.synthesize` writes it."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    synthesize(Shapes(), folder)
+    return folder
+
+
+@pytest.fixture
+def root(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    shutil.copytree(tiny, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def tiny_outline(tiny: Path) -> dict[str, Any]:
+    """What is read of it."""
+    return outline(opened(tiny))
 
 
 @pytest.fixture(scope="module")

@@ -98,9 +98,11 @@ def test_fp16_refuses_what_it_cannot_hold() -> None:
         sources.load(layer)
 
 
-def test_a_recipe_with_flags_on_top(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_recipe_with_flags_on_top(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "a.toml"
-    path.write_text('mllm = "m"\nbifrost = "b"\nflux = "f"\noutput = "o"\nprecision = "bf16"\n')
+    text = 'mllm = "m"\nbifrost = "b"\nflux = "f"\noutput = "o"\nprecision = "bf16"\n'
+    path.write_text(text, encoding=encoding)
     read = recipe.read(path, {"precision": "fp16"})
     assert read.mllm == str(tmp_path / "m")
     assert read.precision == "fp16"
@@ -114,6 +116,7 @@ def test_a_recipe_with_flags_on_top(tmp_path: Path) -> None:
         ('backend = "onnx"', r"backend 'onnx' is unknown"),
         ("t5_max_length = 0", "t5_max_length must be at least 1"),
         ('t5_max_length = "9"', "t5_max_length: expected int, found str"),
+        ("t5_max_length = 1000000000000", "t5_max_length must be at most 65536"),
         ("t5_max_length = ", "not TOML"),
     ],
 )

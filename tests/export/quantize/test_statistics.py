@@ -103,6 +103,12 @@ def test_no_prompts_are_refused(text: str, tmp_path: Path) -> None:
     assert "one prompt per line" in str(caught.value.hint)
 
 
+def test_prompts_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle\n# a comment\na blue square\n", encoding="utf-8-sig")
+    assert calibrate.read_prompts(path) == ("a red circle", "a blue square")
+
+
 def test_prompts_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="cannot be read"):
         calibrate.read_prompts(tmp_path / "none.txt")
