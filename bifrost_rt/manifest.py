@@ -20,6 +20,8 @@ from bifrost_rt.errors import EngineSetError, IntegrityError
 FORMAT = 2
 FILENAME = "manifest.json"
 REBUILD = "rebuild the set with `python -m export.build`"
+# Types of tables and sizes, in which no layer computes.
+INDICES = frozenset({"int64", "int32", "bool"})
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Range:
 class Precision:
     """What was asked for, and what the engine really holds and computes in.
 
-    `weights` is the type of most of its bytes. `layers` counts the layers with a weight by their
-    format, as read back from the file; it is empty in sets that do not state it.
+    `weights` is the type of most of its bytes, `INDICES` apart. `layers` counts the layers with a
+    weight by their format, as read back from the file; it is empty in sets that do not state it.
     """
 
     requested: str
