@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -300,6 +301,11 @@ def verify_file(folder: Path, name: str, expected: File) -> None:
         IntegrityError: naming the file, what was expected and what was found.
     """
     path = folder / name
+    if path.is_symlink() and not path.is_file():
+        raise IntegrityError(
+            f"{path}: is a link to {os.readlink(path)}, where there is no file",
+            hint="copy the set with the files that its links lead to: cp -rL SET COPY",
+        )
     if not path.is_file():
         raise IntegrityError(f"{path}: missing from the engine set", hint=REBUILD)
     size = path.stat().st_size
