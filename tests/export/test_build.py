@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 
-from bifrost_rt import Generator, StageInputError, manifest
+from bifrost_rt import Generator, RequestError, manifest
 from export import build, recipe
 from export.engine_set import written_aside
 from export.errors import BuildError, CheckpointError, ExportError, RecipeError
@@ -80,9 +80,10 @@ def test_16_bit_weights_are_half_the_bytes_and_close(half_set: Path, alpha_set: 
 def test_a_set_for_one_image_refuses_two(half_set: Path) -> None:
     with (
         Generator(half_set) as generator,
-        pytest.raises(StageInputError, match="1 <= images <= 1"),
+        pytest.raises(RequestError, match="built for at most 1 in one run") as refused,
     ):
         generator.run(["a", "b"], num_inference_steps=1, decoding_steps=1)
+    assert "--max-images 2" in str(refused.value.hint)
 
 
 def test_fp16_refuses_what_it_cannot_hold() -> None:
