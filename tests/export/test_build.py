@@ -108,6 +108,59 @@ def test_a_recipe_with_flags_on_top(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("own", "flags", "folder"),
+    [
+        ("", {}, "sets/default"),
+        ("", {"precision": "fp32"}, "sets/default"),
+        ("", {"precision": "fp8"}, "sets/default-fp8"),
+        ("", {"precision": "bf16", "t5_max_length": 24}, "sets/default-bf16"),
+        ("", {"t5_max_length": 24}, "sets/default"),
+        ('precision = "fp8"', {}, "sets/default"),
+        ('precision = "fp8"', {"precision": "fp8"}, "sets/default"),
+        ('precision = "fp8"', {"precision": "fp32"}, "sets/default-fp32"),
+        ("", {"backend": "tensorrt-rtx", "max_images": 1}, "sets/default-tensorrt-rtx"),
+        (
+            "",
+            {"backend": "tensorrt-rtx", "max_images": 1, "precision": "fp8"},
+            "sets/default-fp8-tensorrt-rtx",
+        ),
+        (
+            'backend = "tensorrt-rtx"\nmax_images = 1',
+            {"backend": "onnxruntime"},
+            "sets/default-onnxruntime",
+        ),
+    ],
+)
+def test_another_precision_or_backend_has_a_folder_of_its_own(
+    tmp_path: Path, own: str, flags: dict[str, object], folder: str
+) -> None:
+    path = tmp_path / "default.toml"
+    path.write_text(f'mllm = "m"\nbifrost = "b"\nflux = "f"\noutput = "sets/default"\n{own}\n')
+    assert recipe.read(path, flags).output == str(tmp_path / folder)
+    named = recipe.read(path, {**flags, "output": "mine"})
+    assert named.output == "mine"
+
+
+def test_another_checkpoint_does_not_take_the_place_of_the_recipes_set(tmp_path: Path) -> None:
+    path = tmp_path / "default.toml"
+    path.write_text('mllm = "m"\nbifrost = "b"\nflux = "f"\noutput = "sets/default"\n')
+    with pytest.raises(RecipeError, match="set of another checkpoint would take") as refused:
+        recipe.read(path, {"flux": "my-flux"})
+    assert refused.value.hint == "name its folder: --output DIR"
+    assert recipe.read(path, {"flux": "my-flux", "output": "mine"}).flux == "my-flux"
+    same = str(tmp_path / "x" / ".." / "f")
+    assert recipe.read(path, {"flux": same}).output == str(tmp_path / "sets/default")
+
+
+def test_the_default_recipes_other_precisions_stand_beside_the_default_set() -> None:
+    default = recipe.read(build.DEFAULT_RECIPE, {})
+    assert Path(default.output) == build.DEFAULT_RECIPE.parent / "sets" / "default"
+    other = build._recipe(build._parser().parse_args(["--precision", "fp8"]))
+    assert other.output == f"{default.output}-fp8"
+    assert build.graphs_of(other) == other
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ('presicion = "fp32"', r"unknown key 'presicion' \(did you mean 'precision'\?\)"),
