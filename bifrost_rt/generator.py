@@ -262,6 +262,8 @@ class Generator:
     def _previews(self, checked: request.Request, every: int) -> Previews:
         if reason := self.no_previews():
             raise BudgetError(reason, hint="leave previews out, or give a larger memory budget")
+        # too many pictures are refused before their noise is drawn
+        self._engines.begin(pipeline.stages(checked), pipeline.sizes(self.manifest, checked))
         return Previews(self._engines, self.manifest, checked, every)
 
     def no_previews(self) -> str | None:

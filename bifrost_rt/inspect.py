@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bifrost_rt import manifest as manifests
-from bifrost_rt.backends.choice import choose
+from bifrost_rt.backends.choice import SIMULATED, choose
 from bifrost_rt.errors import EngineSetError
 from bifrost_rt.files import read_text
 from bifrost_rt.manifest import EngineSpec, Manifest, Range, TensorSpec
@@ -34,6 +34,7 @@ def describe(manifest: Manifest) -> str:
         "  built by   " + ", ".join(f"{k} {v}" for k, v in manifest.builder.items()),
         *_compiled(manifest),
         f"  runs on    {chosen.name}: {chosen.reason}",
+        *([f"  simulated  {note}"] if (note := simulation(manifest)) else []),
         "  sizes      " + ", ".join(f"{n} {_range(r)}" for n, r in manifest.dimensions.items()),
         "",
     ]
@@ -54,6 +55,19 @@ def describe(manifest: Manifest) -> str:
         for arrow, tensors in (("<-", engine.inputs), ("->", engine.outputs)):
             lines += [f"  {arrow} {text}" for text in _tensors(tensors)]
     return "\n".join(lines)
+
+
+def simulation(manifest: Manifest) -> str | None:
+    """What a set's number formats mean for its speed where its graphs run as they are; None where
+    they are computed in."""
+    formats = {form for spec in manifest.engines for form in spec.precision.layers}
+    simulated = sorted(SIMULATED & formats)
+    if manifest.backend != "onnxruntime" or not simulated:
+        return None
+    return (
+        f"{' and '.join(simulated)} {'are' if len(simulated) > 1 else 'is'} simulated here: slower "
+        "than float32; `python -m export.compile` makes engines for GPUs that have it"
+    )
 
 
 def precision(folder: Path, manifest: Manifest) -> str:

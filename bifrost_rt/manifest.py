@@ -10,6 +10,7 @@ import codecs
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from bifrost_rt.errors import EngineSetError, IntegrityError
 FORMAT = 2
 FILENAME = "manifest.json"
 REBUILD = "rebuild the set with `python -m export.build`"
+# Types of tables and sizes, in which no layer computes.
+INDICES = frozenset({"int64", "int32", "bool"})
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Range:
 class Precision:
     """What was asked for, and what the engine really holds and computes in.
 
-    `weights` is the type of most of its bytes. `layers` counts the layers with a weight by their
-    format, as read back from the file; it is empty in sets that do not state it.
+    `weights` is the type of most of its bytes, `INDICES` apart. `layers` counts the layers with a
+    weight by their format, as read back from the file; it is empty in sets that do not state it.
     """
 
     requested: str
@@ -300,6 +303,11 @@ def verify_file(folder: Path, name: str, expected: File) -> None:
         IntegrityError: naming the file, what was expected and what was found.
     """
     path = folder / name
+    if path.is_symlink() and not path.is_file():
+        raise IntegrityError(
+            f"{path}: is a link to {os.readlink(path)}, where there is no file",
+            hint="copy the set with the files that its links lead to: cp -rL SET COPY",
+        )
     if not path.is_file():
         raise IntegrityError(f"{path}: missing from the engine set", hint=REBUILD)
     size = path.stat().st_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +18,22 @@ from bifrost_rt.manifest import Manifest
 
 _LARGEST = float(np.finfo(np.float32).max)
 
+# Nobody's memory holds more at the size of a real model: it would be refused by the memory budget,
+# which not every device states, and after minutes of drawing noise.
+MOST_IMAGES = 4096
+# Beyond it no step changes anything, and its schedule alone takes seconds.
+MOST_STEPS = 10_000
+
 OutputType = Literal["pil", "np", "latent"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one run computes. n images; image i is of prompt `prompt_index[i]`."""
+    """What one run computes. n images; image i is of prompt `prompt_index[i]`.
+
+    Order and noise that were not given are drawn from the seed when they are first asked for, so
+    that a run that cannot be served is refused before.
+    """
 
     prompts: tuple[str, ...]
     prompt_index: NDArray[np.int64]  # [n]
@@ -32,8 +43,10 @@ class Request:
     controlnet_conditioning_scale: float
     decoding_steps: int
     cfg_weight: float
-    order: NDArray[np.int64]  # [n, N]
-    latents: NDArray[np.float32]  # [n, S, C]
+    given_order: NDArray[np.int64] | None  # [n, N]
+    given_latents: NDArray[np.float32] | None  # [n, S, C]
+    num_visual_tokens: int  # N
+    latent_shape: tuple[int, int]  # S, C
     output_type: OutputType
     tokens: NDArray[np.float32] | None  # [n, N, D] instead of the MLLM's
     cache_interval: int = 1
@@ -42,6 +55,20 @@ class Request:
     def images(self) -> int:
         """How many images."""
         return len(self.prompt_index)
+
+    @functools.cached_property
+    def order(self) -> NDArray[np.int64]:
+        """Per image the order of its places, [n, N]; the last are revealed first."""
+        if self.given_order is not None:
+            return self.given_order
+        return schedules.random_orders(self.seed, self.images, self.num_visual_tokens)
+
+    @functools.cached_property
+    def latents(self) -> NDArray[np.float32]:
+        """The starting noise, [n, S, C]."""
+        if self.given_latents is not None:
+            return self.given_latents
+        return schedules.random_latents(self.seed, self.images, self.latent_shape)
 
     @property
     def settings(self) -> tuple[object, ...]:
@@ -69,8 +96,8 @@ def merge(requests: Sequence[Request]) -> Request:
         first,
         prompts=prompts,
         prompt_index=np.array(places, np.int64),
-        order=np.concatenate([one.order for one in requests]),
-        latents=np.concatenate([one.latents for one in requests]),
+        given_order=np.concatenate([one.order for one in requests]),
+        given_latents=np.concatenate([one.latents for one in requests]),
         tokens=np.concatenate(tokens) if tokens else None,
     )
 
@@ -79,18 +106,18 @@ def check(
     manifest: Manifest,
     *,
     prompt: str | Sequence[str],
-    seed: int | None,
-    num_images_per_prompt: int,
-    num_inference_steps: int | None,
-    guidance_scale: float | None,
-    controlnet_conditioning_scale: float | None,
-    decoding_steps: int | None,
-    cfg_weight: float | None,
-    height: int | None,
-    width: int | None,
-    order: ArrayLike | None,
-    latents: ArrayLike | None,
-    output_type: str,
+    seed: int | None = None,
+    num_images_per_prompt: int = 1,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    controlnet_conditioning_scale: float | None = None,
+    decoding_steps: int | None = None,
+    cfg_weight: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    order: ArrayLike | None = None,
+    latents: ArrayLike | None = None,
+    output_type: str = "pil",
     tokens: ArrayLike | None = None,
     cache_interval: int | None = None,
 ) -> Request:
@@ -104,8 +131,8 @@ def check(
     prompts = tuple(dict.fromkeys(asked))
     index = {text: i for i, text in enumerate(prompts)}
     per_prompt = _count("num_images_per_prompt", num_images_per_prompt)
+    n = _images(manifest, len(asked), per_prompt)
     prompt_index = np.repeat([index[text] for text in asked], per_prompt).astype(np.int64)
-    n = len(prompt_index)
     for name, given, built in (
         ("height", height, model.image_height),
         ("width", width, model.image_width),
@@ -125,7 +152,10 @@ def check(
         prompt_index=prompt_index,
         seed=seed,
         num_inference_steps=_count(
-            "num_inference_steps", num_inference_steps, defaults.num_inference_steps
+            "num_inference_steps",
+            num_inference_steps,
+            defaults.num_inference_steps,
+            most=MOST_STEPS,
         ),
         guidance_scale=_number("guidance_scale", guidance_scale, defaults.guidance_scale),
         controlnet_conditioning_scale=_number(
@@ -133,14 +163,14 @@ def check(
             controlnet_conditioning_scale,
             defaults.controlnet_conditioning_scale,
         ),
-        decoding_steps=_count("decoding_steps", decoding_steps, defaults.decoding_steps),
+        decoding_steps=_count(
+            "decoding_steps", decoding_steps, defaults.decoding_steps, most=MOST_STEPS
+        ),
         cfg_weight=_number("cfg_weight", cfg_weight, defaults.cfg_weight),
-        order=schedules.random_orders(seed, n, model.num_visual_tokens)
-        if order is None
-        else _order(order, (n, model.num_visual_tokens)),
-        latents=schedules.random_latents(seed, n, shape)
-        if latents is None
-        else _latents(latents, (n, *shape), manifest),
+        given_order=None if order is None else _order(order, (n, model.num_visual_tokens)),
+        given_latents=None if latents is None else _latents(latents, (n, *shape), manifest),
+        num_visual_tokens=model.num_visual_tokens,
+        latent_shape=shape,
         output_type=output_type,  # type: ignore[arg-type]
         tokens=None
         if tokens is None
@@ -186,13 +216,45 @@ def _prompts(prompt: Any) -> list[str]:
     return list(asked)
 
 
-def _count(name: str, value: Any, default: int | None = None, least: int = 1) -> int:
+def _images(manifest: Manifest, prompts: int, per_prompt: int) -> int:
+    """How many images are asked for, if a run of the set can have so many."""
+    n = prompts * per_prompt
+    bounds = manifest.dimensions.get("images")
+    if bounds is not None and bounds.max is not None and n > bounds.max:
+        raise RequestError(
+            f"{_asked(prompts, per_prompt, n)}: the set {manifest.name!r} was built for at most "
+            f"{bounds.max} in one run",
+            hint=f"draw fewer at a time, or rebuild the set with --max-images {n}"
+            if n <= MOST_IMAGES
+            else "draw fewer at a time",
+        )
+    if n > MOST_IMAGES:
+        raise RequestError(
+            f"{_asked(prompts, per_prompt, n)}: one run draws at most {MOST_IMAGES}",
+            hint="draw fewer at a time, with a seed of its own each time",
+        )
+    return n
+
+
+def _asked(prompts: int, per_prompt: int, n: int) -> str:
+    if per_prompt == 1:
+        return f"prompt has {n} texts, for {n} images"
+    if prompts == 1:
+        return f"num_images_per_prompt={per_prompt}"
+    return f"{prompts} prompts with num_images_per_prompt={per_prompt} are {n} images"
+
+
+def _count(
+    name: str, value: Any, default: int | None = None, least: int = 1, most: int | None = None
+) -> int:
     if value is None and default is not None:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise RequestTypeError(f"{name} must be a whole number, got {value!r}")
     if value < least:
         raise RequestError(f"{name} must be at least {least}, got {value}")
+    if most is not None and value > most:
+        raise RequestError(f"{name} must be at most {most}, got {value}")
     return int(value)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,27 +20,62 @@ from bifrost_rt.notes import Note, Truncation
 
 # The text chunk of a PNG that holds its parameters, as JSON.
 PNG_KEY = "bifrost-rt"
+# What a picture is called in a folder.
+PICTURE = "out.png"
+SEPARATORS = tuple(separator for separator in ("/", os.sep, os.altsep) if separator)
 
 
 def picture_path(path: str | Path) -> tuple[Path, str]:
-    """The path with its suffix, and the format that the suffix names; tries that the folder takes a
-    file, so that it can be asked before anything is drawn.
+    """The path with its suffix, and the format that the suffix names. In a folder, one that is
+    there or one that is named with a slash at its end, the picture is called `out.png`.
 
     Raises:
-        RequestError: no picture format, or a file cannot be written there.
+        RequestError: no picture format, or not one for pictures in colour.
     """
+    is_folder = str(path).endswith(SEPARATORS)
     path = Path(path)
+    if is_folder or os.path.isdir(path):
+        path /= PICTURE
     if path.suffix == "":
-        path = path.with_suffix(".png")
+        path = path.with_name(f"{path.name}.png")
     file_format = Image.registered_extensions().get(path.suffix.lower())
-    if file_format is None or file_format not in Image.SAVE:
+    if file_format is None or not _writes_colour(file_format):
         raise RequestError(
             f"{path}: {path.suffix!r} is not a picture format that Pillow writes",
             hint="use .png, .jpg or .webp",
         )
-    with written_aside(path, keep=False) as aside:
-        aside.touch()
     return path, file_format
+
+
+def _writes_colour(file_format: str) -> bool:
+    """Whether Pillow has a writer for it that takes RGB."""
+    try:
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), format=file_format)
+    except (KeyError, OSError, ValueError):
+        return False
+    return True
+
+
+def picture_paths(path: str | Path, images: int) -> tuple[list[Path], str]:
+    """Where `Result.save` writes so many images, and in which format; tries that they can be
+    written, so that it can be asked before anything is drawn.
+
+    Raises:
+        RequestError: no picture format, or a file cannot be written there.
+    """
+    path, file_format = picture_path(path)
+    paths = [path] if images == 1 else [numbered(path, i) for i in range(images)]
+    with written_aside(paths[0], keep=False) as aside:
+        aside.touch()
+    for other in paths[1:]:
+        with written_aside(other, keep=False):
+            pass
+    return paths, file_format
+
+
+def numbered(path: Path, i: int) -> Path:
+    """The path of the i-th of several files."""
+    return path.with_stem(f"{path.stem}-{i}")
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:
@@ -99,7 +135,8 @@ class Result:
         return self.images[0]
 
     def save(self, path: str | Path) -> list[Path]:
-        """Write the images; the suffix decides the format, PNG where there is none.
+        """Write the images; the suffix decides the format, PNG where there is none. In a folder
+        they are called `out.png`.
 
         Several images get `-0`, `-1`, … before the suffix. A PNG carries its parameters, from which
         `bifrost-rt generate --like` makes it again. Each file is written aside and renamed,
@@ -113,13 +150,10 @@ class Result:
                 file cannot be written.
         """
         self._needs_pixels()
-        path, file_format = picture_path(path)
-        paths = []
-        for i in range(len(self.images)):
-            target = path if len(self.images) == 1 else path.with_stem(f"{path.stem}-{i}")
+        paths, file_format = picture_paths(path, len(self.images))
+        for i, target in enumerate(paths):
             with written_aside(target) as aside:
                 aside.write_bytes(self.encode(i, file_format))
-            paths.append(target)
         return paths
 
     def save_tokens(self, path: str | Path) -> Path:

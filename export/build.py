@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 import bifrost_rt
-from bifrost_rt import backends, command, selftest
+from bifrost_rt import backends, command, inspect, selftest
 from bifrost_rt import manifest as manifests
 from bifrost_rt.generator import Generator
 from bifrost_rt.manifest import Defaults, EngineSpec, Manifest, Precision
@@ -259,7 +259,10 @@ def main(arguments: list[str] | None = None) -> int:
     def built() -> int:
         given = options.memory_budget
         recipe = graphs_of(_recipe(options)) if options.onnx_only else _recipe(options)
-        print(build(recipe, Progress(), None if given is None else parse_size(given)))
+        folder = build(recipe, Progress(), None if given is None else parse_size(given))
+        if note := inspect.simulation(manifests.read(folder)):
+            print(note, file=sys.stderr)
+        print(folder)
         return 0
 
     return command.run(built, debug=options.debug, interrupted=CONTINUES)
@@ -288,7 +291,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mllm", metavar="DIR", help="the Qwen2.5-VL folder")
     parser.add_argument("--bifrost", metavar="DIR", help="the trained Bifrost-1 folder")
     parser.add_argument("--flux", metavar="DIR", help="the diffusers FLUX pipeline folder")
-    parser.add_argument("--output", metavar="DIR", help="the engine set to write")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="the engine set to write; default: the recipe's, and beside it for another precision "
+        "or backend than the recipe's",
+    )
     parser.add_argument("--precision", metavar="NAME", help=", ".join(recipes.PRECISIONS))
     parser.add_argument(
         "--rest", metavar="NAME", help="of a quantised set's other weights: bf16 (default) or fp16"

@@ -1,13 +1,15 @@
 """A set appears only when it is complete: it is written aside and renamed.
 
 A build that fails or is cut off leaves an older set untouched, and nothing else behind but the
-engines that it has finished, for the next build of the same set.
+engines that it has finished, for the next build of the same set. A second build of a set that is
+being built is refused at once (`build_lock`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import signal
@@ -17,34 +19,46 @@ from types import FrameType
 
 from bifrost_rt import manifest as manifests
 from bifrost_rt.manifest import File
+from export import build_lock
 from export.errors import BuildError
 
 # With less than this left, a write that failed without a reason failed for want of space.
 LITTLE = 16 << 20
+# Bytes of a name that others can be made from: disks take 255, or 143 where names are encrypted.
+LONGEST_NAME = 120
 
 
 @contextlib.contextmanager
 def written_aside(output: Path, finished: Sequence[str] = ()) -> Iterator[Path]:
-    """A folder to build in; on success it takes the place of `output`.
+    """A folder to build in; on success it takes the place of `output`, or of the folder that
+    `output` is a link to.
 
     Args:
         finished: names of files that hold what is finished. A folder that has one of them outlives
             a failure, and the next build of the set continues in it.
 
     Raises:
-        BuildError: `output` is something other than an engine set, the disk is full, or a file
-            cannot be read or written.
+        BuildError: `output` is something other than an engine set, another build of it is running,
+            the disk is full, or a file cannot be read or written.
     """
-    output = output.absolute()
-    aside = _aside(output, os.getpid())
+    output = Path(os.path.realpath(output))
+    aside = hidden(output, "partial")
+    locked = contextlib.ExitStack()
     try:
         _refuse_foreign(output)
         output.parent.mkdir(parents=True, exist_ok=True)
-        _clean_up(output, aside if finished else None)
-        aside.mkdir(exist_ok=bool(finished))
+        locked.enter_context(build_lock.alone(output, hidden(output, "lock")))
+        _put_back(output)
+        if not finished:
+            _remove(aside)
         with _terminated_like_interrupted():
-            yield aside
-            _replace(output, aside)
+            aside.mkdir(exist_ok=bool(finished))
+            try:
+                yield aside
+                _replace(output, aside)
+            finally:
+                if not _holds(aside, finished):
+                    shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         if _disk_full(output.parent, error):
             raise BuildError(
@@ -53,8 +67,7 @@ def written_aside(output: Path, finished: Sequence[str] = ()) -> Iterator[Path]:
             ) from error
         raise BuildError(f"{output}: cannot be built: {error}; {_kept(aside, finished)}") from error
     finally:
-        if not _holds(aside, finished):
-            shutil.rmtree(aside, ignore_errors=True)
+        locked.close()
 
 
 def describe_files(folder: Path, known: Mapping[str, File] | None = None) -> dict[str, File]:
@@ -84,15 +97,21 @@ def _disk_full(folder: Path, error: OSError) -> bool:
     return error.errno == errno.ENOSPC
 
 
-def _aside(output: Path, pid: int) -> Path:
-    return output.with_name(f".{output.name}.{pid}.partial")
-
-
-def _previous(output: Path) -> Path:
-    return output.with_name(f".{output.name}.previous")
+def hidden(output: Path, kind: str) -> Path:
+    """The name beside a set of what belongs to its builds. A long name is shortened to its hash, so
+    that whatever can be called `output` has one."""
+    name = output.name
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return output.with_name(f".{name}.{kind}")
 
 
 def _refuse_foreign(output: Path) -> None:
+    if output.is_mount():
+        raise BuildError(
+            f"{output}: is where a disk is mounted, which no new folder can take the place of",
+            hint=f"choose a folder on it, such as --output {output / 'set'}",
+        )
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() and not (output / manifests.FILENAME).is_file():
@@ -102,40 +121,25 @@ def _refuse_foreign(output: Path) -> None:
         )
 
 
-def _clean_up(output: Path, aside: Path | None) -> None:
-    """After builds that were cut off: put back what they had moved, and drop what they wrote, or
-    continue in the latest as `aside`."""
-    previous = _previous(output)
+def _put_back(output: Path) -> None:
+    """What a build had moved that was killed while the new set took the older one's place."""
+    previous = hidden(output, "previous")
     if previous.exists():
         if output.exists():
-            shutil.rmtree(previous)
+            _remove(previous)
         else:
             previous.rename(output)
-    left = [
-        partial
-        for partial in output.parent.glob(f".{output.name}.*.partial")
-        if not ((pid := partial.name.split(".")[-2]).isdigit() and _alive(int(pid)))
-    ]
-    left.sort(key=lambda partial: partial.stat().st_mtime_ns)
-    latest = left.pop() if left and aside is not None else None
-    for partial in left:
-        shutil.rmtree(partial, ignore_errors=True)
-    if latest is not None and aside is not None:
-        latest.rename(aside)
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def _replace(output: Path, aside: Path) -> None:
-    previous = _previous(output)
+    previous = hidden(output, "previous")
     if output.exists():
         output.rename(previous)
     try:

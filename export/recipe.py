@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bifrost_rt import files, strict
 from bifrost_rt.errors import TextFileError
@@ -19,7 +21,8 @@ PRECISIONS = ("fp32", *SIXTEEN_BIT, *QUANTISED)
 METHODS = ("mse", "percentile", "max")
 SIZES = ("mllm_max_length", "t5_max_length", "max_images", "max_steps", "calibration_steps")
 LARGEST = 1 << 16  # of any size: tables grow with them
-PATHS = ("mllm", "bifrost", "flux", "output", "calibration_prompts", "statistics")
+CHECKPOINT = ("mllm", "bifrost", "flux")
+PATHS = (*CHECKPOINT, "output", "calibration_prompts", "statistics")
 
 
 @dataclass(frozen=True)
@@ -126,9 +129,13 @@ class Recipe:
 def read(path: Path, overrides: dict[str, object]) -> Recipe:
     """A recipe file with flags on top.
 
+    A set of another precision or for another backend than the recipe's has a folder of its own
+    beside the recipe's, unless `overrides` name one: the recipe's set is what others open.
+
     Raises:
         RecipeError: the file cannot be read, or does not hold a recipe; unknown keys come with the
-            nearest known one.
+            nearest known one. Or the set of another checkpoint would take the place of the
+            recipe's.
     """
     try:
         data = tomllib.loads(files.read_text(path))
@@ -141,7 +148,27 @@ def read(path: Path, overrides: dict[str, object]) -> Recipe:
     for key in PATHS:
         if isinstance(data.get(key), str):
             data[key] = str(path.parent / data[key])
+    if "output" not in overrides and isinstance(data.get("output"), str):
+        data["output"] = _output(data, overrides, path)
     return load({**data, **overrides}, str(path))
+
+
+def _output(data: dict[str, Any], overrides: dict[str, object], path: Path) -> str:
+    """Where a recipe's set goes that flags have changed."""
+    for part in CHECKPOINT:
+        if part in overrides and not _same(overrides[part], data.get(part)):
+            raise RecipeError(
+                f"{path}: a set of another checkpoint would take the place of the recipe's, "
+                f"{data['output']}",
+                hint="name its folder: --output DIR",
+            )
+    own = {"precision": Recipe.precision, "backend": Recipe.backend, **data}
+    changed = [key for key in ("precision", "backend") if overrides.get(key, own[key]) != own[key]]
+    return "-".join([data["output"], *(str(overrides[key]) for key in changed)])
+
+
+def _same(folder: object, other: object) -> bool:
+    return os.path.realpath(str(folder)) == os.path.realpath(str(other))
 
 
 def load(data: dict[str, object], where: str) -> Recipe:

@@ -168,7 +168,8 @@ class StageCache:
         for name in record.files if place != self._folder else ():
             (self._folder / name).unlink(missing_ok=True)
             try:
-                os.link(place / name, self._folder / name)
+                # of the file itself, where the older set has a link to it
+                os.link(os.path.realpath(place / name), self._folder / name)
             except OSError:  # a disk that cannot link
                 shutil.copyfile(place / name, self._folder / name)
         return True

@@ -8,13 +8,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from bifrost_rt import command, strict
+from export import build_lock
 from export.build import INTERRUPTED
+from export.engine_set import hidden
 from export.errors import BuildError, RecipeError
 from export.synthetic.shapes import DTYPES, PRESETS, Shapes
 
@@ -29,38 +32,45 @@ def synthesize(shapes: Shapes, output: Path, seed: int | None = 0) -> dict[str, 
         Bytes of weights per network.
 
     Raises:
-        BuildError: `output` exists and is not empty, or the disk is full.
+        BuildError: `output` exists and is not empty, is being written by another process, or the
+            disk is full.
         RecipeError: a vocabulary is smaller than its tokenizer.
     """
-    # torch and its company take seconds to import: not before the command line is understood
-    from export.synthetic import configs, networks, shards, tokenizers
-
     _refuse_small_vocabularies(shapes)
     if output.exists() and any(output.iterdir()):
         raise BuildError(f"{output}: exists and is not empty", hint="choose another --output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.absolute().with_name(f".{output.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    written = {}
-    layout = shapes.layout
+    output = Path(os.path.realpath(output))
+    aside = hidden(output, "partial")
     try:
-        for name, (stem, tensors, config) in networks.NETWORKS.items():
-            folder = aside / name
-            written[name] = shards.write(
-                folder, stem, tensors(shapes), layout.dtype, layout.shard_bytes, seed
-            )
-            _write_json(folder / "config.json", config(shapes))
-        (aside / "flux/scheduler").mkdir()
-        _write_json(aside / "flux/scheduler/scheduler_config.json", configs.scheduler(shapes))
-        _write_json(aside / "flux/model_index.json", configs.pipeline())
-        tokenizers.write(aside / "mllm", aside / "flux", layout)
-        if output.exists():
-            output.rmdir()
-        aside.rename(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with build_lock.alone(output, hidden(output, "lock"), "checkpoint"):
+            shutil.rmtree(aside, ignore_errors=True)
+            try:
+                written = _write(shapes, aside, seed)
+                if output.exists():
+                    output.rmdir()
+                aside.rename(output)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise BuildError(f"{output}: {error.strerror}; nothing was kept") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    return written
+
+
+def _write(shapes: Shapes, folder: Path, seed: int | None) -> dict[str, int]:
+    # torch and its company take seconds to import: not before the command line is understood
+    from export.synthetic import configs, networks, shards, tokenizers
+
+    layout, written = shapes.layout, {}
+    for name, (stem, tensors, config) in networks.NETWORKS.items():
+        written[name] = shards.write(
+            folder / name, stem, tensors(shapes), layout.dtype, layout.shard_bytes, seed
+        )
+        _write_json(folder / name / "config.json", config(shapes))
+    (folder / "flux/scheduler").mkdir()
+    _write_json(folder / "flux/scheduler/scheduler_config.json", configs.scheduler(shapes))
+    _write_json(folder / "flux/model_index.json", configs.pipeline())
+    tokenizers.write(folder / "mllm", folder / "flux", layout)
     return written
 
 

@@ -13,6 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from bifrost_rt import processor as processors
+from bifrost_rt.backends import linked
 from bifrost_rt.backends.base import Buffer, HostMemory, check_bindings, return_freed_memory
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import EngineSpec, Range
@@ -69,11 +70,13 @@ class OnnxRuntime(HostMemory):
         path = folder / spec.graph
         try:
             session = ort.InferenceSession(
-                str(path),
+                linked.for_onnxruntime(folder, spec, options),
                 sess_options=options,
                 providers=["CPUExecutionProvider"],
                 disabled_optimizers=disabled,
             )
+        except BackendError:
+            raise
         except Exception as error:  # onnxruntime raises many unrelated types here
             raise BackendError(
                 f"{path}: onnxruntime {ort.__version__} cannot load this engine: {error}",

@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import DTypeLike, NDArray
 
+from bifrost_rt.backends import linked
 from bifrost_rt.backends.base import Buffer, check_bindings
 from bifrost_rt.backends.onnxruntime import keep_exact
 from bifrost_rt.errors import BackendError
@@ -86,7 +87,13 @@ class OnnxRuntimeCuda:
         on_gpu = self.provider == PROVIDER
         providers = [(PROVIDER, settings), CPU] if on_gpu else [self.provider]
         try:
-            session = ort.InferenceSession(str(path), sess_options=options, providers=providers)
+            session = ort.InferenceSession(
+                linked.for_onnxruntime(folder, spec, options),
+                sess_options=options,
+                providers=providers,
+            )
+        except BackendError:
+            raise
         except Exception as error:  # onnxruntime raises many unrelated types here
             raise BackendError(
                 f"{path}: onnxruntime {ort.__version__} cannot load this engine: {error}",

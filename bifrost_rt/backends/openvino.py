@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino as ov
+from numpy.typing import NDArray
 
+from bifrost_rt.backends import linked
 from bifrost_rt.backends.base import Buffer, HostMemory, check_bindings, return_freed_memory
 from bifrost_rt.backends.choice import openvino_refuses
 from bifrost_rt.errors import BackendError
@@ -65,14 +68,21 @@ class OpenVino(HostMemory):
             "PERFORMANCE_HINT": "LATENCY",
         }
         try:
-            model = self._core.compile_model(path, "CPU", options)
+            by_address = linked.in_memory(folder, spec)
+            if by_address is None:
+                mapped, graph = [], path
+            else:
+                mapped, graph = by_address[1], self._core.read_model(by_address[0])
+            model = self._core.compile_model(graph, "CPU", options)
+        except BackendError:
+            raise
         except Exception as error:  # OpenVINO raises RuntimeError and its own types
             raise BackendError(
                 f"{path}: OpenVINO {ov.__version__} cannot load this engine: {error}",
                 hint="rebuild the set with `python -m export.build`, or run it with "
                 "backend='onnxruntime'",
             ) from error
-        return OpenVinoEngine(model, spec, dimensions)
+        return OpenVinoEngine(model, spec, dimensions, mapped)
 
 
 class OpenVinoBf16(OpenVino):
@@ -86,9 +96,14 @@ class OpenVinoEngine:
     """One compiled model with one request: its activations are in memory once."""
 
     def __init__(
-        self, model: ov.CompiledModel, spec: EngineSpec, dimensions: Mapping[str, Range]
+        self,
+        model: ov.CompiledModel,
+        spec: EngineSpec,
+        dimensions: Mapping[str, Range],
+        mapped: Sequence[NDArray[Any]] = (),
     ) -> None:
         self.spec = spec
+        self._mapped = mapped
         self._request: ov.InferRequest | None = model.create_infer_request()
         self._dimensions = dimensions
         self._set: dict[str, ov.Tensor] = {}
@@ -117,5 +132,6 @@ class OpenVinoEngine:
     def close(self) -> None:
         """Drop the request and with it the compiled model, and hand what it had back."""
         self._request = None
+        self._mapped = ()
         self._set.clear()
         return_freed_memory()

@@ -6,18 +6,20 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bifrost_rt import handover
+from bifrost_rt import handover, manifest
+from bifrost_rt import request as requests
 from bifrost_rt.cli.progress import Progress
 from bifrost_rt.errors import RequestError, TextFileError
 from bifrost_rt.files import MARK, decode_text, read_text, written_aside
-from bifrost_rt.generator import Generator
+from bifrost_rt.generator import Generator, default_set
 from bifrost_rt.notes import Note
-from bifrost_rt.result import Result, picture_path, read_parameters
+from bifrost_rt.result import Result, numbered, picture_path, picture_paths, read_parameters
 
 # Options that are arguments of `run` under the same name.
 ARGUMENTS = (
@@ -45,19 +47,43 @@ class Task:
 
 def run(options: argparse.Namespace) -> int:
     """Draw what was asked for. Pictures appear as they are done."""
-    picture_path(options.output)  # before minutes are spent on a picture that has no place
-    if options.save_tokens:
-        with written_aside(Path(options.save_tokens), keep=False) as aside:
-            aside.touch()
+    picture_paths(options.output, 1)
     tasks = list(_tasks(options))
+    folder = default_set() if options.engines is None else Path(options.engines)
+    _check(tasks, manifest.read(folder))
     with Generator(
-        options.engines, backend=options.backend, memory_budget=options.memory_budget
+        folder, backend=options.backend, memory_budget=options.memory_budget
     ) as generator:
         if sys.stderr.isatty():
             print(f"{generator.backend.name}: {generator.backend.reason}", file=sys.stderr)
         for task in tasks:
             _draw(generator, task, options.json)
     return 0
+
+
+def _check(tasks: Sequence[Task], facts: manifest.Manifest) -> None:
+    """Refuse what cannot be drawn or written, before minutes are spent on opening and drawing.
+
+    Raises:
+        RequestError: of the first task that cannot.
+    """
+    for task in tasks:
+        images = requests.check(facts, **task.request).images
+        if task.image is not None and task.image >= images:
+            raise RequestError(
+                f"--like: that picture is number {task.image} of its run, which would have only "
+                f"{images} now",
+                hint="leave out --num-images-per-prompt",
+            )
+        paths, _ = picture_paths(task.output, images if task.image is None else 1)
+        if task.tokens is not None:
+            with written_aside(task.tokens, keep=False) as aside:
+                aside.touch()
+            if os.path.realpath(task.tokens) in map(os.path.realpath, paths):
+                raise RequestError(
+                    f"{task.tokens}: is named for the picture and for --save-tokens",
+                    hint="name two files",
+                )
 
 
 def _draw(generator: Generator, task: Task, as_json: bool) -> None:
@@ -70,14 +96,20 @@ def _draw(generator: Generator, task: Task, as_json: bool) -> None:
     result = dataclasses.replace(result, notes=(*task.notes, *result.notes))
     if progress:
         progress.close(result.timings, result.seed)
-    if task.tokens:
-        result.save_tokens(task.tokens)
+    try:
+        _write(result, task, generator.backend.name, as_json)
+    finally:  # where a disk is full, one of the two may still have a place
+        if task.tokens:
+            result.save_tokens(task.tokens)
+
+
+def _write(result: Result, task: Task, backend: str, as_json: bool) -> None:
     if task.image is not None:
         about = {**result.parameters, "image": task.image}
         images = [result.images[task.image]]
         result = dataclasses.replace(result, images=images, parameters=about)
     for i, path in enumerate(result.save(task.output)):
-        line = _line(result, path, i, generator.backend.name) if as_json else path
+        line = _line(result, path, i, backend) if as_json else path
         print(line, flush=True)
 
 
@@ -101,7 +133,7 @@ def _tasks(options: argparse.Namespace) -> Iterator[Task]:
     given = {name: value for name, value in given.items() if value is not None}
     if options.size:
         given["width"], given["height"] = options.size
-    output = Path(options.output)
+    output, _ = picture_path(options.output)
     tokens = Path(options.save_tokens) if options.save_tokens else None
     if options.prompts is not None:
         if options.prompt or options.like or options.tokens:
@@ -110,7 +142,7 @@ def _tasks(options: argparse.Namespace) -> Iterator[Task]:
         for i, prompt in enumerate(prompts):
             request = {"prompt": prompt, **given}
             prefix = f"{i + 1}/{len(prompts)} "
-            yield Task(request, _numbered(output, i), tokens and _numbered(tokens, i), None, prefix)
+            yield Task(request, numbered(output, i), tokens and numbered(tokens, i), None, prefix)
         return
     request, image = _base(options)
     if options.prompt:
@@ -179,7 +211,3 @@ def _lines(name: str) -> list[str]:
     if not lines:
         raise RequestError(f"{name}: holds no prompt", hint="one prompt per line")
     return lines
-
-
-def _numbered(path: Path, i: int) -> Path:
-    return path.with_stem(f"{path.stem}-{i}")

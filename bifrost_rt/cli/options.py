@@ -55,7 +55,13 @@ def _generate(command: argparse.ArgumentParser) -> None:
     add("prompt", nargs="*", help="one text, or several that are drawn together")
     add("--prompts", metavar="FILE", help="a prompt per line, drawn one after another; - is stdin")
     add("--engines", metavar="DIR", help="the engine set; default: the default model's")
-    add("-o", "--output", default="out.png", metavar="FILE", help="picture to write (out.png)")
+    add(
+        "-o",
+        "--output",
+        default="out.png",
+        metavar="FILE",
+        help="picture to write, or a folder for it (out.png)",
+    )
     add("--like", metavar="PNG", help="make a picture again; other options on top of its own")
     add("--tokens", metavar="FILE", help="draw the CLIP latents of --save-tokens, without the MLLM")
     add("--save-tokens", metavar="FILE", help="write the CLIP latents (safetensors)")

@@ -73,28 +73,20 @@ def compile_set(
             hint="pass the onnxruntime set that it was compiled from",
         )
     _check_apart(source.resolve(), output.resolve())
-    stored = {spec.precision.weights for spec in manifest.engines}
+    # sets of earlier versions may name the type of their tables
+    stored = {spec.precision.weights for spec in manifest.engines} - manifests.INDICES
     architectures = check_targets(builder, targets, sorted(stored))
     types = {spec.name: compute_type(spec, compute, architectures) for spec in manifest.engines}
     check_targets(builder, architectures, sorted({*types.values(), "float32"}))
     bounds = sizes(manifest.dimensions, manifest.defaults, max_images, max_steps)
-    say("checking the set's files")
-    opened.verify(source, manifest)
-    jobs = []
-    for spec in manifest.engines:
-        graph = graphs.read(source / spec.graph, spec.name)
-        formats = sorted(quantized.formats(graph))
-        check_targets(builder, architectures, formats)
-        if measure and formats:
-            raise CompileError(
-                f"stage `{spec.name}` has {', '.join(formats)} layers: beside them a value rounded "
-                "to 16 bit moves others by whole steps, which is no measure of an error",
-                hint="leave --measure out; `export.build --quality-budget` holds pictures to "
-                "float32",
-            )
-        jobs.append(_Job.prepare(graph, spec, types[spec.name], weights))
     used = {name for spec in manifest.engines for name in spec.files}
     with written_aside(output) as folder:
+        say("checking the set's files")
+        opened.verify(source, manifest)
+        jobs = [
+            _prepare(builder, source, spec, types[spec.name], architectures, weights, measure)
+            for spec in manifest.engines
+        ]
         errors: dict[str, dict[str, Any]] = {}
         if measure:
             from export.compile import error  # torch lives behind it, which compiling does not need
@@ -132,6 +124,32 @@ def compile_set(
         (folder / manifests.FILENAME).write_bytes(new.dumps())
         assert manifests.read(folder) == new
     return output
+
+
+def _prepare(
+    builder: Builder,
+    source: Path,
+    spec: EngineSpec,
+    compute: str,
+    architectures: Sequence[str],
+    weights: str | None,
+    measure: bool,
+) -> _Job:
+    """One engine to compile.
+
+    Raises:
+        CompileError: a target lacks a format of its layers, or they cannot be measured.
+    """
+    graph = graphs.read(source / spec.graph, spec.name)
+    formats = sorted(quantized.formats(graph))
+    check_targets(builder, architectures, formats)
+    if measure and formats:
+        raise CompileError(
+            f"stage `{spec.name}` has {', '.join(formats)} layers: beside them a value rounded "
+            "to 16 bit moves others by whole steps, which is no measure of an error",
+            hint="leave --measure out; `export.build --quality-budget` holds pictures to float32",
+        )
+    return _Job.prepare(graph, spec, compute, weights)
 
 
 def compute_type(spec: EngineSpec, compute: str | None, architectures: Sequence[str]) -> str:

@@ -40,14 +40,16 @@ def read(path: Path, stage: str) -> ir.Model:
 
 
 def _in_the_set(tensor: ir.ExternalTensor, folder: Path, stage: str) -> ir.ExternalTensor:
-    """The tensor by its whole path. Files of a set may be hard links, which the library refuses to
-    read by a path within a folder; that they are the set's own was checked by their hash."""
-    file = (folder / tensor.location).resolve()
-    if not file.is_relative_to(folder.resolve()):
+    """The tensor by its whole path. Files of a set may be links, hard or symbolic, which the
+    library refuses to read by a path within a folder; what they hold was checked by their hash.
+    What the graph names must be a file of the set."""
+    if Path(tensor.location).name != str(tensor.location):
         raise CompileError(
-            f"stage `{stage}`: the weight {tensor.name} lies outside of the set, in {file}",
+            f"stage `{stage}`: the weight {tensor.name} lies outside of the set, in "
+            f"{folder / tensor.location}",
             hint=REBUILD,
         )
+    file = (folder / tensor.location).resolve()
     end, size = (tensor.offset or 0) + tensor.nbytes, file.stat().st_size if file.is_file() else 0
     if end > size:
         raise CompileError(

@@ -7,6 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from bifrost_rt.manifest import INDICES
+
 _NAMES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -36,8 +38,8 @@ class Arithmetic:
 
     @property
     def stored(self) -> str:
-        """The dtype of most bytes."""
-        return max(self.weights, key=lambda dtype: self.weights[dtype])
+        """The dtype of most bytes, those apart in which no layer computes."""
+        return max(self.weights, key=lambda dtype: (dtype not in INDICES, self.weights[dtype]))
 
 
 def read(trt: Any, network: Any, weights: Collection[str] = ()) -> Arithmetic:

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from bifrost_rt import Generator, backends, cli, doctor, generator, handover
 from bifrost_rt import processor as processors
-from bifrost_rt.cli import main
+from bifrost_rt.cli import generate, main
 from bifrost_rt.processor import Processor
 from tests.patience import PATIENCE
 from tests.processors import KINDS, named
@@ -210,6 +210,71 @@ def test_a_picture_that_asks_for_unknown_arguments_is_refused(
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=about)
     assert main(["generate", "--like", str(tmp_path / "a.png"), "--engines", "e"]) == 1
     assert "with other parameters" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "-n", "100000"], "num_images_per_prompt=100000: one run draws at most 4096"),
+        (["a", "-n", str(10**18)], "one run draws at most 4096"),
+        (["a"] * 5000, "prompt has 5000 texts, for 5000 images: one run draws at most 4096"),
+        (["--prompts", "two.txt", "-n", "100000"], "one run draws at most 4096"),
+        (["a", "--steps", "1000000000"], "num_inference_steps must be at most 10000"),
+        (["a", "-o", "x" * 256], "File name too long"),
+        (["a", "b", "-o", f"{'x' * 251}.png"], "File name too long"),
+        (["--prompts", "two.txt", "-o", f"{'x' * 251}.png"], "File name too long"),
+        (["a", "-n", "2", "-o", "p.png"], "p-1.png: cannot be written: it is a folder"),
+        (["a", "--save-tokens", "p-1.png"], "p-1.png: cannot be written: it is a folder"),
+        (["a", "-o", "q.png", "--save-tokens", "q.png"], "is named for the picture and for"),
+        (["a", "-o", "q.xbm"], "'.xbm' is not a picture format that Pillow writes"),
+        (["a", "-o", "two.txt/q.png"], "cannot be written: Not a directory"),
+        (["--like", "third.png", "-n", "2"], "that picture is number 2 of its run"),
+        (["a", "--size", "64x64"], "was built for 128x128"),
+    ],
+)
+def test_what_cannot_be_drawn_or_written_is_said_before_the_set_is_opened(
+    alpha_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate, "Generator", None)  # would fail in another way
+    Path("two.txt").write_text("a\nb\n")
+    Path("p-1.png").mkdir()
+    about = PngImagePlugin.PngInfo()
+    given = {"prompt": "a", **dict.fromkeys(generate.ARGUMENTS), "num_images_per_prompt": 3}
+    about.add_itxt("bifrost-rt", json.dumps({**given, "image": 2}))
+    Image.new("RGB", (4, 4)).save("third.png", pnginfo=about)
+    before = sorted(tmp_path.iterdir())
+    assert main(["generate", "--engines", str(alpha_set), *arguments]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.out == ""
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_pictures_go_into_a_folder(
+    alpha_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    Path("prompts.txt").write_text("a\nb\n")
+    common = ["generate", "--engines", str(alpha_set), "--steps", "1", "--seed", "1"]
+    assert main([*common, "a", "-o", "there"]) == 0
+    assert main([*common, "a", "-o", "new/", "-n", "2"]) == 0
+    assert main([*common, "--prompts", "prompts.txt", "-o", "lines/"]) == 0
+    assert capsys.readouterr().out.split() == [
+        *("there/out.png", "new/out-0.png", "new/out-1.png"),
+        *("lines/out-0.png", "lines/out-1.png"),
+    ]
+    assert Path("lines/out-0.png").read_bytes() == Path("there/out.png").read_bytes()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

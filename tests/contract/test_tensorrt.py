@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from export.engine_set import describe_files
 from export.errors import CompileError
 from tests import tensorrt_double as double
 from tests.conftest import difference, load_case
+from tests.linked_layouts import as_a_hub
 
 COMPILED = Compiled("tensorrt-rtx", "1.7.1.116", ("sm89", "sm120"), ("strongly_typed",), "0" * 64)
 
@@ -79,6 +81,17 @@ def test_a_whole_picture_through_the_driver(compiled_set: Path, library: double.
     del generator
     gc.collect()
     assert library.device.blocks == {}  # nothing of the GPU's memory is left behind
+
+
+def test_engines_behind_links_are_opened(
+    compiled_set: Path, library: double.Library, tmp_path: Path
+) -> None:
+    whole = Path(shutil.copytree(compiled_set, tmp_path / "whole"))
+    drawn = []
+    for folder in (whole, as_a_hub(whole, tmp_path / "hub")):
+        with Generator(folder, backend=driver_on(library)) as generator:
+            drawn.append(generator.run(**SHORT, num_inference_steps=1).images)
+    assert np.array_equal(*drawn)
 
 
 @pytest.fixture(params=["tensorrt-rtx", "tensorrt"])

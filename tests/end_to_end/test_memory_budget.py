@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 from numpy.typing import DTypeLike, NDArray
 
-from bifrost_rt import BackendError, BudgetError, Generator, manifest, pipeline, residency
+from bifrost_rt import (
+    BackendError,
+    BudgetError,
+    Generator,
+    manifest,
+    pipeline,
+    residency,
+    schedules,
+)
 from bifrost_rt.backends.onnxruntime import OnnxRuntime, OnnxRuntimeEngine
 from bifrost_rt.cli import main
 from bifrost_rt.manifest import EngineSpec, Manifest, Range
@@ -254,6 +262,21 @@ def test_a_driver_that_keeps_16_bit_is_told_to_build_it(alpha_set: Path, facts: 
     budget = max(need.total for need in sized) - 1000
     with pytest.raises(BudgetError, match="hint: rebuild the set with .* --precision bf16"):
         Generator(alpha_set, backend=Compact(), memory_budget=budget)
+
+
+def test_too_many_pictures_are_refused_before_their_noise_is_drawn(
+    alpha_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Generator(alpha_set, memory_budget="256MiB") as generator:
+        for name in ("random_latents", "random_orders"):
+            monkeypatch.setattr(schedules, name, None)  # would fail in another way
+        seen = {"callback_on_step_end": lambda *step: None, "preview_every": 1}
+        for options in ({}, seen):
+            with pytest.raises(BudgetError, match="memory budget 256 MiB: stage ") as refused:
+                generator.run("a cow", num_images_per_prompt=4000, **options)
+            assert "draw one picture at a time" in str(refused.value.hint)
+        monkeypatch.undo()
+        generator.run("a cow", **FEW)
 
 
 def test_the_command_line_takes_a_budget(

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 
-from bifrost_rt import Generator, StageInputError, manifest
+from bifrost_rt import Generator, RequestError, manifest
 from export import build, recipe
 from export.engine_set import written_aside
 from export.errors import BuildError, CheckpointError, ExportError, RecipeError
@@ -80,9 +80,10 @@ def test_16_bit_weights_are_half_the_bytes_and_close(half_set: Path, alpha_set: 
 def test_a_set_for_one_image_refuses_two(half_set: Path) -> None:
     with (
         Generator(half_set) as generator,
-        pytest.raises(StageInputError, match="1 <= images <= 1"),
+        pytest.raises(RequestError, match="built for at most 1 in one run") as refused,
     ):
         generator.run(["a", "b"], num_inference_steps=1, decoding_steps=1)
+    assert "--max-images 2" in str(refused.value.hint)
 
 
 def test_fp16_refuses_what_it_cannot_hold() -> None:
@@ -106,6 +107,59 @@ def test_a_recipe_with_flags_on_top(tmp_path: Path, encoding: str) -> None:
     read = recipe.read(path, {"precision": "fp16"})
     assert read.mllm == str(tmp_path / "m")
     assert read.precision == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("own", "flags", "folder"),
+    [
+        ("", {}, "sets/default"),
+        ("", {"precision": "fp32"}, "sets/default"),
+        ("", {"precision": "fp8"}, "sets/default-fp8"),
+        ("", {"precision": "bf16", "t5_max_length": 24}, "sets/default-bf16"),
+        ("", {"t5_max_length": 24}, "sets/default"),
+        ('precision = "fp8"', {}, "sets/default"),
+        ('precision = "fp8"', {"precision": "fp8"}, "sets/default"),
+        ('precision = "fp8"', {"precision": "fp32"}, "sets/default-fp32"),
+        ("", {"backend": "tensorrt-rtx", "max_images": 1}, "sets/default-tensorrt-rtx"),
+        (
+            "",
+            {"backend": "tensorrt-rtx", "max_images": 1, "precision": "fp8"},
+            "sets/default-fp8-tensorrt-rtx",
+        ),
+        (
+            'backend = "tensorrt-rtx"\nmax_images = 1',
+            {"backend": "onnxruntime"},
+            "sets/default-onnxruntime",
+        ),
+    ],
+)
+def test_another_precision_or_backend_has_a_folder_of_its_own(
+    tmp_path: Path, own: str, flags: dict[str, object], folder: str
+) -> None:
+    path = tmp_path / "default.toml"
+    path.write_text(f'mllm = "m"\nbifrost = "b"\nflux = "f"\noutput = "sets/default"\n{own}\n')
+    assert recipe.read(path, flags).output == str(tmp_path / folder)
+    named = recipe.read(path, {**flags, "output": "mine"})
+    assert named.output == "mine"
+
+
+def test_another_checkpoint_does_not_take_the_place_of_the_recipes_set(tmp_path: Path) -> None:
+    path = tmp_path / "default.toml"
+    path.write_text('mllm = "m"\nbifrost = "b"\nflux = "f"\noutput = "sets/default"\n')
+    with pytest.raises(RecipeError, match="set of another checkpoint would take") as refused:
+        recipe.read(path, {"flux": "my-flux"})
+    assert refused.value.hint == "name its folder: --output DIR"
+    assert recipe.read(path, {"flux": "my-flux", "output": "mine"}).flux == "my-flux"
+    same = str(tmp_path / "x" / ".." / "f")
+    assert recipe.read(path, {"flux": same}).output == str(tmp_path / "sets/default")
+
+
+def test_the_default_recipes_other_precisions_stand_beside_the_default_set() -> None:
+    default = recipe.read(build.DEFAULT_RECIPE, {})
+    assert Path(default.output) == build.DEFAULT_RECIPE.parent / "sets" / "default"
+    other = build._recipe(build._parser().parse_args(["--precision", "fp8"]))
+    assert other.output == f"{default.output}-fp8"
+    assert build.graphs_of(other) == other
 
 
 @pytest.mark.parametrize(
@@ -211,9 +265,8 @@ def test_a_finished_build_takes_the_place_of_the_older_set(older: Path) -> None:
 
 
 def test_what_killed_builds_left_is_cleaned_up_by_the_next(older: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    (older.parent / f".set.{ended.pid}.partial").mkdir()
+    (older.parent / ".set.partial").mkdir()
+    (older.parent / ".set.lock").touch()
     older.rename(older.parent / ".set.previous")  # killed between two renames
     with pytest.raises(KeyboardInterrupt), written_aside(older):
         assert older.exists()
@@ -237,7 +290,7 @@ def test_a_real_build_that_is_signalled_leaves_no_set(
 
     def one_engine_is_written() -> bool:
         assert process.poll() is None, process.communicate()[1]
-        return bool(list(tmp_path.glob(".set.*.partial/*.onnx")))
+        return bool(list(tmp_path.glob(".set.partial/*.onnx")))
 
     until(one_engine_is_written)
     process.send_signal(number)

@@ -16,17 +16,18 @@ from typing import Any
 import pytest
 from onnx import load, save
 
-from bifrost_rt import Generator, manifest, residency
+from bifrost_rt import Generator, engines, manifest, residency
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.tensorrt import TensorRtRtx
 from bifrost_rt.errors import BackendError, IntegrityError
-from export import build
+from export import build, build_lock
 from export.compile import __main__ as command
 from export.compile import builder as builders
 from export.compile import error as errors
 from export.compile import graphs
 from export.compile.compiled_set import compile_set
 from export.compile.profiles import Sizes
+from export.engine_set import hidden
 from export.errors import BuildError, CompileError
 from tests.conftest import alpha_recipe
 from tests.export.conftest import TARGETS, content, holding, rewritten
@@ -249,6 +250,18 @@ def test_a_source_that_is_damaged(source: Path, older: Path, name: str) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with untouched(older), pytest.raises(IntegrityError, match=rf"{name}: expected \d+ bytes"):
         compile_set(source, older, targets=TARGETS, max_images=1)
+
+
+def test_a_set_that_is_being_compiled_is_refused_before_a_file_is_read(
+    small_set: Path, older: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "verify", None)  # would fail in another way
+    with (
+        untouched(older),
+        build_lock.alone(older, hidden(older, "lock")),
+        pytest.raises(BuildError, match="another build of this set is running"),
+    ):
+        compile_set(small_set, older, targets=TARGETS, max_images=1)
 
 
 def break_graph(folder: Path, kind: str) -> None:

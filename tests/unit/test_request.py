@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bifrost_rt import RequestError, RequestTypeError, request
+from bifrost_rt import RequestError, RequestTypeError, request, schedules
 from bifrost_rt.manifest import (
     Defaults,
     EncoderText,
     Manifest,
     MllmText,
     ModelFacts,
+    Range,
     Scheduler,
     Text,
 )
@@ -105,6 +107,50 @@ def test_a_prompt_that_is_not_text(prompt: Any) -> None:
 def test_what_cannot_be_served_is_named(changes: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         check(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_images_per_prompt": 100_000}, "num_images_per_prompt=100000: one run draws at most"),
+        ({"num_images_per_prompt": 10**15}, "one run draws at most 4096"),
+        ({"prompt": ["a"] * 100_000}, "prompt has 100000 texts, for 100000 images: one run"),
+        (
+            {"prompt": ["a", "b"], "num_images_per_prompt": 5000},
+            "2 prompts with num_images_per_prompt=5000 are 10000 images: one run",
+        ),
+        ({"num_inference_steps": 10**9}, "num_inference_steps must be at most 10000"),
+        ({"decoding_steps": 10**9}, "decoding_steps must be at most 10000"),
+    ],
+)
+def test_numbers_beyond_all_reason_are_refused_at_once(changes: dict, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        check(**changes)
+
+
+def test_more_images_than_the_set_was_built_for() -> None:
+    facts = dataclasses.replace(FACTS, dimensions={"images": Range(1, 4)})
+    assert request.check(facts, prompt=["a", "b"], num_images_per_prompt=2).images == 4
+    with pytest.raises(RequestError, match="the set 'alpha' was built for at most 4 in one run"):
+        request.check(facts, prompt="a", num_images_per_prompt=5)
+    with pytest.raises(RequestError, match="at most 4 in one run") as refused:
+        request.check(facts, prompt="a", num_images_per_prompt=100_000)
+    assert refused.value.hint == "draw fewer at a time"
+
+
+def test_order_and_noise_are_drawn_when_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So a run that is refused has drawn none; they are those of the seed all the same."""
+    expected = schedules.random_latents(3, 2, (64, 16)), schedules.random_orders(3, 2, 16)
+    with monkeypatch.context() as patched:
+        patched.setattr(schedules, "random_latents", None)
+        patched.setattr(schedules, "random_orders", None)
+        checked = check(seed=3, num_images_per_prompt=2)
+        assert checked.images == 2
+    assert np.array_equal(checked.latents, expected[0])
+    assert np.array_equal(checked.order, expected[1])
+    assert checked.latents is checked.latents
 
 
 def test_arrays_of_other_widths_are_taken() -> None:
