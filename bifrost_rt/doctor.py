@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Sequence
 
-from bifrost_rt import backends, generator, manifest, processor, residency
+from bifrost_rt import backends, cache, generator, manifest, processor, residency
 from bifrost_rt.backends import gpu
 from bifrost_rt.errors import EngineSetError
 from bifrost_rt.processor import Processor
@@ -52,6 +52,7 @@ def report(here: Processor | None = None) -> str:
         else:
             lines.append(f"  {name:16} yes, version {_version(driver.library)}")
     lines += ["", "the default model's set", f"  {_default_set()}"]
+    lines += ["", "what builds keep, safe to delete", f"  {_cache()}"]
     for title, (packages, extra) in TASKS.items():
         lines += ["", title, f"  {_task(packages, extra)}"]
     return "\n".join(lines)
@@ -68,6 +69,12 @@ def _default_set() -> str:
         return f"{path}, for {manifest.read(path).backend}"
     except EngineSetError as error:
         return f"no: {error.message}" + (f"; {error.hint}" if error.hint else "")
+
+
+def _cache() -> str:
+    folder = cache.folder()
+    size = sum(path.stat().st_size for path in folder.glob("*/*") if path.is_file())
+    return f"{folder}, {size / 2**20:.0f} MiB; {cache.VARIABLE} names another folder"
 
 
 def _task(packages: Sequence[str], extra: str) -> str:

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 from safetensors.numpy import save_file
 
-from bifrost_rt import Generator, backends, cli, doctor, generator, handover
+from bifrost_rt import Generator, backends, cache, cli, doctor, generator, handover
 from bifrost_rt import processor as processors
 from bifrost_rt.cli import generate, main
 from bifrost_rt.processor import Processor
@@ -363,6 +363,15 @@ def test_doctor_says_what_the_processor_means_for_int8(
     assert section[2].startswith("  int8 in onnxruntime: exact")
     assert section[3].startswith("  int8 in openvino: ")
     assert ("refused here" in section[3]) == processor.saturates
+
+
+def test_doctor_names_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "here"))
+    cache.write("traces", "key", bytes(3 << 20))
+    assert main(["doctor"]) == 0
+    assert f"  {tmp_path / 'here'}, 3 MiB; {cache.VARIABLE} names" in capsys.readouterr().out
 
 
 def test_doctor_says_what_is_missing_and_how_to_get_it(
