@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,25 @@ OVERRIDES = {
     "stages": {"t5_text": "fp32", "clip_text": "int4"},
     "layers": {"denoise:transformer_blocks.0.attn.*": "bf16"},
 }
+
+
+def only_traces(folder: Path) -> Path:
+    """A cache folder with the traces of the real one, and nothing else."""
+    kept = cache.folder() / trace.KIND
+    kept.mkdir(parents=True, exist_ok=True)
+    folder.mkdir()
+    (folder / trace.KIND).symlink_to(kept)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_statistics(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Those that an earlier run kept may have been gathered on another processor, whose last bits
+    are others."""
+    folder = only_traces(tmp_path_factory.mktemp("cached") / "cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cache.VARIABLE, str(folder))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -155,11 +175,7 @@ def test_statistics_are_named_after_their_checkpoint(int8_set: Path, tmp_path: P
 
 @pytest.fixture
 def no_statistics_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache folder with the traces of the real one, and nothing else."""
-    kept = cache.folder() / trace.KIND
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / trace.KIND).symlink_to(kept)
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(cache.VARIABLE, str(only_traces(tmp_path / "cache")))
 
 
 def test_another_precision_of_a_model_takes_the_statistics_that_were_gathered(
