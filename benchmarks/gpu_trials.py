@@ -28,6 +28,7 @@ from benchmarks import golden
 from bifrost_rt import Generator, manifest, residency, selftest
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.base import Backend
+from bifrost_rt.errors import BifrostError
 from bifrost_rt.result import Result
 
 PICTURES = 5  # timed, after one that is not
@@ -163,14 +164,17 @@ def repeats(subject: Subject) -> dict[str, Any]:
         thread.join()
         found["other_thread"] = _same(first, drawn[0]) if drawn else "it failed"
     for name, driver in subject.drivers():
-        with subject.opened(driver) as generator:
-            # the second and third picture replay what the first one recorded
-            row: dict[str, Any] = {"same": [_same(first, generator.run(**REQUEST)) for _ in "123"]}
-        row["opens_in_threads"] = driver.opens_in_threads
-        row["little_memory"] = _with_little_memory(subject, driver, first)
+        row: dict[str, Any] = {"opens_in_threads": driver.opens_in_threads}
+        found[name] = row
+        try:
+            with subject.opened(driver) as generator:
+                # the second and third picture replay what the first one recorded
+                row["same"] = [_same(first, generator.run(**REQUEST)) for _ in "123"]
+            row["little_memory"] = _with_little_memory(subject, driver, first)
+        except BifrostError as error:
+            row["failed"] = error.message
         if eager := getattr(driver, "eager", None):
             row["eager"] = eager
-        found[name] = row
     return found
 
 

@@ -15,6 +15,7 @@ import itertools
 import logging
 import math
 import re
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -69,8 +70,11 @@ class OnnxRuntimeCuda:
     """The CUDA execution provider.
 
     Args:
-        graphs: whether the steps of loops become CUDA graphs, by the provider's own option: a
-            picture of the model in the box takes half of the time.
+        graphs: whether the steps of loops become CUDA graphs, by the provider's own option. A
+            picture of the model in the box then takes half of the time on an H200. Off by default:
+            onnxruntime's memory cannot grow while it records. On an H200 that failed, and took the
+            process with it, where another thread drew, and where engines came and went; one thread
+            with all engines in memory drew right.
         provider, device: a test passes the CPU's.
 
     Attributes:
@@ -80,7 +84,9 @@ class OnnxRuntimeCuda:
     name = "onnxruntime-cuda"
     scratch_share = 1.0
 
-    def __init__(self, graphs: bool = True, provider: str = PROVIDER, device: str = "cuda") -> None:
+    def __init__(
+        self, graphs: bool = False, provider: str = PROVIDER, device: str = "cuda"
+    ) -> None:
         self.graphs, self.provider, self.device = graphs, provider, device
         self.eager: dict[str, str] = {}
         self._queued: ort.IOBinding | None = None
@@ -221,7 +227,8 @@ class OnnxRuntimeCudaEngine:
         dimensions: Mapping[str, Range],
         graphs: bool,
     ) -> None:
-        self.spec, self.graphs, self.checked = spec, graphs, False
+        self.spec, self.graphs = spec, graphs
+        self.recorded_in: int | None = None  # the thread
         self._driver, self._dimensions = driver, dimensions
         self._session: ort.InferenceSession | None = session
 
@@ -280,15 +287,19 @@ class _Call:
 
     def __call__(self) -> None:
         """Run it."""
-        engine = self._engine
-        if engine.graphs and not engine.checked:
-            engine.checked = True
+        engine, here = self._engine, threading.get_ident()
+        if engine.graphs and engine.recorded_in is None:
+            engine.recorded_in = here
             if self._read(self._eager) != self._read(self._replay):
-                engine.graphs = False
-                self._driver.give_up_graphs(
-                    engine.spec.name, "its first replay differs from the eager run"
-                )
+                self._give_up("its first replay differs from the eager run")
+        elif engine.graphs and engine.recorded_in != here:
+            # onnxruntime would record again, once for every thread
+            self._give_up("its steps were recorded in another thread")
         self._run(self._replay if engine.graphs else self._eager)
+
+    def _give_up(self, reason: str) -> None:
+        self._engine.graphs = False
+        self._driver.give_up_graphs(self._engine.spec.name, reason)
 
     def _run(self, options: ort.RunOptions) -> None:
         with _in_words(f"stage `{self._engine.spec.name}`"):

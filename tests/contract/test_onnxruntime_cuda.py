@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -190,8 +191,8 @@ def test_of_a_failure_of_cuda_its_own_words_are_kept(
         raise RuntimeError(
             "Error in execution: /src/cuda_call.cc:154 "
             + "std::conditional_t<THRW> " * 30
-            + "CUDA failure 900: operation not permitted when stream is capturing ; GPU=0 ; hostname=x ; "
-            "file=/src/cuda_allocator.cc ; line=76 ; expr=cudaMalloc((void**)&p, size); "
+            + "CUDA failure 900: operation not permitted when stream is capturing ; GPU=0 ; "
+            "hostname=x ; file=/src/cuda_allocator.cc ; line=76 ; expr=cudaMalloc(&p, size); "
         )
 
     monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", fails)
@@ -204,13 +205,13 @@ def test_of_a_failure_of_cuda_its_own_words_are_kept(
 
 def test_engines_open_in_threads_unless_steps_are_recorded() -> None:
     """Whoever takes memory of the GPU meanwhile breaks the recording."""
-    assert not OnnxRuntimeCuda(provider=CPU, device="cpu").opens_in_threads
-    assert OnnxRuntimeCuda(graphs=False, provider=CPU, device="cpu").opens_in_threads
+    assert not OnnxRuntimeCuda(graphs=True, provider=CPU, device="cpu").opens_in_threads
+    assert OnnxRuntimeCuda(provider=CPU, device="cpu").opens_in_threads
 
 
 def test_replayed_steps_draw_the_same_picture(alpha_set: Path) -> None:
     case = load_case("case_04")
-    driver = OnnxRuntimeCuda(provider=CPU, device="cpu")
+    driver = OnnxRuntimeCuda(graphs=True, provider=CPU, device="cpu")
     with Generator(alpha_set, backend=driver) as generator:
         for _ in range(2):
             result = generator.run(**case.request(), output_type="np")
@@ -230,7 +231,7 @@ def test_a_replay_that_differs_is_not_used_and_says_so(
 
     monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", lost)
     case = load_case("case_04")
-    driver = OnnxRuntimeCuda(provider=CPU, device="cpu")
+    driver = OnnxRuntimeCuda(graphs=True, provider=CPU, device="cpu")
     with Generator(alpha_set, backend=driver) as generator:
         result = generator.run(**case.request(), output_type="np")
     assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
@@ -238,17 +239,33 @@ def test_a_replay_that_differs_is_not_used_and_says_so(
     assert "denoise: runs without a CUDA graph: its first replay differs" in caplog.text
 
 
+def test_another_thread_does_not_replay_and_does_not_record(
+    alpha_set: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """onnxruntime keeps recordings for each thread: a second one failed on a GPU."""
+    case = load_case("case_04")
+    driver = OnnxRuntimeCuda(graphs=True, provider=CPU, device="cpu")
+    with Generator(alpha_set, backend=driver) as generator:
+        generator.run(**case.request(), output_type="np")
+        assert driver.eager == {}
+        with ThreadPoolExecutor(1) as pool:
+            result = pool.submit(generator.run, **case.request(), output_type="np").result()
+    assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
+    assert driver.eager.keys() == {"visual_decode", "denoise"}
+    assert "denoise: runs without a CUDA graph: its steps were recorded in another" in caplog.text
+
+
 def test_an_engine_that_cannot_be_recorded_runs_without(
     alpha_set: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """onnxruntime refuses to open it where not every node is on the GPU."""
-    driver = OnnxRuntimeCuda(provider=CPU, device="cpu")
+    driver = OnnxRuntimeCuda(graphs=True, provider=CPU, device="cpu")
     whole = driver._session
 
-    def refused(path: Path, *, graphs: bool) -> Any:
+    def refused(folder: Path, spec: manifest.EngineSpec, *, graphs: bool) -> Any:
         if graphs:
             raise BackendError("This session cannot use the graph capture feature")
-        return whole(path, graphs=False)
+        return whole(folder, spec, graphs=False)
 
     monkeypatch.setattr(driver, "_session", refused)
     facts = manifest.read(alpha_set)
