@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu_check --engines DIR [--recordings tests/golden/alpha] [--json FILE]
 
-On ONNX graphs it needs the runtime alone: no torch, no internet. A set is tried on every backend for
-GPUs that is installed; for those that run compiled sets it is compiled first, which takes the package
-onnx. A compiled set is tried on its own. `--backend` names others, the CPU's too. `--engines` and
-`--backend` may be repeated.
+On ONNX graphs it needs the runtime alone: no torch, no internet. A set is tried on every backend
+for GPUs that is installed; for those that run compiled sets it is compiled first, which takes the
+package onnx. A compiled set is tried on its own. `--backend` names others, the CPU's too.
+`--engines` and `--backend` may be repeated.
 The record has the machine, the bare GPU (`benchmarks.gpu_device`), and for each set and backend the
 trials of `benchmarks.gpu_trials`. It is written after every trial, and a trial that fails stands in
 it with its reason; the exit status is then 1.
