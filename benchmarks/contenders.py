@@ -37,6 +37,7 @@ class Spec:
     engines: str
     backend: str
     kind: Kind = "set"
+    device: str = "cpu"  # torch's, of the reference
 
     @property
     def runs_the_set(self) -> bool:
@@ -45,10 +46,12 @@ class Spec:
 
 
 def parse(text: str, first: str) -> Spec:
-    """`DIR`, `DIR@BACKEND`, `bare`, `bare@BACKEND`, `reference` or `reference-compiled`.
+    """`DIR`, `DIR@BACKEND`, `bare`, `bare@BACKEND`, `reference`, `reference-compiled`, or one of
+    these two `@cuda`.
 
     Args:
-        first: the contender that the others are compared with; the latter four are of its set.
+        first: the contender that the others are compared with; all but the first two are of its
+            set.
 
     Raises:
         EngineSetError: there is no set, or the reference was asked for on a backend.
@@ -58,10 +61,16 @@ def parse(text: str, first: str) -> Spec:
     kind: Kind = next((kind for kind in KINDS if kind == what), "set")
     if kind == "set":
         folder, its_backend = what, ""
-    elif backend and kind != "bare":
-        raise EngineSetError(f"{text}: the official loop runs in torch, on no other backend")
+    elif kind != "bare" and backend not in ("", "cuda"):
+        raise EngineSetError(
+            f"{text}: the official loop runs in torch, on no other backend",
+            hint=f"{kind}, or {kind}@cuda for torch on an NVIDIA GPU",
+        )
+    device = "cpu"
+    if kind in ("reference", "reference-compiled") and backend:
+        device, backend = backend, ""
     driver = backend or its_backend or choose(manifest.read(Path(folder))).name
-    return Spec(text.rstrip("/"), folder, driver, kind)
+    return Spec(text.rstrip("/"), folder, driver, kind, device)
 
 
 class Contender(Protocol):
@@ -123,6 +132,7 @@ class ReferenceLoop:
                 recipe["flux"],
                 mllm_max_length=self._facts.text.mllm.max_length,
                 t5_max_length=self._facts.text.t5.max_length,
+                device=spec.device,
             )
         if spec.kind == "reference-compiled":
             self._reference.compile()

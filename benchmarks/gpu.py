@@ -75,11 +75,16 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(here, str):
         print(f"no GPU: {here}")
         return 1
-    rows = []
+    rows: list[dict[str, Any]] = []
     shapes = PRESETS[options.like].cut(options.layers)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for spec in cuts.written(folder, options.stages.split(","), shapes, FORMS):
+        stages = options.stages.split(",")
+        # graphs that nothing here runs are not written: each takes gigabytes and a minute
+        rows += [row for stage in stages for row in unavailable(stage)]
+        for row in rows:
+            print(json.dumps(row), flush=True)
+        for spec in cuts.written(folder, stages, shapes, forms()):
             for row in measure(folder, spec, here, options.steps):
                 print(json.dumps(row), flush=True)
                 rows.append(row)
@@ -88,6 +93,27 @@ def main(arguments: list[str] | None = None) -> int:
         record = {"machine": machine.describe(), **about, "rows": rows}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
+
+
+def forms() -> tuple[str, ...]:
+    """The forms of the graphs that some driver runs here."""
+    return tuple(
+        form
+        for form in FORMS
+        if any(
+            cuts.stored_as(compute) == form and backends.DRIVERS[name].unavailable() is None
+            for name, compute, _, _ in CASES
+        )
+    )
+
+
+def unavailable(stage: str) -> Iterator[dict[str, Any]]:
+    """The rows of one stage in the other forms."""
+    for name, compute, weights, replayed in CASES:
+        if cuts.stored_as(compute) not in forms():
+            row = {"stage": stage, "driver": name, "compute": compute, "weights": weights}
+            reason = backends.DRIVERS[name].unavailable()
+            yield {**row, "cuda_graphs": replayed, "unavailable": reason}
 
 
 def measure(folder: Path, spec: EngineSpec, here: gpu.Gpu, steps: int) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -10,7 +11,10 @@ from typing import Any
 from benchmarks import host, jetson, nvidia
 from bifrost_rt import processor
 
-LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-rtx", "tensorrt", "torch")
+LIBRARIES = (
+    *("openvino", "tensorrt-rtx", "tensorrt", "torch", "cuda-bindings"),
+    *("nvidia-cuda-runtime", "nvidia-cublas", "nvidia-cudnn-cu13"),
+)
 
 
 def describe() -> dict[str, Any]:
@@ -56,6 +60,10 @@ def _mhz() -> str | None:
 
 def _versions() -> dict[str, str]:
     found = {}
+    with contextlib.suppress(ImportError):  # two packages have this module: it knows which it is
+        import onnxruntime
+
+        found["onnxruntime"] = onnxruntime.__version__
     for name in LIBRARIES:
         try:
             found[name] = importlib.metadata.version(name)

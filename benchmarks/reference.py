@@ -45,7 +45,10 @@ class ReferenceResult:
 
 
 class Reference:
-    """The three folders, opened, in torch on the CPU at float32.
+    """The three folders, opened, in torch at float32.
+
+    Args:
+        device: as torch names it. On an NVIDIA GPU float32 is float32 here: TF32 is off.
 
     Attributes:
         checkpoint: where the networks of FLUX are; they are read at their first use.
@@ -62,7 +65,9 @@ class Reference:
         flux: Path | str,
         mllm_max_length: int,
         t5_max_length: int,
+        device: str = "cpu",
     ) -> None:
+        self._device = torch.device(device)
         # networks of its own: those of a build have lost their modulation layers
         self.checkpoint = Checkpoint(Path(mllm), Path(bifrost), Path(flux))
         with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +78,7 @@ class Reference:
             self._tokenizers.clip([""])
             self._tokenizers.t5([""])
         self._max_length = mllm_max_length
-        self.mllm = reference_mllm.load(self.checkpoint)
+        self.mllm = reference_mllm.load(self.checkpoint).to(self._device)
         self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
             flux, subfolder="scheduler"
         )
@@ -93,11 +98,13 @@ class Reference:
                 hint="it needs a C++ compiler and Python's headers: apt install g++ python3-dev",
             ) from error
         c = self.checkpoint
-        for network in (
-            *(self.mllm, c.clip, c.t5, c.controlnet, c.controlnet.up_sampling_block),
-            *(c.transformer, c.vae.decoder),
-        ):
+        for network in (self.mllm, *self._diffusion(), c.controlnet.up_sampling_block):
             network.compile()
+
+    def _diffusion(self) -> list[torch.nn.Module]:
+        """The networks of FLUX, read at their first use."""
+        c = self.checkpoint
+        return [c.clip, c.t5, c.controlnet, c.transformer, c.vae.decoder]
 
     @torch.inference_mode()
     def run(
@@ -120,21 +127,25 @@ class Reference:
             latents: [n, S, C], packed starting noise.
         """
         start = time.perf_counter()
-        tokens_steps = self._decode(prompts, torch.as_tensor(order), decoding_steps, cfg_weight)
-        decoded = time.perf_counter()
-        latents_steps = self._denoise(
-            prompts,
-            tokens_steps[-1],
-            torch.as_tensor(latents),
-            num_inference_steps,
-            guidance_scale,
-            controlnet_conditioning_scale,
-        )
-        image = self._pixels(latents_steps[-1])
+        with self._device, torch.backends.cudnn.flags(allow_tf32=False):
+            places = torch.as_tensor(order, device=self._device)
+            tokens_steps = self._decode(prompts, places, decoding_steps, cfg_weight)
+            on_host = tokens_steps.cpu()  # waits
+            decoded = time.perf_counter()
+            latents_steps = self._denoise(
+                prompts,
+                tokens_steps[-1],
+                torch.as_tensor(latents, device=self._device),
+                num_inference_steps,
+                guidance_scale,
+                controlnet_conditioning_scale,
+            )
+            image = self._pixels(latents_steps[-1]).cpu()
+        latents_steps = latents_steps.cpu()
         rounded = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         return ReferenceResult(
-            tokens_steps[-1],
-            tokens_steps,
+            on_host[-1],
+            on_host,
             latents_steps[-1],
             latents_steps,
             image,
@@ -185,8 +196,10 @@ class Reference:
         """The pipeline's loop: ControlNet, transformer, scheduler, from the text on."""
         n, image_tokens = latents.shape[:2]
         checkpoint = self.checkpoint
-        clip_ids = torch.from_numpy(self._tokenizers.clip(prompts))
-        t5_ids = torch.from_numpy(self._tokenizers.t5(prompts))
+        for network in (*self._diffusion(), checkpoint.vae):
+            _move(network, self._device)
+        clip_ids = torch.from_numpy(self._tokenizers.clip(prompts)).to(self._device)
+        t5_ids = torch.from_numpy(self._tokenizers.t5(prompts)).to(self._device)
         pooled = checkpoint.clip(input_ids=clip_ids).pooler_output
         embeds = checkpoint.t5(input_ids=t5_ids).last_hidden_state
         conditions = {
@@ -198,7 +211,9 @@ class Reference:
         }
         guidance = torch.full([n], guidance_scale)
         self._scheduler.set_timesteps(
-            sigmas=np.linspace(1.0, 1.0 / steps, steps), mu=self._shift(image_tokens)
+            sigmas=np.linspace(1.0, 1.0 / steps, steps),
+            mu=self._shift(image_tokens),
+            device=self._device,
         )
         kept_steps = []
         for t in self._scheduler.timesteps:
@@ -241,6 +256,11 @@ class Reference:
         x = x.reshape(n, channels // 4, 2 * side, 2 * side) / vae.config.scaling_factor
         (image,) = vae.decode(x + (vae.config.shift_factor or 0.0), return_dict=False)
         return image
+
+
+def _move(network: torch.nn.Module, device: torch.device) -> None:
+    """What was read goes to the device; counters that nothing reads never left `meta`."""
+    network._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
 def _image_ids(side: int) -> Tensor:

@@ -23,12 +23,15 @@ TASKS = {
     ),
     "measuring (bifrost-rt bench)": (("matplotlib", "scipy", "skimage"), "benchmarks"),
 }
+# modules that two packages bring, onnxruntime and onnxruntime-gpu: the module knows which one it is
+TWO_PACKAGES = {"onnxruntime"}
 # packages whose distribution has another name
 _DISTRIBUTIONS = {"skimage": "scikit-image", "prometheus_client": "prometheus-client"}
 
 
 def report(here: Processor | None = None) -> str:
-    """Several lines of text. Imports nothing heavy: it asks what is installed.
+    """Several lines of text. Imports nothing heavy but onnxruntime: it asks what is
+    installed.
 
     Args:
         here: the processor; None takes this machine's.
@@ -84,9 +87,11 @@ def _task(packages: Sequence[str], extra: str) -> str:
 
 
 def _version(library: str) -> str:
+    if library in TWO_PACKAGES:
+        return str(importlib.import_module(library).__version__)
     try:
         return importlib.metadata.version(_DISTRIBUTIONS.get(library, library))
-    except importlib.metadata.PackageNotFoundError:  # onnxruntime-gpu installs `onnxruntime`
+    except importlib.metadata.PackageNotFoundError:
         return str(getattr(importlib.import_module(library), "__version__", "unknown"))
 
 

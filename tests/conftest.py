@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +10,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from benchmarks import golden
+from benchmarks.golden import Case
+
 ALPHA = Path(__file__).parent / "golden" / "alpha"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One recorded run of the official implementation."""
-
-    name: str
-    facts: dict[str, Any]
-    tensors: dict[str, NDArray[Any]]
-
-    def request(self) -> dict[str, Any]:
-        """The arguments of `Generator.run` that repeat it."""
-        f = self.facts
-        return {
-            "prompt": f["prompts"],
-            "order": self.tensors["mllm.orders"],
-            "latents": self.tensors["flux.latents_init"],
-            "decoding_steps": f["num_iter"],
-            "cfg_weight": f["cfg"],
-            "num_inference_steps": f["num_inference_steps"],
-            "guidance_scale": f["guidance_scale"],
-            "controlnet_conditioning_scale": f["controlnet_conditioning_scale"],
-        }
 
 
 CASES = [f"case_{i:02d}" for i in range(8)]
 
 
 def load_case(name: str) -> Case:
-    from safetensors.numpy import load_file
-
-    cases = json.loads((ALPHA / "cases.json").read_text())["cases"]
-    facts = next(c for c in cases if c["file"] == f"{name}.safetensors")
-    return Case(name, facts, load_file(ALPHA / f"{name}.safetensors"))
+    return golden.load(ALPHA, name)
 
 
 @pytest.fixture(params=CASES)
@@ -55,8 +29,10 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.fixture(scope="session")
-def alpha_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alpha_set(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
     """The golden checkpoint at fp32, built as a user builds it."""
+    if (built := pytestconfig.getoption("--alpha-set")) is not None:
+        return Path(built)
     from export.build import build
 
     output = tmp_path_factory.mktemp("sets") / "alpha"
@@ -126,4 +102,5 @@ def difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--alpha-set", metavar="DIR", help="the golden set, built beforehand")
     parser.addoption("--screenshots", metavar="DIR", help="keep what browser tests looked like")

@@ -50,7 +50,7 @@ class Driver:
 
     def missing(self) -> str | None:
         """The first package that it needs and that is not installed."""
-        return next((name for name in (self.library, *self.also) if not _installed(name)), None)
+        return next((name for name in (self.library, *self.also) if not installed(name)), None)
 
     def remedy(self) -> str | None:
         """What to do where it is not available; None where this machine can never run it."""
@@ -62,7 +62,8 @@ class Driver:
         return install
 
 
-def _installed(name: str) -> bool:
+def installed(name: str) -> bool:
+    """Whether a Python module is there, without importing it."""
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # the package that a dotted name is in

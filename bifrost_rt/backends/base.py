@@ -56,9 +56,11 @@ class Backend(Protocol):
     """One driver."""
 
     name: str
-    opens_in_threads: bool
-    """Whether an engine may be opened in another thread, beside others and while one runs. Where
-    not, generators that were given the same driver take turns."""
+
+    @property
+    def opens_in_threads(self) -> bool:
+        """Whether an engine may be opened in another thread, beside others and while one runs.
+        Where not, generators that were given the same driver take turns."""
 
     def open(self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]) -> Engine:
         """Load one engine of the set in `folder`."""

@@ -14,7 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from bifrost_rt import residency
 from bifrost_rt.errors import BackendError
+
+# What the functions of the runtime may answer, and what then is to be done.
+OLD_DRIVER, FULL = 35, 2  # cudaErrorInsufficientDriver, cudaErrorMemoryAllocation
 
 
 class Device(Protocol):
@@ -23,7 +27,7 @@ class Device(Protocol):
     stream: int
 
     def free_bytes(self) -> int:
-        """Memory that nobody has taken."""
+        """Memory that can be had."""
 
     def allocate(self, size: int) -> int:
         """`size` bytes, and their address."""
@@ -49,16 +53,31 @@ class Device(Protocol):
 
 
 class Cuda:
-    """The first GPU that the process may use."""
+    """The first GPU that the process may use.
 
-    def __init__(self) -> None:
-        self._runtime: Any = importlib.import_module("cuda.bindings.runtime")
-        self.stream = int(self._call("cudaStreamCreate"))
+    Args:
+        runtime: the module `cuda.bindings.runtime`; a test passes a double.
+
+    Raises:
+        BackendError: the NVIDIA driver is too old for the bindings, or cannot start.
+    """
+
+    def __init__(self, runtime: Any = None) -> None:
+        self._runtime: Any = runtime or importlib.import_module("cuda.bindings.runtime")
+        # Not one that waits for the legacy default stream: work of any other library there would
+        # break a recording.
+        flag = self._runtime.cudaStreamNonBlocking
+        self.stream = int(self._call("cudaStreamCreateWithFlags", flag))
         kinds = self._runtime.cudaMemcpyKind
         self._in, self._out = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
+        integrated = self._runtime.cudaDeviceAttr.cudaDevAttrIntegrated
+        self._unified = bool(self._call("cudaDeviceGetAttribute", integrated, 0))
 
     def free_bytes(self) -> int:
-        """Of this GPU; on unified memory, of the whole machine."""
+        """Of this GPU. Where it shares the machine's memory, what the machine can give: there CUDA
+        leaves out the pages of files, which are given up when somebody asks for memory."""
+        if self._unified and (free := residency.host_memory()) is not None:
+            return free
         return int(self._call("cudaMemGetInfo"))
 
     def allocate(self, size: int) -> int:
@@ -121,11 +140,28 @@ class Cuda:
             why = self._runtime.cudaGetErrorString(status)[1]
             raise BackendError(
                 f"CUDA: {name} failed: {why.decode() if isinstance(why, bytes) else why}",
-                hint="give it a smaller --memory-budget, or draw fewer pictures at a time"
-                if name == "cudaMalloc"
-                else None,
+                hint=self._hint(int(status)),
             )
         return results[result] if results else None
+
+    def _hint(self, status: int) -> str | None:
+        if status == FULL:
+            return "give it a smaller --memory-budget, or draw fewer pictures at a time"
+        if status == OLD_DRIVER:
+            here = _release(self._runtime.cudaDriverGetVersion()[1])
+            wanted = _release(self._runtime.CUDART_VERSION)
+            return (
+                f"the NVIDIA driver here goes up to CUDA {here}, the Python package cuda-bindings "
+                f"is for CUDA {wanted}: update the driver (CUDA 13 needs 580 or newer), or take "
+                "the packages for CUDA 12: pip install 'cuda-bindings<13' and tensorrt-rtx-cu12 "
+                "or tensorrt-cu12"
+            )
+        return None
+
+
+def _release(number: int) -> str:
+    """CUDA's version numbers as text: 13050 is 13.5."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 class CudaGraph:

@@ -14,6 +14,7 @@ from typing import Any
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _NO_DEVICE = 100
+_OK = 0
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _NAME_BYTES = 256
 
@@ -50,3 +51,26 @@ def find(load: Callable[[str], Any] = ctypes.CDLL) -> Gpu | str:
         if code:
             return f"the NVIDIA driver shows no usable GPU: error {code}"
     return Gpu(name.value.decode(errors="replace"), f"sm{major.value}{minor.value}")
+
+
+def free_bytes(load: Callable[[str], Any] = ctypes.CDLL) -> int | None:
+    """Memory of the GPU that nobody has taken; None without a GPU.
+
+    Args:
+        load: opens a shared library; a test passes its own.
+    """
+    if isinstance(find(load), str):
+        return None
+    driver, device, context = load(LIBRARY), ctypes.c_int(), ctypes.c_void_p()
+    free, whole = ctypes.c_size_t(), ctypes.c_size_t()
+    driver.cuDeviceGet(ctypes.byref(device), 0)
+    # the context that CUDA's runtime uses too: once somebody has it, this costs nothing
+    if driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) != _OK:
+        return None
+    try:
+        driver.cuCtxPushCurrent_v2(context)
+        told = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(whole))
+        driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+    finally:
+        driver.cuDevicePrimaryCtxRelease_v2(device)
+    return free.value if told == _OK else None

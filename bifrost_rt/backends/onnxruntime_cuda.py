@@ -7,10 +7,17 @@ would leave to the CPU.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.util
+import io
 import itertools
+import logging
 import math
+import re
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +25,36 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import DTypeLike, NDArray
 
-from bifrost_rt.backends import linked
+from bifrost_rt.backends import gpu, linked
 from bifrost_rt.backends.base import Buffer, check_bindings
 from bifrost_rt.backends.onnxruntime import keep_exact
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import EngineSpec, Range
 
 PROVIDER, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-# float32 means float32: TF32, which is on unless it is cleared, keeps 10 bits of mantissa.
-OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
-# Operators that belong on the GPU; sizes are rightly computed on the CPU.
-ARITHMETIC = ("MatMul", "FusedMatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "Softmax")
+OPTIONS = {
+    # float32 means float32: TF32, which is on unless it is cleared, keeps 10 bits of mantissa
+    "use_tf32": "0",
+    "cudnn_conv_algo_search": "HEURISTIC",
+    # otherwise memory grows in powers of two, and weights of 1.1 GB took 2.2 GB
+    "arena_extend_strategy": "kSameAsRequested",
+}
+# Measured on an H200 (benchmarks/results/gpu.md): what a session takes for itself, most of it
+# cuBLAS's workspaces, which are smaller before Hopper; and over the file's bytes 1.07 in float32
+# and 2.15 in bfloat16, which is unpacked to float32.
+FIXED = 68 << 20
+UNPACKED = {"float32": 1.1, "float16": 2.2, "bfloat16": 2.2}
+# Operators that belong on the GPU; sizes are rightly computed on the CPU. A norm or an activation
+# there would be waited for and copied to and fro in every step.
+ARITHMETIC = {
+    *("MatMul", "FusedMatMul", "Gemm", "Conv", "FusedConv", "ConvTranspose", "Attention"),
+    *("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm"),
+    *("MatMulNBits", "QLinearConv", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"),
+    *("Softmax", "RMSNormalization", "LayerNormalization", "SkipLayerNormalization"),
+    *("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "GroupNormalization"),
+    *("InstanceNormalization", "Gelu", "BiasGelu", "FastGelu", "QuickGelu", "Sigmoid", "Tanh"),
+    *("Erf", "Swish", "RotaryEmbedding", "GridSample", "Resize"),
+}
 _GRAPHS = itertools.count(1)  # numbers of recorded graphs; -1 means none
 
 
@@ -44,29 +70,41 @@ class OnnxRuntimeCuda:
     """The CUDA execution provider.
 
     Args:
-        graphs: whether the steps of loops become CUDA graphs, by the provider's own option. Off by
-            default: onnxruntime waits for each replay, so little is won.
+        graphs: whether the steps of loops become CUDA graphs, by the provider's own option. A
+            picture of the model in the box then takes half of the time on an H200. Off by default:
+            onnxruntime's memory cannot grow while it records. On an H200 that failed, and took the
+            process with it, where another thread drew, and where engines came and went; one thread
+            with all engines in memory drew right.
         provider, device: a test passes the CPU's.
+
+    Attributes:
+        eager: engine -> the reason why its steps are queued one kernel at a time.
     """
 
     name = "onnxruntime-cuda"
-    opens_in_threads = False  # never tried on a GPU
     scratch_share = 1.0
 
     def __init__(
         self, graphs: bool = False, provider: str = PROVIDER, device: str = "cuda"
     ) -> None:
         self.graphs, self.provider, self.device = graphs, provider, device
+        self.eager: dict[str, str] = {}
         self._queued: ort.IOBinding | None = None
+        self._not_loaded = load_libraries() if provider == PROVIDER else ""
+
+    @property
+    def opens_in_threads(self) -> bool:
+        """Without CUDA graphs: whoever takes memory of the GPU while a step is recorded breaks the
+        recording, and opening an engine does."""
+        return not self.graphs
 
     def free_memory(self) -> int | None:
-        """onnxruntime does not say."""
-        return None
+        """The GPU's."""
+        return gpu.free_bytes() if self.provider == PROVIDER else None
 
     def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
-        """16 bit is unpacked to float32. Not measured."""
-        sixteen = spec.precision.weights in ("float16", "bfloat16")
-        return math.ceil(stored * (2.1 if sixteen else 1.05))
+        """What is quantized comes to float32 at the latest where it is multiplied."""
+        return math.ceil(stored * UNPACKED.get(spec.precision.weights, 4.2)) + FIXED
 
     def open(
         self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]
@@ -77,12 +115,26 @@ class OnnxRuntimeCuda:
             BackendError: onnxruntime does not accept the file, its provider does not start, or it
                 would compute part of the graph on the CPU.
         """
+        graphs = self.graphs and bool(spec.carry)
+        session = None
+        if graphs:
+            try:
+                session = self._session(folder, spec, graphs=True)
+            except BackendError as error:
+                reason = error.message
+        if session is None:
+            session = self._session(folder, spec, graphs=False)
+            if graphs:
+                graphs = False
+                self.give_up_graphs(spec.name, reason)
+        return OnnxRuntimeCudaEngine(self, session, spec, dimensions, graphs)
+
+    def _session(self, folder: Path, spec: EngineSpec, *, graphs: bool) -> ort.InferenceSession:
+        path = folder / spec.graph
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         keep_exact(options, spec)
-        path = folder / spec.graph
-        graphs = self.graphs and bool(spec.carry)
         settings = {**OPTIONS, "enable_cuda_graph": str(int(graphs))}
         on_gpu = self.provider == PROVIDER
         providers = [(PROVIDER, settings), CPU] if on_gpu else [self.provider]
@@ -100,27 +152,41 @@ class OnnxRuntimeCuda:
                 hint="rebuild the set with `python -m export.build --backend onnxruntime`",
             ) from error
         if self.provider not in session.get_providers():
+            why = self._not_loaded or (
+                "a CUDA or cuDNN library that it was built for does not fit the NVIDIA driver"
+            )
             raise BackendError(
-                f"{path}: onnxruntime {ort.__version__} could not start its {self.provider}: a "
-                "CUDA or cuDNN library that it was built for is missing or does not fit the driver",
-                hint="install the CUDA and cuDNN versions that its release notes name",
+                f"{path}: onnxruntime {ort.__version__} could not start its {self.provider}: {why}",
+                hint="pip install 'bifrost-rt[cuda]' brings CUDA's libraries and cuDNN; for "
+                "CUDA 13 the NVIDIA driver must be 580 or newer",
             )
         if left := left_to_cpu(session.get_provider_graph_assignment_info(), self.provider):
             raise BackendError(
                 f"{path}: onnxruntime {ort.__version__} would compute {', '.join(left)} on the CPU",
                 hint="upgrade onnxruntime-gpu",
             )
-        return OnnxRuntimeCudaEngine(self, session, spec, dimensions, graphs)
+        return session
+
+    def give_up_graphs(self, engine: str, reason: str) -> None:
+        """Note that an engine's steps run without CUDA graphs, and say so."""
+        self.eager[engine] = reason
+        logging.getLogger(__name__).warning(
+            "%s: %s: runs without a CUDA graph: %s", self.name, engine, reason
+        )
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> OrtBuffer:
         """Uninitialised memory of the GPU."""
-        value = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(dtype), self.device, 0)
+        with _in_words(f"memory for {np.dtype(dtype)}{list(shape)}"):
+            value = ort.OrtValue.ortvalue_from_shape_and_type(
+                shape, np.dtype(dtype), self.device, 0
+            )
         return OrtBuffer(value, shape, dtype)
 
     def upload(self, array: NDArray[Any]) -> OrtBuffer:
         """A copy on the GPU."""
         array = np.ascontiguousarray(array)
-        value = ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
+        with _in_words(f"memory for {array.dtype}{list(array.shape)}"):
+            value = ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
         return OrtBuffer(value, array.shape, array.dtype)
 
     def write(self, buffer: Buffer, array: NDArray[Any]) -> None:
@@ -145,8 +211,9 @@ class OnnxRuntimeCuda:
     def wait(self) -> None:
         """Until the last queued call is done, and with it those before."""
         if self._queued is not None:
-            self._queued.synchronize_outputs()
-            self._queued = None
+            queued, self._queued = self._queued, None
+            with _in_words("a queued step"):
+                queued.synchronize_outputs()
 
 
 class OnnxRuntimeCudaEngine:
@@ -160,8 +227,9 @@ class OnnxRuntimeCudaEngine:
         dimensions: Mapping[str, Range],
         graphs: bool,
     ) -> None:
-        self.spec = spec
-        self._driver, self._dimensions, self._graphs = driver, dimensions, graphs
+        self.spec, self.graphs = spec, graphs
+        self.recorded_in: int | None = None  # the thread
+        self._driver, self._dimensions = driver, dimensions
         self._session: ort.InferenceSession | None = session
 
     def bind(
@@ -179,7 +247,7 @@ class OnnxRuntimeCudaEngine:
         ):
             for name, buffer in tensors.items():
                 bind(name, _on_device(f"stage `{self.spec.name}`, `{name}`", buffer).value)
-        return _Call(self._driver, session, binding, bool(self.spec.carry), self._graphs)
+        return _Call(self, self._driver, session, binding, outputs)
 
     def close(self) -> None:
         """Drop the session with its weights."""
@@ -188,30 +256,125 @@ class OnnxRuntimeCudaEngine:
 
 
 class _Call:
-    """A session on fixed buffers."""
+    """A session on fixed buffers. The first call of an engine whose steps are replayed runs both
+    ways: where the results are not the same bits, its steps are queued kernel by kernel."""
 
     def __init__(
         self,
+        engine: OnnxRuntimeCudaEngine,
         driver: OnnxRuntimeCuda,
         session: ort.InferenceSession,
         binding: ort.IOBinding,
-        loop: bool,
-        graph: bool,
+        outputs: Mapping[str, Buffer],
     ) -> None:
-        self._driver, self._session, self._binding, self._loop = driver, session, binding, loop
-        self._options = ort.RunOptions()
-        if loop:
-            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        number = next(_GRAPHS) if graph else -1
-        self._options.add_run_config_entry("gpu_graph_id", str(number))
-        if graph and hasattr(session, "release_captured_graph"):
-            weakref.finalize(self, session.release_captured_graph, number).atexit = False
+        self._engine, self._driver = engine, driver
+        self._session, self._binding, self._outputs = session, binding, tuple(outputs.values())
+        self._loop = bool(engine.spec.carry)
+        self._eager = self._options(-1)
+        self._replay = self._eager
+        if engine.graphs:
+            number = next(_GRAPHS)
+            self._replay = self._options(number)
+            if hasattr(session, "release_captured_graph"):
+                weakref.finalize(self, session.release_captured_graph, number).atexit = False
+
+    def _options(self, graph: int) -> ort.RunOptions:
+        options = ort.RunOptions()
+        if self._loop:
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        options.add_run_config_entry("gpu_graph_id", str(graph))
+        return options
 
     def __call__(self) -> None:
         """Run it."""
-        self._session.run_with_iobinding(self._binding, self._options)
+        engine, here = self._engine, threading.get_ident()
+        if engine.graphs and engine.recorded_in is None:
+            engine.recorded_in = here
+            if self._read(self._eager) != self._read(self._replay):
+                self._give_up("its first replay differs from the eager run")
+        elif engine.graphs and engine.recorded_in != here:
+            # onnxruntime would record again, once for every thread
+            self._give_up("its steps were recorded in another thread")
+        self._run(self._replay if engine.graphs else self._eager)
+
+    def _give_up(self, reason: str) -> None:
+        self._engine.graphs = False
+        self._driver.give_up_graphs(self._engine.spec.name, reason)
+
+    def _run(self, options: ort.RunOptions) -> None:
+        with _in_words(f"stage `{self._engine.spec.name}`"):
+            self._session.run_with_iobinding(self._binding, options)
         if self._loop:
             self._driver.queued(self._binding)
+
+    def _read(self, options: ort.RunOptions) -> list[bytes]:
+        """The outputs, from memory that was overwritten before."""
+        for buffer in self._outputs:
+            wiped = np.full(int(np.prod(buffer.shape)) * buffer.dtype.itemsize, 0xFF, np.uint8)
+            self._driver.write(buffer, wiped.view(buffer.dtype).reshape(buffer.shape))
+        self._run(options)
+        return [self._driver.download(buffer).tobytes() for buffer in self._outputs]
+
+
+@functools.cache
+def load_libraries(preload: Callable[..., None] | None = None) -> str:
+    """Load CUDA's libraries and cuDNN from NVIDIA's Python packages: the provider is linked to
+    them, and the system's loader does not look there. onnxruntime looks beside itself and in the
+    loader's own places; the packages may also be elsewhere on Python's path, as in a virtual
+    environment that sees the system's packages.
+
+    Args:
+        preload: `onnxruntime.preload_dlls`, or a test's double.
+
+    Returns:
+        What is missing, in onnxruntime's words; nothing where all was found.
+    """
+    load = preload or ort.preload_dlls
+    missing = _said(load)
+    for root in _nvidia_packages() if missing else ():
+        toolkit = max(root.glob("cu[0-9]*/lib"), default=None)
+        if toolkit is not None:
+            _said(functools.partial(load, cudnn=False, directory=str(toolkit)))
+        if (cudnn := root / "cudnn" / "lib").is_dir():
+            _said(functools.partial(load, cuda=False, directory=str(cudnn)))
+        missing = _said(load)  # what is loaded is found by its name
+        if not missing:
+            break
+    return missing
+
+
+def _nvidia_packages() -> list[Path]:
+    """The folders called `nvidia` on Python's path."""
+    found = importlib.util.find_spec("nvidia")
+    places = found.submodule_search_locations if found is not None else None
+    return [Path(place) for place in places or ()]
+
+
+def _said(load: Callable[[], None]) -> str:
+    """What a loader prints about its failures, in one line."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        load()
+    return "; ".join(line.strip() for line in said.getvalue().splitlines() if line.strip())
+
+
+@contextlib.contextmanager
+def _in_words(what: str) -> Iterator[None]:
+    """What onnxruntime raises, as one of this package's errors."""
+    try:
+        yield
+    except Exception as error:  # of many unrelated types
+        text = " ".join(str(error).split())
+        # onnxruntime puts its own function's whole signature before it
+        cuda = re.search(r"(CUDA|CUBLAS|CUDNN)[A-Za-z_ ]*failure \d+: [^;]*", text)
+        full = "alloc" in text.lower() or "out of memory" in text.lower()
+        raise BackendError(
+            f"{what}: onnxruntime {ort.__version__} failed: "
+            + (cuda.group().strip() if cuda else text[:400]),
+            hint="give it a smaller --memory-budget, or draw fewer pictures at a time"
+            if full
+            else None,
+        ) from error
 
 
 def left_to_cpu(assigned: Iterable[Any], provider: str) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import mmap
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,23 @@ from bifrost_rt.backends.cuda import Cuda, Device, DeviceBuffer
 from bifrost_rt.backends.tensorrt_engine import NoContext, TensorRtEngine, Weights, on_device
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import Compiled, EngineSpec, Range
+
+# What the graphs need of it: `Attention` came to the parser in 10.14, `RMSNormalization` in 10.15.
+OLDEST = {"tensorrt": (10, 15)}
+
+
+def too_old(name: str, version: str) -> tuple[str, str] | None:
+    """Why a library of this version cannot be used, and what to do; None where it can."""
+    oldest = OLDEST.get(name)
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if oldest is None or numbers >= oldest:
+        return None
+    wanted = ".".join(map(str, oldest))
+    return (
+        f"{name} {version} is too old: the graphs need {wanted} or newer",
+        "on a Jetson, JetPack 7.2 brings it (JetPack 6 cannot); elsewhere "
+        f"pip install 'bifrost-rt[{name}]'",
+    )
 
 
 def refusal(name: str, version: str, architecture: str, compiled: Compiled | None) -> str | None:
@@ -81,6 +99,8 @@ class TensorRt:
             self._log = tensorrt_log.logger(self.module)
         else:
             self._log = library.logger
+        if reason := too_old(self.name, str(library.__version__)):
+            raise BackendError(f"backend {self.name!r}: {reason[0]}", hint=reason[1])
         if architecture is None:
             found = gpu.find()
             if isinstance(found, str):

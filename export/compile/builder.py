@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from bifrost_rt.backends.tensorrt import too_old
 from bifrost_rt.backends.tensorrt_log import logger
 from bifrost_rt.manifest import EngineSpec
 from export.compile import graphs, messages, network
@@ -46,7 +47,7 @@ def find(name: str) -> Builder:
     """The builder called `name`.
 
     Raises:
-        CompileError: its package is not installed, or a library of it is missing.
+        CompileError: its package is not installed or too old, or a library of it is missing.
     """
     module = name.replace("-", "_")
     if importlib.util.find_spec(module) is None:
@@ -62,6 +63,8 @@ def find(name: str) -> Builder:
             f"{TITLES[name]} is installed and cannot be loaded: {error}",
             hint=f"reinstall it: pip install --force-reinstall 'bifrost-rt[{name}]'",
         ) from error
+    if reason := too_old(name, version):
+        raise CompileError(reason[0], hint=reason[1])
     return Builder(name, TITLES[name], module, version)
 
 

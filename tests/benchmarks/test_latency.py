@@ -171,6 +171,9 @@ def test_names_of_contenders(alpha_set: Path) -> None:
     assert contenders.parse("bare", first) == Spec("bare", plain, "openvino", "bare")
     assert contenders.parse("bare@onnxruntime", first).backend == "onnxruntime"
     assert contenders.parse("reference-compiled", plain).kind == "reference-compiled"
+    assert contenders.parse("reference", plain).device == "cpu"
+    on_gpu = contenders.parse("reference@cuda", first)
+    assert (on_gpu.kind, on_gpu.device, on_gpu.backend) == ("reference", "cuda", "openvino")
 
 
 @pytest.mark.parametrize(

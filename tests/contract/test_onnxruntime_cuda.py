@@ -4,6 +4,8 @@ loops over onnxruntime's CPU provider, and what it says where the provider is no
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,15 +15,21 @@ import onnxruntime as ort
 import pytest
 
 from bifrost_rt import Generator, backends, manifest
-from bifrost_rt.backends import gpu
-from bifrost_rt.backends.onnxruntime_cuda import CPU, PROVIDER, OnnxRuntimeCuda, left_to_cpu
+from bifrost_rt.backends import gpu, onnxruntime_cuda
+from bifrost_rt.backends.onnxruntime_cuda import (
+    CPU,
+    PROVIDER,
+    OnnxRuntimeCuda,
+    left_to_cpu,
+    load_libraries,
+)
 from bifrost_rt.errors import BackendError
 from tests.conftest import difference, load_case
 
 
-@pytest.fixture
-def driver() -> OnnxRuntimeCuda:
-    return OnnxRuntimeCuda(provider=CPU, device="cpu")
+@pytest.fixture(params=[True, False], ids=["graphs", "eager"])
+def driver(request: pytest.FixtureRequest) -> OnnxRuntimeCuda:
+    return OnnxRuntimeCuda(graphs=request.param, provider=CPU, device="cpu")
 
 
 def test_a_whole_picture_through_the_driver(alpha_set: Path, driver: OnnxRuntimeCuda) -> None:
@@ -45,6 +53,8 @@ def test_steps_are_queued_and_waited_for_where_the_loop_ends(
 
     monkeypatch.setattr(ort.IOBinding, "synchronize_outputs", counted)
     with Generator(alpha_set, backend=driver) as generator:
+        generator.run("a", seed=0, decoding_steps=9, num_inference_steps=7)  # checks the graphs
+        waits.clear()
         generator.run("a", seed=0, decoding_steps=9, num_inference_steps=7)
     assert len(waits) == 2  # two loops
 
@@ -81,13 +91,200 @@ def test_a_provider_that_does_not_start_is_an_error(alpha_set: Path) -> None:
         OnnxRuntimeCuda().open(alpha_set, facts.engine("t5_text"), facts.dimensions)
 
 
+class Loader:
+    """`onnxruntime.preload_dlls`, which prints what it does not find and raises nothing. It finds
+    what lies in a folder that it is given, and what was loaded before."""
+
+    def __init__(self, there: set[str]) -> None:
+        self.wanted = {"cuda": ["libcublas.so.13"], "cudnn": ["libcudnn.so.9"]}
+        self.there, self.loaded = there, set[str]()
+        self.folders: list[str] = []
+
+    def __call__(self, cuda: bool = True, cudnn: bool = True, directory: str = "") -> None:
+        self.folders += [directory] if directory else []
+        for kind, asked in (("cuda", cuda), ("cudnn", cudnn)):
+            for name in self.wanted[kind] if asked else ():
+                if (directory and (Path(directory) / name).exists()) or name in self.there:
+                    self.loaded.add(name)
+                elif name not in self.loaded:
+                    print(f"Failed to load {name}: cannot open shared object file")
+
+
+def test_cudas_libraries_are_loaded_from_wherever_their_packages_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """onnxruntime looks beside itself alone; here the packages are elsewhere on Python's path."""
+    for name in ("cu13/lib/libcublas.so.13", "cudnn/lib/libcudnn.so.9"):
+        path = tmp_path / "nvidia" / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+    monkeypatch.setattr(onnxruntime_cuda, "_nvidia_packages", lambda: [tmp_path / "nvidia"])
+    loader = Loader(there=set())
+    assert load_libraries(loader) == ""
+    assert loader.loaded == {"libcublas.so.13", "libcudnn.so.9"}
+    beside = Loader(there={"libcublas.so.13", "libcudnn.so.9"})
+    assert load_libraries(beside) == ""
+    assert beside.folders == []  # a second copy of a library must not be loaded
+    monkeypatch.setattr(onnxruntime_cuda, "_nvidia_packages", list)
+    assert load_libraries(Loader(there={"libcudnn.so.9"})) == (
+        "Failed to load libcublas.so.13: cannot open shared object file"
+    )
+    assert capsys.readouterr().out == ""  # what is printed belongs into the error
+
+
+def test_the_missing_library_stands_in_the_error(
+    alpha_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if PROVIDER in ort.get_available_providers():
+        pytest.skip("this onnxruntime has the provider")
+    monkeypatch.setattr(onnxruntime_cuda, "load_libraries", lambda: "Failed to load libcublas")
+    facts = manifest.read(alpha_set)
+    with (
+        pytest.warns(UserWarning, match="not in available"),
+        pytest.raises(BackendError, match="could not start its CUDA.*: Failed to load") as error,
+    ):
+        OnnxRuntimeCuda().open(alpha_set, facts.engine("t5_text"), facts.dimensions)
+    assert "pip install 'bifrost-rt[cuda]'" in str(error.value.hint)
+
+
+def test_onnxruntimes_own_loader_takes_these_arguments() -> None:
+    parameters = inspect.signature(ort.preload_dlls).parameters
+    assert {"cuda", "cudnn", "directory"} <= parameters.keys()
+
+
+def test_what_fails_on_the_way_is_an_error_of_ours(
+    alpha_set: Path, driver: OnnxRuntimeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime raises types of its own: of a run, of a wait, and of memory."""
+    facts = manifest.read(alpha_set)
+    spec = facts.engine("t5_text")
+    engine = driver.open(alpha_set, spec, facts.dimensions)
+    ids = driver.upload(np.zeros((1, 32), np.int64))
+    out = driver.empty((1, 32, 48), np.float32)
+    call = engine.bind({"input_ids": ids}, {"prompt_embeds": out})
+
+    def full(*arguments: Any) -> None:
+        raise RuntimeError("Failed to allocate\nmemory for requested buffer")
+
+    monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", full)
+    with pytest.raises(BackendError, match="stage `t5_text`: onnxruntime .*: Failed to allocate m"):
+        call()
+    monkeypatch.setattr(ort.IOBinding, "synchronize_outputs", full)
+    driver.queued(ort.IOBinding(engine._session))
+    with pytest.raises(BackendError, match="a queued step: "):
+        driver.wait()
+    driver.wait()  # it was reported, and is over
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_numpy", full)
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", full)
+    for ask in (lambda: driver.upload(np.zeros(3)), lambda: driver.empty((3,), np.float64)):
+        with pytest.raises(BackendError, match=r"memory for float64\[3\]: ") as error:
+            ask()
+        assert "--memory-budget" in str(error.value.hint)
+
+
+def test_of_a_failure_of_cuda_its_own_words_are_kept(
+    alpha_set: Path, driver: OnnxRuntimeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime puts a function's signature of 400 characters before them."""
+
+    def fails(*arguments: Any) -> None:
+        raise RuntimeError(
+            "Error in execution: /src/cuda_call.cc:154 "
+            + "std::conditional_t<THRW> " * 30
+            + "CUDA failure 900: operation not permitted when stream is capturing ; GPU=0 ; "
+            "hostname=x ; file=/src/cuda_allocator.cc ; line=76 ; expr=cudaMalloc(&p, size); "
+        )
+
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", fails)
+    with pytest.raises(BackendError) as error:
+        driver.empty((3,), np.float64)
+    assert error.value.message.endswith(
+        "failed: CUDA failure 900: operation not permitted when stream is capturing"
+    )
+
+
+def test_engines_open_in_threads_unless_steps_are_recorded() -> None:
+    """Whoever takes memory of the GPU meanwhile breaks the recording."""
+    assert not OnnxRuntimeCuda(graphs=True, provider=CPU, device="cpu").opens_in_threads
+    assert OnnxRuntimeCuda(provider=CPU, device="cpu").opens_in_threads
+
+
+def test_replayed_steps_draw_the_same_picture(alpha_set: Path) -> None:
+    case = load_case("case_04")
+    driver = OnnxRuntimeCuda(graphs=True, provider=CPU, device="cpu")
+    with Generator(alpha_set, backend=driver) as generator:
+        for _ in range(2):
+            result = generator.run(**case.request(), output_type="np")
+            assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
+    assert driver.eager == {}
+
+
+def test_a_replay_that_differs_is_not_used_and_says_so(
+    alpha_set: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A replay that does nothing, as a recording that captured nothing would."""
+    whole = ort.InferenceSession.run_with_iobinding
+
+    def lost(session: Any, binding: Any, options: Any) -> None:
+        if options.get_run_config_entry("gpu_graph_id") == "-1":
+            whole(session, binding, options)
+
+    monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", lost)
+    case = load_case("case_04")
+    driver = OnnxRuntimeCuda(graphs=True, provider=CPU, device="cpu")
+    with Generator(alpha_set, backend=driver) as generator:
+        result = generator.run(**case.request(), output_type="np")
+    assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
+    assert driver.eager.keys() == {"visual_decode", "denoise"}
+    assert "denoise: runs without a CUDA graph: its first replay differs" in caplog.text
+
+
+def test_another_thread_does_not_replay_and_does_not_record(
+    alpha_set: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """onnxruntime keeps recordings for each thread: a second one failed on a GPU."""
+    case = load_case("case_04")
+    driver = OnnxRuntimeCuda(graphs=True, provider=CPU, device="cpu")
+    with Generator(alpha_set, backend=driver) as generator:
+        generator.run(**case.request(), output_type="np")
+        assert driver.eager == {}
+        with ThreadPoolExecutor(1) as pool:
+            result = pool.submit(generator.run, **case.request(), output_type="np").result()
+    assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
+    assert driver.eager.keys() == {"visual_decode", "denoise"}
+    assert "denoise: runs without a CUDA graph: its steps were recorded in another" in caplog.text
+
+
+def test_an_engine_that_cannot_be_recorded_runs_without(
+    alpha_set: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """onnxruntime refuses to open it where not every node is on the GPU."""
+    driver = OnnxRuntimeCuda(graphs=True, provider=CPU, device="cpu")
+    whole = driver._session
+
+    def refused(folder: Path, spec: manifest.EngineSpec, *, graphs: bool) -> Any:
+        if graphs:
+            raise BackendError("This session cannot use the graph capture feature")
+        return whole(folder, spec, graphs=False)
+
+    monkeypatch.setattr(driver, "_session", refused)
+    facts = manifest.read(alpha_set)
+    engine = driver.open(alpha_set, facts.engine("denoise"), facts.dimensions)
+    assert not engine.graphs
+    assert driver.eager == {"denoise": "This session cannot use the graph capture feature"}
+    assert "denoise: runs without a CUDA graph: This session cannot" in caplog.text
+
+
 def test_arithmetic_on_the_cpu_is_found() -> None:
     def part(provider: str, *operators: str) -> Any:
         nodes = [SimpleNamespace(op_type=operator) for operator in operators]
         return SimpleNamespace(ep_name=provider, get_nodes=lambda: nodes)
 
-    assigned = [part(PROVIDER, "MatMul"), part(CPU, "Shape", "Attention"), part(CPU, "Concat")]
-    assert left_to_cpu(assigned, PROVIDER) == ["Attention"]
+    # what onnxruntime 1.31 leaves to the CPU of this project's engines, and what would be wrong
+    sizes = part(CPU, "Shape", "Concat", "Squeeze", "Mul", "Reshape", "Div", "ArgMax")
+    assert left_to_cpu([part(PROVIDER, "MatMul"), sizes], PROVIDER) == []
+    assigned = [part(PROVIDER, "MatMul"), sizes, part(CPU, "Attention", "RMSNormalization")]
+    assert left_to_cpu(assigned, PROVIDER) == ["Attention", "RMSNormalization"]
     assert left_to_cpu(assigned, CPU) == []
 
 

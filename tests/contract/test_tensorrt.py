@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ import pytest
 from bifrost_rt import Generator, manifest
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.cuda import Cuda
-from bifrost_rt.backends.tensorrt import TensorRtRtx, refusal
+from bifrost_rt.backends.tensorrt import TensorRt, TensorRtRtx, refusal, too_old
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import Compiled, Manifest
 from export.compile import bound, graphs
@@ -268,6 +269,37 @@ def test_an_engine_for_something_else_is_refused_with_the_command(
     assert refusal("tensorrt-rtx", "1.7.1.116", "sm120", COMPILED) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "version", "good"),
+    [
+        ("tensorrt", "10.3.0", False),  # JetPack 6
+        ("tensorrt", "10.13.3.9", False),  # JetPack 7.0
+        ("tensorrt", "9.9.9", False),
+        ("tensorrt", "10.15.1.29", True),
+        ("tensorrt", "10.16.2.10", True),  # JetPack 7.2
+        ("tensorrt", "11.0.0", True),
+        ("tensorrt-rtx", "1.7.1.116", True),
+    ],
+)
+def test_a_tensorrt_that_is_too_old_is_known(name: str, version: str, good: bool) -> None:
+    assert (too_old(name, version) is None) == good
+
+
+def test_a_tensorrt_that_is_too_old_is_refused_before_anything(
+    library: double.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JetPack 6 would fail at a name that its parser lacks, deep in a compilation."""
+    monkeypatch.setattr(library, "__version__", "10.3.0", raising=False)
+    with pytest.raises(BackendError, match=r"tensorrt 10\.3\.0 is too old: .* 10\.15") as error:
+        TensorRt(library, library.device, "sm87")
+    assert "JetPack 7.2" in str(error.value.hint)
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.3.0"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(CompileError, match=r"tensorrt 10\.3\.0 is too old") as refused:
+        builders.find("tensorrt")
+    assert "JetPack 7.2" in str(refused.value.hint)
+
+
 def test_an_onnx_set_must_be_compiled_first(alpha_set: Path, library: double.Library) -> None:
     with pytest.raises(BackendError, match=r"t5_text\.onnx: this engine is an ONNX graph") as error:
         opened(alpha_set, driver_on(library))
@@ -370,13 +402,20 @@ def test_the_real_library_refuses_a_foreign_file_in_our_words(
 
 def test_cudas_names_are_the_bindings() -> None:
     runtime = pytest.importorskip("cuda.bindings.runtime")
-    names = ["StreamCreate", "StreamSynchronize", "Malloc", "Free", "MemGetInfo", "MemcpyAsync"]
+    names = [
+        "StreamCreateWithFlags",
+        "StreamSynchronize",
+        "Malloc",
+        "Free",
+        "MemGetInfo",
+        "MemcpyAsync",
+    ]
     names += ["StreamBeginCapture", "StreamEndCapture", "GraphGetNodes", "GraphInstantiate"]
     names += ["GraphLaunch", "GraphDestroy", "GraphExecDestroy", "GetErrorString"]
     for name in names:
         assert hasattr(runtime, f"cuda{name}")
     if isinstance(gpu.find(), str):
-        with pytest.raises(BackendError, match="CUDA: cudaStreamCreate failed: .*driver"):
+        with pytest.raises(BackendError, match="CUDA: cudaStreamCreateWithFlags failed: .*driver"):
             Cuda()
 
 
@@ -385,6 +424,7 @@ class FakeDriver:
 
     def __init__(self, started: int = 0) -> None:
         self._started = started
+        self.held = self.current = 0  # contexts
 
     def cuInit(self, flags: int) -> int:
         return self._started
@@ -400,6 +440,27 @@ class FakeDriver:
         value._obj.value = {75: 8, 76: 9}[attribute]
         return 0
 
+    def cuDevicePrimaryCtxRetain(self, context: Any, device: Any) -> int:
+        self.held += 1
+        return 0
+
+    def cuDevicePrimaryCtxRelease_v2(self, device: Any) -> int:
+        self.held -= 1
+        return 0
+
+    def cuCtxPushCurrent_v2(self, context: Any) -> int:
+        self.current += 1
+        return 0
+
+    def cuCtxPopCurrent_v2(self, context: Any) -> int:
+        self.current -= 1
+        return 0
+
+    def cuMemGetInfo_v2(self, free: Any, whole: Any) -> int:
+        assert (self.held, self.current) == (1, 1)
+        free._obj.value, whole._obj.value = 20 << 30, 24 << 30
+        return 0
+
 
 def test_the_gpu_is_asked_of_its_driver() -> None:
     assert gpu.find(lambda name: FakeDriver()) == gpu.Gpu("NVIDIA GeForce RTX 4090", "sm89")
@@ -411,6 +472,10 @@ def test_the_gpu_is_asked_of_its_driver() -> None:
         raise OSError(name)
 
     assert "there is no NVIDIA driver" in str(gpu.find(missing))
+    driver = FakeDriver()
+    assert gpu.free_bytes(lambda name: driver) == 20 << 30
+    assert (driver.held, driver.current) == (0, 0)  # everything is given back
+    assert gpu.free_bytes(missing) is None
 
 
 def test_a_compiled_sets_manifest_is_read_back(compiled_set: Path, alpha_set: Path) -> None:
