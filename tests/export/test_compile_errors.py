@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from onnx import load, save
 
-from bifrost_rt import Generator, engines, manifest, residency
+from bifrost_rt import Generator, manifest, opened, residency
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.tensorrt import TensorRtRtx
 from bifrost_rt.errors import BackendError, IntegrityError
@@ -255,7 +255,7 @@ def test_a_source_that_is_damaged(source: Path, older: Path, name: str) -> None:
 def test_a_set_that_is_being_compiled_is_refused_before_a_file_is_read(
     small_set: Path, older: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "verify", None)  # would fail in another way
+    monkeypatch.setattr(opened, "verify", None)  # would fail in another way
     with (
         untouched(older),
         build_lock.alone(older, hidden(older, "lock")),
