@@ -101,6 +101,21 @@ def test_a_cards_peak_is_that_of_the_table(card: str, known: bool) -> None:
     assert (benchmark.peak_rate(card, "bf16") is not None) == known
 
 
+def test_graphs_that_nothing_runs_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card with onnxruntime alone: its float32 case is written, and every other case has its row
+    with the reason."""
+
+    def reason(driver: backends.Driver) -> str | None:
+        return None if driver.extra == "cuda" else "not installed"
+
+    monkeypatch.setattr(backends.Driver, "unavailable", reason)
+    assert benchmark.forms() == ("bf16",)
+    rows = list(benchmark.unavailable("denoise"))
+    assert {row["compute"] for row in rows} == {"int8", "fp8"}
+    assert {row["unavailable"] for row in rows} == {"not installed"}
+    assert len(rows) == sum(compute in ("int8", "fp8") for _, compute, _, _ in benchmark.CASES)
+
+
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     if not isinstance(gpu.find(), str):
         pytest.skip("this machine has one")

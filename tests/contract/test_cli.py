@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 from safetensors.numpy import save_file
 
+from benchmarks import machine
 from bifrost_rt import Generator, backends, cache, cli, doctor, generator, handover
 from bifrost_rt import processor as processors
 from bifrost_rt.cli import generate, main
@@ -372,6 +374,23 @@ def test_doctor_names_the_cache(
     cache.write("traces", "key", bytes(3 << 20))
     assert main(["doctor"]) == 0
     assert f"  {tmp_path / 'here'}, 3 MiB; {cache.VARIABLE} names" in capsys.readouterr().out
+
+
+def test_doctor_tells_the_version_of_the_module_that_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """onnxruntime and onnxruntime-gpu have one module; the package's data may be the other's."""
+    pytest.importorskip("onnxruntime")
+    told = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata,
+        "version",
+        lambda name: "0.0.1" if name == "onnxruntime" else told(name),
+    )
+    monkeypatch.setattr(sys.modules["onnxruntime"], "__version__", "9.9.9")
+    assert main(["doctor"]) == 0
+    assert "yes, version 9.9.9" in capsys.readouterr().out
+    assert machine.describe()["libraries"]["onnxruntime"] == "9.9.9"
 
 
 def test_doctor_says_what_is_missing_and_how_to_get_it(
