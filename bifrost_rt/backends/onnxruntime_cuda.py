@@ -7,17 +7,12 @@ would leave to the CPU.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib.util
-import io
 import itertools
 import logging
 import math
-import re
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +22,17 @@ from numpy.typing import DTypeLike, NDArray
 
 from bifrost_rt.backends import gpu, linked
 from bifrost_rt.backends.base import Buffer, check_bindings
+from bifrost_rt.backends.cuda_provider import (
+    CPU,
+    PROVIDER,
+    in_words,
+    left_to_cpu,
+    load_libraries,
+)
 from bifrost_rt.backends.onnxruntime import keep_exact
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import EngineSpec, Range
 
-PROVIDER, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 OPTIONS = {
     # float32 means float32: TF32, which is on unless it is cleared, keeps 10 bits of mantissa
     "use_tf32": "0",
@@ -44,17 +45,6 @@ OPTIONS = {
 # and 2.15 in bfloat16, which is unpacked to float32.
 FIXED = 68 << 20
 UNPACKED = {"float32": 1.1, "float16": 2.2, "bfloat16": 2.2}
-# Operators that belong on the GPU; sizes are rightly computed on the CPU. A norm or an activation
-# there would be waited for and copied to and fro in every step.
-ARITHMETIC = {
-    *("MatMul", "FusedMatMul", "Gemm", "Conv", "FusedConv", "ConvTranspose", "Attention"),
-    *("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm"),
-    *("MatMulNBits", "QLinearConv", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"),
-    *("Softmax", "RMSNormalization", "LayerNormalization", "SkipLayerNormalization"),
-    *("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "GroupNormalization"),
-    *("InstanceNormalization", "Gelu", "BiasGelu", "FastGelu", "QuickGelu", "Sigmoid", "Tanh"),
-    *("Erf", "Swish", "RotaryEmbedding", "GridSample", "Resize"),
-}
 _GRAPHS = itertools.count(1)  # numbers of recorded graphs; -1 means none
 
 
@@ -176,7 +166,7 @@ class OnnxRuntimeCuda:
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> OrtBuffer:
         """Uninitialised memory of the GPU."""
-        with _in_words(f"memory for {np.dtype(dtype)}{list(shape)}"):
+        with in_words(f"memory for {np.dtype(dtype)}{list(shape)}"):
             value = ort.OrtValue.ortvalue_from_shape_and_type(
                 shape, np.dtype(dtype), self.device, 0
             )
@@ -185,7 +175,7 @@ class OnnxRuntimeCuda:
     def upload(self, array: NDArray[Any]) -> OrtBuffer:
         """A copy on the GPU."""
         array = np.ascontiguousarray(array)
-        with _in_words(f"memory for {array.dtype}{list(array.shape)}"):
+        with in_words(f"memory for {array.dtype}{list(array.shape)}"):
             value = ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
         return OrtBuffer(value, array.shape, array.dtype)
 
@@ -212,7 +202,7 @@ class OnnxRuntimeCuda:
         """Until the last queued call is done, and with it those before."""
         if self._queued is not None:
             queued, self._queued = self._queued, None
-            with _in_words("a queued step"):
+            with in_words("a queued step"):
                 queued.synchronize_outputs()
 
 
@@ -302,7 +292,7 @@ class _Call:
         self._driver.give_up_graphs(self._engine.spec.name, reason)
 
     def _run(self, options: ort.RunOptions) -> None:
-        with _in_words(f"stage `{self._engine.spec.name}`"):
+        with in_words(f"stage `{self._engine.spec.name}`"):
             self._session.run_with_iobinding(self._binding, options)
         if self._loop:
             self._driver.queued(self._binding)
@@ -314,82 +304,6 @@ class _Call:
             self._driver.write(buffer, wiped.view(buffer.dtype).reshape(buffer.shape))
         self._run(options)
         return [self._driver.download(buffer).tobytes() for buffer in self._outputs]
-
-
-@functools.cache
-def load_libraries(preload: Callable[..., None] | None = None) -> str:
-    """Load CUDA's libraries and cuDNN from NVIDIA's Python packages: the provider is linked to
-    them, and the system's loader does not look there. onnxruntime looks beside itself and in the
-    loader's own places; the packages may also be elsewhere on Python's path, as in a virtual
-    environment that sees the system's packages.
-
-    Args:
-        preload: `onnxruntime.preload_dlls`, or a test's double.
-
-    Returns:
-        What is missing, in onnxruntime's words; nothing where all was found.
-    """
-    load = preload or ort.preload_dlls
-    missing = _said(load)
-    for root in _nvidia_packages() if missing else ():
-        toolkit = max(root.glob("cu[0-9]*/lib"), default=None)
-        if toolkit is not None:
-            _said(functools.partial(load, cudnn=False, directory=str(toolkit)))
-        if (cudnn := root / "cudnn" / "lib").is_dir():
-            _said(functools.partial(load, cuda=False, directory=str(cudnn)))
-        missing = _said(load)  # what is loaded is found by its name
-        if not missing:
-            break
-    return missing
-
-
-def _nvidia_packages() -> list[Path]:
-    """The folders called `nvidia` on Python's path."""
-    found = importlib.util.find_spec("nvidia")
-    places = found.submodule_search_locations if found is not None else None
-    return [Path(place) for place in places or ()]
-
-
-def _said(load: Callable[[], None]) -> str:
-    """What a loader prints about its failures, in one line."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        load()
-    return "; ".join(line.strip() for line in said.getvalue().splitlines() if line.strip())
-
-
-@contextlib.contextmanager
-def _in_words(what: str) -> Iterator[None]:
-    """What onnxruntime raises, as one of this package's errors."""
-    try:
-        yield
-    except Exception as error:  # of many unrelated types
-        text = " ".join(str(error).split())
-        # onnxruntime puts its own function's whole signature before it
-        cuda = re.search(r"(CUDA|CUBLAS|CUDNN)[A-Za-z_ ]*failure \d+: [^;]*", text)
-        full = "alloc" in text.lower() or "out of memory" in text.lower()
-        raise BackendError(
-            f"{what}: onnxruntime {ort.__version__} failed: "
-            + (cuda.group().strip() if cuda else text[:400]),
-            hint="give it a smaller --memory-budget, or draw fewer pictures at a time"
-            if full
-            else None,
-        ) from error
-
-
-def left_to_cpu(assigned: Iterable[Any], provider: str) -> list[str]:
-    """The arithmetic that onnxruntime gave to the CPU beside a provider, by operator."""
-    if provider == CPU:
-        return []
-    return sorted(
-        {
-            node.op_type
-            for part in assigned
-            if part.ep_name == CPU
-            for node in part.get_nodes()
-            if node.op_type in ARITHMETIC
-        }
-    )
 
 
 def _on_device(what: str, buffer: Buffer) -> OrtBuffer:

@@ -15,7 +15,8 @@ from benchmarks import gpu_check, gpu_trials
 from benchmarks.gpu_trials import Subject
 from bifrost_rt import backends
 from bifrost_rt.backends import gpu
-from bifrost_rt.backends.onnxruntime_cuda import CPU, OnnxRuntimeCuda
+from bifrost_rt.backends.cuda_provider import CPU
+from bifrost_rt.backends.onnxruntime_cuda import OnnxRuntimeCuda
 from bifrost_rt.errors import BackendError, BifrostError
 from tests.conftest import ALPHA
 

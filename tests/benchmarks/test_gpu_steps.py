@@ -15,7 +15,8 @@ from benchmarks import gpu as benchmark
 from benchmarks import nvidia
 from bifrost_rt import backends, manifest
 from bifrost_rt.backends import gpu
-from bifrost_rt.backends.onnxruntime_cuda import CPU, OnnxRuntimeCuda
+from bifrost_rt.backends.cuda_provider import CPU
+from bifrost_rt.backends.onnxruntime_cuda import OnnxRuntimeCuda
 from bifrost_rt.manifest import EngineSpec, Range
 from export.compile import bound
 

@@ -15,14 +15,9 @@ import onnxruntime as ort
 import pytest
 
 from bifrost_rt import Generator, backends, manifest
-from bifrost_rt.backends import gpu, onnxruntime_cuda
-from bifrost_rt.backends.onnxruntime_cuda import (
-    CPU,
-    PROVIDER,
-    OnnxRuntimeCuda,
-    left_to_cpu,
-    load_libraries,
-)
+from bifrost_rt.backends import cuda_provider, gpu, onnxruntime_cuda
+from bifrost_rt.backends.cuda_provider import CPU, PROVIDER, left_to_cpu, load_libraries
+from bifrost_rt.backends.onnxruntime_cuda import OnnxRuntimeCuda
 from bifrost_rt.errors import BackendError
 from tests.conftest import difference, load_case
 
@@ -118,14 +113,14 @@ def test_cudas_libraries_are_loaded_from_wherever_their_packages_are(
         path = tmp_path / "nvidia" / name
         path.parent.mkdir(parents=True)
         path.touch()
-    monkeypatch.setattr(onnxruntime_cuda, "_nvidia_packages", lambda: [tmp_path / "nvidia"])
+    monkeypatch.setattr(cuda_provider, "_nvidia_packages", lambda: [tmp_path / "nvidia"])
     loader = Loader(there=set())
     assert load_libraries(loader) == ""
     assert loader.loaded == {"libcublas.so.13", "libcudnn.so.9"}
     beside = Loader(there={"libcublas.so.13", "libcudnn.so.9"})
     assert load_libraries(beside) == ""
     assert beside.folders == []  # a second copy of a library must not be loaded
-    monkeypatch.setattr(onnxruntime_cuda, "_nvidia_packages", list)
+    monkeypatch.setattr(cuda_provider, "_nvidia_packages", list)
     assert load_libraries(Loader(there={"libcudnn.so.9"})) == (
         "Failed to load libcublas.so.13: cannot open shared object file"
     )
