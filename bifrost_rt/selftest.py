@@ -22,6 +22,11 @@ REQUEST: dict[str, Any] = {
 }
 # Another processor or backend rounds differently; a wrong engine differs by far more.
 TOLERANCE = 2
+# Where activations are rounded, the smallest difference moves some value to the next step, and all
+# behind it. Measured in the mean of a picture, with random weights in int8, all exact: 2.2 of 255
+# between AVX-512 and AVX2, 1.2 between onnxruntime and OpenVINO. No bound on a single value holds.
+ROUNDED = {"int8", "fp8", "nvfp4"}
+TOLERANCE_IN_THE_MEAN = 8
 
 
 def draw(generator: Generator) -> NDArray[np.uint8]:
@@ -34,7 +39,8 @@ def check(generator: Generator) -> int:
     """Draw and compare with the builder's picture.
 
     Returns:
-        The largest difference of a pixel's channel, at most `TOLERANCE`.
+        The largest difference of a pixel's channel: at most `TOLERANCE`, or in a set whose
+        activations are rounded, one that is at most `TOLERANCE_IN_THE_MEAN` in the mean.
 
     Raises:
         EngineSetError: the set has no such picture, or this machine draws another.
@@ -45,11 +51,16 @@ def check(generator: Generator) -> int:
     with Image.open(path) as picture:
         expected = np.asarray(picture.convert("RGB"))
     found = draw(generator)
-    difference = int(np.abs(found.astype(int) - expected).max())
-    if difference > TOLERANCE:
+    apart = np.abs(found.astype(int) - expected)
+    difference, mean = int(apart.max()), float(apart.mean())
+    rounded = any(ROUNDED & spec.precision.layers.keys() for spec in generator.manifest.engines)
+    wrong, allowed = f"{difference} of 255", f"{TOLERANCE}"
+    if rounded:
+        wrong, allowed = f"{mean:.1f} of 255 in the mean", f"{TOLERANCE_IN_THE_MEAN}"
+    if mean > TOLERANCE_IN_THE_MEAN if rounded else difference > TOLERANCE:
         raise EngineSetError(
-            f"{generator.path}: the self-test's picture differs by {difference} of 255 from "
-            f"{PICTURE}, allowed {TOLERANCE}",
+            f"{generator.path}: the self-test's picture differs by {wrong} from {PICTURE}, "
+            f"allowed {allowed}",
             hint="the backend computes something else here; try another with --backend",
         )
     return difference

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from export.recipe import Recipe, load
 from tests.conftest import ALPHA, alpha_recipe, difference, load_case
 from tests.processors import AVX2, WITHOUT_VNNI, named
 
+QEMU = shutil.which("qemu-x86_64")
 PROMPTS = "a photo of a red apple\na green bench\n"
 OVERRIDES = {
     "stages": {"t5_text": "fp32", "clip_text": "int4"},
@@ -135,6 +139,26 @@ def test_an_int8_set_is_as_built_in_the_precise_mode(
     assert "self-test picture within 0 of 255" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(QEMU is None, reason="qemu-x86_64 (Debian: qemu-user) is not installed")
+def test_a_set_that_was_built_here_is_verified_on_an_older_processor(int8_set: Path) -> None:
+    """qemu shows the file of the real processor, so the program is told what is played."""
+    code = (
+        "import sys\n"
+        "from bifrost_rt import cli, processor\n"
+        "processor.here = lambda: processor.Processor('x86', frozenset({'avx2'}), 'Haswell')\n"
+        "raise SystemExit(cli.main(['verify', sys.argv[1], '--backend', 'onnxruntime']))"
+    )
+    done = subprocess.run(
+        [str(QEMU), "-cpu", "Haswell", sys.executable, "-c", code, str(int8_set)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[3],
+    )
+    assert done.returncode == 0, done.stderr
+    assert "7 engines load, self-test picture within" in done.stdout
+
+
 def test_inspect_says_what_every_layer_is_and_why(
     int8_set: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,8 +171,6 @@ def test_inspect_says_what_every_layer_is_and_why(
 
 
 def test_inspect_refuses_a_report_that_was_changed(int8_set: Path, tmp_path: Path) -> None:
-    import shutil
-
     from bifrost_rt.errors import IntegrityError
 
     changed = shutil.copytree(int8_set, tmp_path / "set")

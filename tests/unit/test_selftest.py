@@ -1,0 +1,52 @@
+"""The self-test's picture: what another processor may do to it, and what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bifrost_rt import selftest
+from bifrost_rt.errors import EngineSetError
+from bifrost_rt.manifest import EngineSpec, Precision
+from tests.unit.test_request import FACTS
+
+PICTURE = np.full((8, 8, 3), 100, np.uint8)
+
+
+def a_generator(folder: Path, form: str, drawn: np.ndarray) -> Any:
+    """Of a set with layers in a format, which draws this."""
+    Image.fromarray(PICTURE).save(folder / selftest.PICTURE)
+    precision = Precision(form, form, "float32", {form: 1, "bf16": 2})
+    engine = EngineSpec("denoise", "", (), (), (), {}, precision)
+    return SimpleNamespace(
+        path=folder,
+        manifest=dataclasses.replace(FACTS, engines=(engine,)),
+        run=lambda **_: SimpleNamespace(images=[drawn]),
+    )
+
+
+def one_value(by: int) -> np.ndarray:
+    drawn = PICTURE.copy()
+    drawn[0, 0, 0] += by
+    return drawn
+
+
+@pytest.mark.parametrize("form", ["fp32", "bf16", "int4"])
+def test_without_rounded_activations_every_value_counts(form: str, tmp_path: Path) -> None:
+    assert selftest.check(a_generator(tmp_path, form, one_value(2))) == 2
+    with pytest.raises(EngineSetError, match="differs by 3 of 255 from selftest.png, allowed 2"):
+        selftest.check(a_generator(tmp_path, form, one_value(3)))
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8", "nvfp4"])
+def test_steps_of_rounding_count_in_the_mean(form: str, tmp_path: Path) -> None:
+    """Another processor moves some values by steps; a wrong engine moves them all."""
+    assert selftest.check(a_generator(tmp_path, form, one_value(25))) == 25
+    with pytest.raises(EngineSetError, match="by 9.0 of 255 in the mean .*, allowed 8"):
+        selftest.check(a_generator(tmp_path, form, PICTURE + np.uint8(9)))
