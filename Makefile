@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SET := engines/sets/default
 PICTURE := out/demo.png
-CODE := bifrost_rt export benchmarks scenes training tests examples
+SHIPPED := engines/sets/default-bf16
+CODE := bifrost_rt export benchmarks scenes training tools tests examples
 # Modules are compiled when they are first imported: of torch's, most never are.
 INSTALL := $(BIN)/pip install --quiet --no-compile
 GPU_VENV := .venv-gpu
@@ -13,11 +14,15 @@ GPU_INSTALL := $(GPU_BIN)/pip install --quiet --no-compile
 GOLDEN := engines/sets/golden
 RECORD := benchmarks/results/gpu.json
 
-.PHONY: demo test gpu-checks check clean
+.PHONY: demo test wheel gpu-checks check clean
 
 demo: $(SET)/manifest.json
 	@$(BIN)/bifrost-rt generate "a red circle above a blue square" \
 		--engines $(SET) --seed 1 --output $(PICTURE)
+
+# bifrost_rt and export with the demo model's set inside, as it was trained: in bfloat16.
+wheel: $(SHIPPED)/manifest.json
+	$(BIN)/python tools/wheel.py --demo $(SHIPPED) --output dist
 
 # One thread for torch: its networks are tiny here, and lose more to threads than they gain. A file's
 # tests stay together, because they share what they build.
@@ -30,7 +35,7 @@ test: check
 gpu-checks: $(GPU_VENV)/installed $(GOLDEN)/manifest.json
 	$(GPU_BIN)/python -m pytest tests/gpu tests/contract/test_backends.py \
 		tests/contract/test_onnxruntime_cuda.py tests/end_to_end/test_golden_cases.py
-	test -f $(SET)/manifest.json || $(GPU_BIN)/python -m export.build engines/default.toml
+	test -f $(SET)/manifest.json || $(GPU_BIN)/python -m export.build
 	$(GPU_BIN)/python -m benchmarks.gpu_check --engines $(GOLDEN) --engines $(SET) \
 		--recordings tests/golden/alpha --json $(RECORD)
 	$(GPU_BIN)/python -m benchmarks.gpu --json $(RECORD:.json=-widths.json)
@@ -41,10 +46,15 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) $(SET) $(GOLDEN) out
+	rm -rf $(VENV) $(GPU_VENV) $(SET) $(SHIPPED) $(GOLDEN) out dist
 
-$(SET)/manifest.json: engines/default.toml $(VENV)/builds $(shell find export -name '*.py')
-	$(BIN)/python -m export.build engines/default.toml
+BUILDS := $(VENV)/builds export/recipes/default.toml $(shell find export -name '*.py')
+
+$(SET)/manifest.json: $(BUILDS)
+	$(BIN)/python -m export.build --output $(SET)
+
+$(SHIPPED)/manifest.json: $(BUILDS)
+	$(BIN)/python -m export.build --precision bf16 --output $(SHIPPED)
 
 $(GOLDEN)/manifest.json: $(GPU_VENV)/installed
 	$(GPU_BIN)/python -m export.build --mllm tests/golden/alpha/mllm \

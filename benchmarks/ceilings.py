@@ -1,4 +1,4 @@
-"""The most that a machine can do: of a GPU from `engines/devices.toml`, of a CPU measured.
+"""The most that a machine can do: of a GPU from `export.planning.devices`, of a CPU measured.
 
     python -m benchmarks.ceilings
 

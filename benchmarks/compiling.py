@@ -30,8 +30,8 @@ from bifrost_rt import command, strict
 from bifrost_rt.manifest import EngineSpec, Precision, TensorSpec
 from export.compile import bound, graphs
 from export.compile import builder as builders
-from export.compile.compiled_set import COMPUTE as COMPUTES_IN
 from export.compile.compiled_set import rewrite
+from export.compile.options import COMPUTE as COMPUTES_IN
 from export.compile.profiles import Sizes
 
 TARGETS = ("sm86", "sm89", "sm120")

@@ -5,8 +5,8 @@
 Random weights, cut to `--layers`, in 8 bit on scales that are made up. Each row is an engine on a
 driver, in a precision, with its weights in the engine or outside, with CUDA graphs or without:
 milliseconds a step, the host's own share of it, and the part of the card's peak rate that this is,
-where `engines/devices.toml` knows the card. What a driver cannot do here stands in its row as the
-reason. The record carries the machine.
+where `export.planning.devices` knows the card. What a driver cannot do here stands in its row as
+the reason. The record carries the machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from bifrost_rt.manifest import Compiled, EngineSpec, Range
 from export import flops
 from export.compile import bound, capabilities, graphs
 from export.compile import builder as builders
-from export.compile.compiled_set import COMPUTE, rewrite
+from export.compile.compiled_set import rewrite
+from export.compile.options import COMPUTE
 from export.compile.profiles import Sizes
 from export.planning import devices
 from export.synthetic.shapes import PRESETS

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.checkpoint import Checkpoint
-from export.model.decoder import DecoderConfig
+from export.model.decoder_config import DecoderConfig
 from export.weights import Weights, fill
 
 

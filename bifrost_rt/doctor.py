@@ -21,12 +21,18 @@ TASKS = {
         ("torch", "transformers", "diffusers", "onnx", "onnxscript"),
         "export",
     ),
+    "compiling sets (python -m export.compile)": (("onnx", "onnx_ir", "ml_dtypes"), "compile"),
     "measuring (bifrost-rt bench)": (("matplotlib", "scipy", "skimage"), "benchmarks"),
 }
 # modules that two packages bring, onnxruntime and onnxruntime-gpu: the module knows which one it is
 TWO_PACKAGES = {"onnxruntime"}
 # packages whose distribution has another name
-_DISTRIBUTIONS = {"skimage": "scikit-image", "prometheus_client": "prometheus-client"}
+_DISTRIBUTIONS = {
+    "skimage": "scikit-image",
+    "prometheus_client": "prometheus-client",
+    "onnx_ir": "onnx-ir",
+    "ml_dtypes": "ml-dtypes",
+}
 
 
 def report(here: Processor | None = None) -> str:
@@ -81,6 +87,8 @@ def _cache() -> str:
 
 
 def _task(packages: Sequence[str], extra: str) -> str:
+    if extra == "benchmarks" and importlib.util.find_spec("benchmarks") is None:
+        return "no: only in a checkout of the source; pip install -e '.[export,benchmarks]' there"
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         return f"no: {', '.join(missing)} not installed; pip install 'bifrost-rt[{extra}]'"
     return "yes: " + ", ".join(f"{name} {_version(name)}" for name in packages)

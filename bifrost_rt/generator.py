@@ -35,6 +35,7 @@ from bifrost_rt.text import Tokenizers
 from bifrost_rt.turns import Turns, lock_of
 
 DEFAULT_SET = Path("engines/sets/default")
+SHIPPED_SET = Path(__file__).parent / "demo"  # `make wheel` puts it there, and nothing else
 
 log = logging.getLogger("bifrost_rt")
 
@@ -49,8 +50,7 @@ class Generator:
 
     Args:
         path: the set's folder, as written by `python -m export.build`. None opens the default
-            model's set, where `python -m export.build` writes it: `engines/sets/default` in the
-            current folder or in this package's checkout.
+            model's set: see `default_set`.
         backend: a driver's name, or one that is already started. Default: the one that the set was
             compiled for; for ONNX graphs, the fastest exact one that is installed for the CPU.
         memory_budget: what engines and their tensors may take together, as bytes or as text
@@ -359,16 +359,20 @@ def _replacement(name: str, returned: ArrayLike, current: NDArray[Any], step: in
 
 
 def default_set() -> Path:
-    """The default model's set: in the current folder, or in this package's checkout.
+    """The default model's set: `engines/sets/default`, where `python -m export.build` writes it, in
+    the current folder or in this package's checkout; else the one that came with the wheel.
 
     Raises:
-        EngineSetError: it has not been built.
+        EngineSetError: it has not been built, and did not come with the wheel.
     """
     places = [Path.cwd(), Path(__file__).parents[1]]
-    for place in places:
-        if (place / DEFAULT_SET / manifest.FILENAME).is_file():
-            return place / DEFAULT_SET
+    for path in (*(place / DEFAULT_SET for place in places), SHIPPED_SET):
+        if (path / manifest.FILENAME).is_file():
+            log.info("default engine set: %s", path)
+            return path
     raise EngineSetError(
-        f"no default engine set: looked for {DEFAULT_SET} in {places[0]} and {places[1]}",
-        hint="`python -m export.build` in a checkout builds it; or pass the folder of another set",
+        f"no default engine set: looked for {DEFAULT_SET} in {places[0]} and {places[1]}, and none "
+        "came with this package",
+        hint="`python -m export.build` in a checkout builds it, `make wheel` there puts it into a "
+        "wheel; or pass the folder of another set",
     )

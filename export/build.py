@@ -27,6 +27,7 @@ from bifrost_rt.generator import Generator
 from bifrost_rt.manifest import Defaults, EngineSpec, Manifest, Precision
 from bifrost_rt.residency import parse as parse_size
 from bifrost_rt.residency import size_text
+from export import extras, shipped
 from export import recipe as recipes
 from export.engine_set import describe_files, written_aside
 from export.recipe import Recipe
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = "interrupted; nothing was written"
 CONTINUES = "interrupted; the next build of this set continues with the engines that are finished"
-DEFAULT_RECIPE = Path(__file__).parent.parent / "engines" / "default.toml"
+DEFAULT_RECIPE = shipped.path_of(shipped.DEFAULT)
 VERSIONED = (
     *("torch", "transformers", "diffusers", "onnx", "onnxscript"),
     *("onnxruntime", "onnxruntime-gpu"),
@@ -256,6 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.debug:
         _quiet_libraries()
 
+    @extras.needed("export")
     def built() -> int:
         given = options.memory_budget
         recipe = graphs_of(_recipe(options)) if options.onnx_only else _recipe(options)
@@ -274,7 +276,10 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     folders = {"mllm", "bifrost", "flux"}
     if options.recipe is None and folders & flags.keys():
         return recipes.load(flags, "command line")
-    return recipes.read(options.recipe or DEFAULT_RECIPE, flags)
+    path = DEFAULT_RECIPE if options.recipe is None else shipped.find(options.recipe)
+    recipe = recipes.read(path, flags)
+    shipped.check_checkpoint(path, recipe)
+    return recipe
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -285,8 +290,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "recipe",
         nargs="?",
-        type=Path,
-        help="a recipe (engines/*.toml); default: engines/default.toml, or none with --mllm …",
+        help=f"a file, or the name of a recipe that ships ({', '.join(shipped.names())}); default: "
+        f"{shipped.DEFAULT}, or none with --mllm …",
     )
     parser.add_argument("--mllm", metavar="DIR", help="the Qwen2.5-VL folder")
     parser.add_argument("--bifrost", metavar="DIR", help="the trained Bifrost-1 folder")

@@ -30,7 +30,7 @@ from export.configs import WIDTH, Config, Optional, Whole
 from export.errors import CheckpointError
 from export.identity import Part
 from export.model.controlnet import LatentControlNet
-from export.model.decoder import DecoderConfig
+from export.model.decoder_config import DecoderConfig
 from export.model.text_branch import TextBranch
 from export.model.visual_branch import VisualBranch, visual_key
 from export.weights import Weights, fill, refuse_unused

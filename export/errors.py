@@ -31,6 +31,10 @@ class CompileError(BifrostError):
     limit, or what the builder refused."""
 
 
+class MissingPackageError(BifrostError):
+    """A command needs a Python package that is not installed."""
+
+
 class CalibrationError(BifrostError):
     """Prompts or statistics that cannot calibrate this checkpoint."""
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bifrost_rt import backends, residency, strict
+from bifrost_rt import backends, command, residency, strict
 from bifrost_rt import manifest as manifests
 from bifrost_rt.backends.base import Backend
-from bifrost_rt.errors import BifrostError
 from bifrost_rt.manifest import EngineSpec, Precision
+from export import extras, shipped
 from export import recipe as recipes
 from export.errors import RecipeError
 from export.planning import devices
@@ -38,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if not options.debug:
         warnings.simplefilter("ignore")  # the libraries warn of their own deprecations
-    try:
+
+    @extras.needed("export")
+    def planned() -> int:
         plan = _plan(options)
         if options.json:
             document = json.dumps(dataclasses.asdict(plan), indent=1) + "\n"
@@ -47,15 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
             from export.planning import picture
 
             picture.draw(plan).save(options.plot)
-    except BifrostError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    from export.planning import report
+        from export.planning import report
 
-    print(report.describe(plan))
-    return 0 if plan.fits else 3
+        print(report.describe(plan))
+        return 0 if plan.fits else 3
+
+    return command.run(planned, debug=options.debug)
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -68,7 +66,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     if options.engines:
         return of_set(options.engines, device, budget)
     if options.recipe:
-        return of_recipe(options.recipe, device, storage, budget)
+        return of_recipe(shipped.find(options.recipe), device, storage, budget)
     return of_shapes(options.like, device, storage or STORAGES["bf16"], budget)
 
 
@@ -97,6 +95,7 @@ def of_recipe(
     from export.planning import estimate, work
 
     recipe = recipes.read(path, {})
+    shipped.check_checkpoint(path, recipe)
     checkpoint = Checkpoint(Path(recipe.mllm), Path(recipe.bifrost), Path(recipe.flux), read=False)
     length = recipe.mllm_max_length or checkpoint.max_seq_length
     works = work.of_checkpoint(checkpoint, length, recipe.t5_max_length, STEPS)
@@ -169,12 +168,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Memory, schedule and least time of one picture on a device.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--recipe", type=Path, metavar="FILE", help="what a recipe would build")
+    source.add_argument("--recipe", metavar="FILE", help="what it would build; or one that ships")
     source.add_argument("--engines", type=Path, metavar="DIR", help="a built set")
     source.add_argument("--like", metavar="NAME", help="published shapes: 7b, 3b")
-    parser.add_argument(
-        "--device", required=True, metavar="NAME", help="of engines/devices.toml, or here"
-    )
+    known = ", ".join([devices.HERE, *devices.read(devices.TABLE)])
+    parser.add_argument("--device", required=True, metavar="NAME", help=known)
     parser.add_argument(
         "--precision", metavar="NAME", help=f"{', '.join(STORAGES)}; default: the recipe's, or bf16"
     )

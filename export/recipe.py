@@ -11,6 +11,7 @@ from typing import Any
 
 from bifrost_rt import files, strict
 from bifrost_rt.errors import TextFileError
+from export import shipped
 from export.errors import RecipeError
 
 COMPILED = ("tensorrt-rtx", "tensorrt")
@@ -27,7 +28,8 @@ PATHS = (*CHECKPOINT, "output", "calibration_prompts", "statistics")
 
 @dataclass(frozen=True)
 class Recipe:
-    """One engine set. Paths in a recipe file are relative to that file.
+    """One engine set. Paths in a recipe file are relative to that file, or to `engines` where the
+    file ships with this package (`shipped.base`).
 
     Attributes:
         mllm, bifrost, flux: the checkpoint folders.
@@ -147,7 +149,7 @@ def read(path: Path, overrides: dict[str, object]) -> Recipe:
         raise RecipeError(f"{path}: not TOML: {error}") from None
     for key in PATHS:
         if isinstance(data.get(key), str):
-            data[key] = str(path.parent / data[key])
+            data[key] = str(shipped.base(path) / data[key])
     if "output" not in overrides and isinstance(data.get("output"), str):
         data["output"] = _output(data, overrides, path)
     return load({**data, **overrides}, str(path))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bifrost_rt import command, strict
-from export import build_lock
+from export import build_lock, extras
 from export.build import INTERRUPTED
 from export.engine_set import hidden
 from export.errors import BuildError, RecipeError
@@ -96,6 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     options = _parser().parse_args(arguments)
 
+    @extras.needed("export")
     def written() -> int:
         sizes = synthesize(_shapes(options), options.output, options.seed)
         for name, size in sizes.items():

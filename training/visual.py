@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.model.decoder import DecoderConfig
+from export.model.decoder_config import DecoderConfig
 from export.model.text_branch import TextBranch
 from export.model.visual_branch import VisualBranch
 from training.captioner import (

@@ -11,17 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bifrost_rt import command
-from bifrost_rt.cli.options import CHECKOUT_COMMANDS, parser
+from bifrost_rt.cli.options import MODULES, parser
 from bifrost_rt.errors import BifrostError
-
-CHECKOUT = Path(__file__).parents[2]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `bifrost-rt`. Returns the exit status: 0, 1 for an error, 130 when interrupted."""
     given = sys.argv[1:] if arguments is None else arguments
-    if given and given[0] in CHECKOUT_COMMANDS:  # with options of their own, --help among them
-        return command.run(lambda: _of_checkout(given[0], given[1:]), debug=False)
+    if given and given[0] in MODULES:  # with options of their own, --help among them
+        return command.run(lambda: _module(given[0], given[1:]), debug=False)
     options = parser().parse_args(given)
     with _warnings_on_stderr() if options.command != "serve" else contextlib.nullcontext():
         return command.run(lambda: _COMMANDS[options.command](options), debug=options.debug)
@@ -97,20 +95,17 @@ _COMMANDS = {
 }
 
 
-def _of_checkout(name: str, arguments: list[str]) -> int:
-    """`plan` and `bench` need torch and what else builds sets: they are the source's, not the
-    wheel's."""
-    module = CHECKOUT_COMMANDS[name].module
-    if not (CHECKOUT / module.replace(".", "/")).with_suffix(".py").is_file():
-        raise BifrostError(
-            f"`bifrost-rt {name}` is `python -m {module}`, which the wheel does not carry",
-            hint="run it from a checkout of the source: pip install -e '.[export,benchmarks]'",
-        )
-    if str(CHECKOUT) not in sys.path:
-        sys.path.insert(0, str(CHECKOUT))
+def _module(name: str, arguments: list[str]) -> int:
+    """`plan` is in the wheel, `bench` in a checkout that is installed (pip install -e)."""
+    module = MODULES[name].module
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
+        if f"{module}.".startswith(f"{error.name}."):
+            raise BifrostError(
+                f"`bifrost-rt {name}` is `python -m {module}`, which the wheel does not carry",
+                hint="run it from a checkout of the source: pip install -e '.[export,benchmarks]'",
+            ) from error
         raise BifrostError(
             f"`bifrost-rt {name}` needs the Python package `{error.name}`, which is not installed",
             hint="in the checkout: pip install -e '.[export,benchmarks]'",

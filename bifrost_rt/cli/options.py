@@ -9,16 +9,16 @@ import bifrost_rt
 
 
 @dataclass(frozen=True)
-class CheckoutCommand:
-    """A command of the source, which has a parser of its own."""
+class Module:
+    """A command that is a module outside of this package, with a parser of its own."""
 
     module: str
     help: str
 
 
-CHECKOUT_COMMANDS = {
-    "plan": CheckoutCommand("export.plan", "say what a device will do, before anything is built"),
-    "bench": CheckoutCommand("benchmarks.latency", "time sets, backends and the official loop"),
+MODULES = {
+    "plan": Module("export.plan", "say what a device will do, before anything is built"),
+    "bench": Module("benchmarks.latency", "time sets, backends and the official loop"),
 }
 
 
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
 
     commands.add_parser("doctor", help="say what this machine can run, and why not the rest")
     _serve(commands.add_parser("serve", help="serve pictures over HTTP, with a page"))
-    for name, command in CHECKOUT_COMMANDS.items():
+    for name, command in MODULES.items():
         text = f"{command.help} (python -m {command.module})"
         commands.add_parser(name, help=text, add_help=False)
     return root

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from bifrost_rt.cli.options import CHECKOUT_COMMANDS, parser
+from bifrost_rt.cli.options import MODULES, parser
 
 TOP = """# Commands
 
@@ -26,8 +26,8 @@ def document() -> str:
     parts = [TOP]
     for name, command in commands.choices.items():
         parts.append(f"## bifrost-rt {name}\n\n{_sentence(help_of[name])}\n")
-        if name in CHECKOUT_COMMANDS:
-            module = CHECKOUT_COMMANDS[name].module
+        if name in MODULES:
+            module = MODULES[name].module
             parts.append(f"Its options are those of `python -m {module} --help`.\n")
         elif rows := [_row(action) for action in command._actions if action.dest != "help"]:
             parts.append("| | |\n|---|---|\n" + "".join(rows))

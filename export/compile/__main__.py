@@ -6,16 +6,20 @@ import argparse
 from pathlib import Path
 
 from bifrost_rt import command
+from export import extras
 from export.build import INTERRUPTED, Progress
-from export.compile.builder import TITLES
-from export.compile.compiled_set import COMPUTE, WEIGHTS, compile_set
+from export.compile.options import COMPUTE, TITLES, WEIGHTS
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     options = _parser().parse_args(arguments)
 
+    @extras.needed("compile")
     def compiled() -> int:
+        # what reads graphs: not before the command line is understood
+        from export.compile.compiled_set import compile_set
+
         folder = compile_set(
             options.set,
             options.output,

@@ -16,6 +16,7 @@ from bifrost_rt.backends.tensorrt_log import logger
 from bifrost_rt.manifest import EngineSpec
 from export.compile import graphs, messages, network
 from export.compile.network import Arithmetic
+from export.compile.options import TITLES
 from export.compile.profiles import Sizes, symbolic_inputs
 from export.errors import CompileError
 
@@ -38,9 +39,6 @@ class Builder:
     def ahead_of_time(self) -> bool:
         """Whether it compiles for GPUs that are not there; TensorRT measures on its own."""
         return hasattr(self.library.IBuilderConfig, "set_compute_capability")
-
-
-TITLES = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
 
 
 def find(name: str) -> Builder:

@@ -17,11 +17,13 @@ from bifrost_rt import opened, residency
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.tensorrt_log import logger
 from bifrost_rt.manifest import Compiled, EngineSpec
+from export import extras
 from export.compile import bound, capabilities, graphs, half, messages, quantized
 from export.compile import builder as builders
 from export.compile.builder import Builder
 from export.compile.capabilities import ARCHITECTURES
 from export.compile.network import Arithmetic
+from export.compile.options import COMPUTE
 from export.compile.profiles import Sizes, sizes
 from export.engine_set import describe_files, written_aside
 from export.errors import CompileError
@@ -31,8 +33,6 @@ from export.errors import CompileError
 PEAK, FIXED = 3.3, 1 << 30
 # Weights of this many bytes are not compiled into the engine: see DESIGN.
 BOUND_FROM = 1 << 30
-COMPUTE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-WEIGHTS = ("baked", "bound")
 
 
 def compile_set(
@@ -89,7 +89,8 @@ def compile_set(
         ]
         errors: dict[str, dict[str, Any]] = {}
         if measure:
-            from export.compile import error  # torch lives behind it, which compiling does not need
+            with extras.needed("export"):  # torch, which compiling does not need
+                from export.compile import error
 
             say("computing the 16-bit graphs beside the float32 ones")
             errors = error.measure(source, manifest, types)

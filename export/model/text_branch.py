@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from export.model.decoder import DecoderConfig, DecoderLayer, rotary_table, rotate
+from export.model.decoder import DecoderLayer, rotary_table, rotate
+from export.model.decoder_config import DecoderConfig
 
 
 class TextBranch(nn.Module):

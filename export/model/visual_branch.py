@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from export.model.decoder import DecoderConfig, DecoderLayer
+from export.model.decoder import DecoderLayer
+from export.model.decoder_config import DecoderConfig
 
 
 class VisualBranch(nn.Module):

@@ -1,4 +1,4 @@
-"""The machines that can be planned for: `engines/devices.toml`, and the one this runs on."""
+"""The machines that can be planned for: those of `devices.toml`, and the one this runs on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from bifrost_rt import files, residency, strict
 from export.errors import RecipeError
 
-TABLE = Path(__file__).parents[2] / "engines" / "devices.toml"
+TABLE = Path(__file__).with_name("devices.toml")
 HERE = "here"
 RATES = ("fp32", "fp16", "fp8", "int8", "fp4")
 FIGURES = ("memory_gib", "bandwidth", "watts", *RATES)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from bifrost_rt.manifest import TensorSpec
 from export import sources
-from export.model.decoder import DecoderConfig
+from export.model.decoder_config import DecoderConfig
 from export.model.text_branch import TextBranch
 from export.model.visual_branch import VisualBranch
 from export.stages import BRANCHES, IMAGES, TEXT_TOKENS, TEXTS, Stage

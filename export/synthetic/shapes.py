@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from export.errors import RecipeError
-from export.model.decoder import DecoderConfig
+from export.model.decoder_config import DecoderConfig
 
 DTYPES = ("bf16", "fp16", "fp32")
 GIB = 1 << 30

@@ -118,6 +118,23 @@ def test_no_default_set_says_where_it_looked(
     assert "python -m export.build" in str(raised.value.hint)
 
 
+def test_the_set_of_the_wheel_is_the_last_that_is_taken(
+    alpha_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generator, "DEFAULT_SET", Path("engines/sets/nowhere"))
+    monkeypatch.setattr(generator, "SHIPPED_SET", alpha_set)
+    with caplog.at_level("INFO", "bifrost_rt"):
+        assert generator.default_set() == alpha_set
+    assert caplog.messages == [f"default engine set: {alpha_set}"]
+    (tmp_path / "engines" / "sets").mkdir(parents=True)
+    (tmp_path / "engines" / "sets" / "nowhere").symlink_to(alpha_set)
+    assert generator.default_set() == tmp_path / "engines" / "sets" / "nowhere"
+
+
 def test_the_default_set_is_found_in_the_current_folder(
     alpha_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,7 +38,7 @@ import yaml
 
 from bifrost_rt import strict
 from bifrost_rt.cli import reference
-from bifrost_rt.cli.options import CHECKOUT_COMMANDS, parser
+from bifrost_rt.cli.options import MODULES, parser
 from export.recipe import Recipe
 from tests.patience import PATIENCE, until
 
@@ -70,7 +70,6 @@ def workspace(alpha_set: Path, tmp_path: Path) -> Path:
     """A folder as a reader has it: `engines/` with the default model's set."""
     (tmp_path / "engines" / "sets").mkdir(parents=True)
     (tmp_path / "engines" / "sets" / "default").symlink_to(alpha_set)
-    (tmp_path / "engines" / "devices.toml").symlink_to(ROOT / "engines" / "devices.toml")
     return tmp_path
 
 
@@ -168,8 +167,8 @@ def only_parse(parser: argparse.ArgumentParser, arguments: list[str] | None = No
 
 def understood(command: list[str]) -> None:
     """The options of a command that cannot be run here are at least those that it has."""
-    if command[0] == "bifrost-rt" and command[1] in CHECKOUT_COMMANDS:
-        command = ["python", "-m", CHECKOUT_COMMANDS[command[1]].module, *command[2:]]
+    if command[0] == "bifrost-rt" and command[1] in MODULES:
+        command = ["python", "-m", MODULES[command[1]].module, *command[2:]]
     if command[0] == "bifrost-rt":
         parser().parse_args(command[1:])
     elif command[:2] == ["python", "-m"]:

@@ -16,7 +16,7 @@ import onnx
 import pytest
 
 from bifrost_rt import Generator, RequestError, manifest
-from export import build, recipe
+from export import build, recipe, shipped
 from export.engine_set import written_aside
 from export.errors import BuildError, CheckpointError, ExportError, RecipeError
 from tests.conftest import ALPHA, alpha_recipe, difference, load_case
@@ -156,7 +156,7 @@ def test_another_checkpoint_does_not_take_the_place_of_the_recipes_set(tmp_path:
 
 def test_the_default_recipes_other_precisions_stand_beside_the_default_set() -> None:
     default = recipe.read(build.DEFAULT_RECIPE, {})
-    assert Path(default.output) == build.DEFAULT_RECIPE.parent / "sets" / "default"
+    assert Path(default.output) == shipped.base(build.DEFAULT_RECIPE) / "sets" / "default"
     other = build._recipe(build._parser().parse_args(["--precision", "fp8"]))
     assert other.output == f"{default.output}-fp8"
     assert build.graphs_of(other) == other

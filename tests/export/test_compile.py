@@ -19,7 +19,7 @@ from onnx import load, numpy_helper
 from bifrost_rt import Generator, backends, manifest
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import Range
-from export import build
+from export import build, shipped
 from export import recipe as recipes
 from export.compile import __main__ as command
 from export.compile import bound, capabilities, quantized
@@ -32,8 +32,7 @@ from tests.export.conftest import SMALL, TARGETS, holding, rewritten
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
-ENGINES = Path(__file__).parents[2] / "engines"
-RECIPES = [path for path in sorted(ENGINES.glob("*.toml")) if path.name != "devices.toml"]
+RECIPES = [shipped.path_of(name) for name in shipped.names()]
 
 
 def test_a_compiled_set_says_how_and_for_what(compiled: Path, small_set: Path) -> None:
@@ -199,8 +198,10 @@ def test_graphs_alone_for_another_machine(
 ) -> None:
     asked: list[Recipe] = []
     monkeypatch.setattr(build, "build", lambda recipe, *a: (asked.append(recipe), alpha_set)[1])
-    recipe = ENGINES / "jetson-agx-thor-fp8.toml"
-    assert build.main([str(recipe), "--onnx-only"]) == 0
+    monkeypatch.setattr(shipped, "CHECKOUT", tmp_path)
+    for name in ("Qwen2.5-VL-7B-Instruct", "Bifrost-1", "FLUX.1-dev"):
+        (tmp_path / "engines" / "checkpoints" / name).mkdir(parents=True)
+    assert build.main(["jetson-agx-thor-fp8", "--onnx-only"]) == 0
     assert (asked[0].backend, asked[0].target) == ("onnxruntime", ())
     assert Path(asked[0].output).name == "jetson-agx-thor-fp8-onnx"
     assert asked[0].precision == "fp8"
@@ -208,7 +209,7 @@ def test_graphs_alone_for_another_machine(
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in sorted(ENGINES.glob("*.toml")) if p.name != "devices.toml"],
+    RECIPES,
     ids=lambda p: p.stem,
 )
 def test_the_recipes_ask_for_what_their_targets_have(path: Path) -> None:

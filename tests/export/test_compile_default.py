@@ -14,7 +14,7 @@ import pytest
 
 from bifrost_rt import manifest, opened
 from bifrost_rt.manifest import Manifest
-from export import build
+from export import build, shipped
 from export.compile import __main__ as command
 from export.compile import builder as builders
 from export.compile.half import FLOAT32_LAYERS
@@ -22,8 +22,7 @@ from tests.export.conftest import content
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
-ROOT = Path(__file__).parents[2]
-RECIPE = str(ROOT / "engines" / "default.toml")
+RECIPE = shipped.DEFAULT
 PROMPTS = "a picture of a pink circle and a blue square\na photo of three green triangles\n"
 TARGETS = {
     "fp16": ("sm86", "sm89", "sm120"),

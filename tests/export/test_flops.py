@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from export import flops
-from export.model.decoder import DecoderConfig
+from export.model.decoder_config import DecoderConfig
 from export.model.text_branch import TextBranch
 from export.model.visual_branch import VisualBranch
 from export.stages import text_prefill, visual_decode
