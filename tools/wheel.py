@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bifrost_rt import command, engines, manifest
+from bifrost_rt import command, manifest, opened
 from bifrost_rt.errors import BifrostError
 from bifrost_rt.generator import SHIPPED_SET
 
@@ -67,7 +67,7 @@ def _copy(source: Path, target: Path) -> None:
 def _copy_set(folder: Path, target: Path) -> None:
     """The files that the manifest lists, whole, and nothing else that lies there."""
     facts = manifest.read(folder)
-    engines.verify(folder, facts)
+    opened.verify(folder, facts)
     for name in (manifest.FILENAME, *facts.files):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, target / name)
