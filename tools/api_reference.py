@@ -2,18 +2,20 @@
 
     python -m tools.api_reference > docs/api.md
 
-The sources are parsed, not imported, so that the page does not depend on Python's version or on
-what is installed.
+Signatures are parsed from the sources, so that the page does not depend on Python's version.
+Docstrings are those of the imported objects, so that a decorator may complete them.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "bifrost_rt"
@@ -49,10 +51,11 @@ Definition = Function | ast.ClassDef
 
 @dataclass(frozen=True)
 class Entry:
-    """A definition under the name by which users reach it."""
+    """A definition under the name by which users reach it, and the object that it makes."""
 
     name: str
     node: Definition
+    made: Any
 
 
 def document() -> str:
@@ -82,7 +85,7 @@ def exported() -> Iterator[Entry]:
     for name in sorted(names, key=lambda name: (name.endswith("Error"), name != BASE_ERROR, name)):
         if name not in imported:
             raise ValueError(f"{PACKAGE}.__all__ names `{name}`, which it does not import")
-        yield Entry(name, definition(imported[name], name))
+        yield entry(imported[name], name)
 
 
 def public(module: str) -> Iterator[Entry]:
@@ -93,7 +96,16 @@ def public(module: str) -> Iterator[Entry]:
         if isinstance(node, Definition) and not node.name.startswith("_")
     )
     for name in names:
-        yield Entry(name, definition(module, name))
+        yield entry(module, name)
+
+
+def entry(module: str, name: str) -> Entry:
+    """What a module defines under a name.
+
+    Raises:
+        ValueError: it defines no such class or function.
+    """
+    return Entry(name, definition(module, name), getattr(importlib.import_module(module), name))
 
 
 def parsed(module: str) -> ast.Module:
@@ -126,15 +138,16 @@ def definition(module: str, name: str) -> Definition:
 def described(entry: Entry, level: int) -> Iterator[str]:
     """A heading, the signature and the docstring; of a class also its fields and methods."""
     node = entry.node
-    yield f"{'#' * level} {entry.name}\n\n```python\n{signature(node, entry.name)}\n```\n"
-    if text := ast.get_docstring(node):
-        yield prose(text) + "\n"
+    yield f"{'#' * level} {entry.name}\n\n```python\n{signature(entry)}\n```\n"
+    if ast.get_docstring(node):  # of its own: neither inherited nor made by `dataclass`
+        yield prose(entry.made.__doc__) + "\n"
     if isinstance(node, ast.ClassDef):
         if fields := "\n".join(described_fields(node)):
             yield f"**Attributes**\n\n{fields}\n"
         for member in node.body:
             if isinstance(member, Function) and not member.name.startswith("_"):
-                yield from described(Entry(f"{entry.name}.{member.name}", member), level + 1)
+                made = getattr(entry.made, member.name)
+                yield from described(Entry(f"{entry.name}.{member.name}", member, made), level + 1)
 
 
 def described_fields(node: ast.ClassDef) -> Iterator[str]:
@@ -150,15 +163,16 @@ def described_fields(node: ast.ClassDef) -> Iterator[str]:
             yield f"- `{ast.unparse(field.target)}`: {text}"
 
 
-def signature(node: Definition, name: str) -> str:
+def signature(entry: Entry) -> str:
     """How it is called; of a class without a constructor, its bases and fields."""
+    node, name = entry.node, entry.name
     if isinstance(node, Function):
         if "property" in map(ast.unparse, node.decorator_list):
             return f"{name}: {ast.unparse(node.returns)}" if node.returns else name
-        return called(name, node)
+        return called(name, node, entry.made)
     for member in node.body:
         if isinstance(member, Function) and member.name == "__init__":
-            return called(name, member)
+            return called(name, member, entry.made)
     bases = ", ".join(ast.unparse(base) for base in node.bases)
     fields = [
         "    " + ast.unparse(member) for member in node.body if isinstance(member, ast.AnnAssign)
@@ -167,7 +181,7 @@ def signature(node: Definition, name: str) -> str:
     return "\n".join([head + (":" if fields else ""), *fields])
 
 
-def called(name: str, node: Function) -> str:
+def called(name: str, node: Function, made: Any) -> str:
     """`name(arguments) -> type`, one argument a line where one line is too narrow."""
     arguments = node.args
     positional = arguments.posonlyargs + arguments.args
@@ -181,11 +195,13 @@ def called(name: str, node: Function) -> str:
         texts.append("*" + argument(arguments.vararg, None))
     elif arguments.kwonlyargs:
         texts.append("*")
+    typed = arguments.kwarg and unpacked(arguments.kwarg, made)
+    texts += typed or []
     texts += [
         argument(a, default)
         for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
     ]
-    if arguments.kwarg:
+    if arguments.kwarg and not typed:
         texts.append("**" + argument(arguments.kwarg, None))
     returns = f" -> {ast.unparse(node.returns)}" if node.returns and node.name != "__init__" else ""
     line = f"{name}({', '.join(texts)}){returns}"
@@ -193,6 +209,18 @@ def called(name: str, node: Function) -> str:
         return line
     lines = "".join(f"    {text},\n" for text in texts)
     return f"{name}(\n{lines}){returns}"
+
+
+def unpacked(node: ast.arg, made: Any) -> list[str]:
+    """The arguments that `**name: Unpack[T]` stands for, none of which must be given."""
+    found = (
+        re.fullmatch(r"Unpack\[(\w+)\]", ast.unparse(node.annotation)) if node.annotation else None
+    )
+    if found is None:
+        return []
+    fields = getattr(inspect.getmodule(made), found[1])
+    body = definition(fields.__module__, fields.__name__).body
+    return [f"{ast.unparse(field)} = None" for field in body if isinstance(field, ast.AnnAssign)]
 
 
 def argument(node: ast.arg, default: ast.expr | None) -> str:
