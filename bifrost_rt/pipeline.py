@@ -5,7 +5,7 @@ not change inside a loop is computed before it, and a step marked `.t` is one ca
 was bound beforehand.
 
 Source: arXiv 2508.05954, and the inference script published with it, which this computes exactly
-once instead of nine times (`DESIGN.md`).
+once instead of nine times (`docs/benchmarks.md`).
 """
 
 from __future__ import annotations

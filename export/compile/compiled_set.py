@@ -31,7 +31,7 @@ from export.errors import CompileError
 # Most memory while compiling over the bytes of the graph's weights, and what the library takes
 # beside them: benchmarks/results/compile.md.
 PEAK, FIXED = 3.3, 1 << 30
-# Weights of this many bytes are not compiled into the engine: see DESIGN.
+# Weights of this many bytes are not compiled into the engine: docs/decisions/0033.
 BOUND_FROM = 1 << 30
 
 

@@ -1,5 +1,5 @@
-"""What the documents say is what the code does: commands in the guides are run, and the list of
-commands is the parser's.
+"""What the documents say is what the code does: commands in the guides and the Python of the README
+are run, other commands are parsed, and the list of commands is the parser's.
 
 A fenced block's first word is its language, the second how it is checked:
 
@@ -36,14 +36,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+import bifrost_rt
 from bifrost_rt import strict
 from bifrost_rt.cli import reference
 from bifrost_rt.cli.options import MODULES, parser
 from export.recipe import Recipe
 from tests.patience import PATIENCE, until
+from tools import api_reference
 
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "docs" / "benchmarks.md", *GUIDES]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PARSED = {"ray", "slow", "rtx", "jetson", "parsed"}
 
@@ -73,7 +77,7 @@ def workspace(alpha_set: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [README, *GUIDES], ids=lambda path: path.stem)
 def test_every_command_of_a_guide(path: Path, workspace: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -189,9 +193,6 @@ def understood(command: list[str]) -> None:
         raise AssertionError(f"nobody knows how to check {command}")
 
 
-DOCUMENTS = [ROOT / "README.md", *GUIDES]
-
-
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_indented_commands_are_understood(path: Path) -> None:
     """What a document shows without running it has at least options that exist."""
@@ -207,15 +208,41 @@ def test_the_list_of_commands_is_the_parsers() -> None:
     )
 
 
-LINKS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "DESIGN.md", *GUIDES]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
 
 
-@pytest.mark.parametrize("path", LINKS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(PAGES), ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)|src=\"([^\"]+)\"", path.read_text()):
-        name = target[0] or target[1]
-        if not name.startswith("https://"):
-            assert (path.parent / name).exists(), name
+    for target in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", path.read_text()):
+        name, _, anchor = (target[0] or target[1]).partition("#")
+        if name.startswith("https:"):
+            continue
+        file = path.parent / name if name else path
+        assert file.exists(), name
+        if anchor:
+            assert anchor in anchors(file), f"{name}#{anchor}"
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_is_short() -> None:
+    """A stranger reads it to the end: at most 900 words, tables and commands among them."""
+    assert len(README.read_text().split()) <= 900
+
+
+def test_the_api_reference_is_the_docstrings() -> None:
+    assert (ROOT / "docs" / "api.md").read_text() == api_reference.document(), (
+        "python -m tools.api_reference > docs/api.md"
+    )
+
+
+def test_the_api_reference_names_everything_that_is_exported() -> None:
+    names = {entry.name for entry in api_reference.exported()}
+    assert names == {name for name in bifrost_rt.__all__ if not name.startswith("__")}
 
 
 def test_the_guides_can_be_run_here() -> None:
