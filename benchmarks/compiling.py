@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks import cuts, machine
 from benchmarks.arguments import count
 from benchmarks.residency import status
-from bifrost_rt import command, strict
+from bifrost_rt import command, dims, strict
 from bifrost_rt.manifest import EngineSpec, Precision, TensorSpec
 from export.compile import bound, graphs
 from export.compile import builder as builders
@@ -37,13 +37,8 @@ from export.compile.profiles import Sizes
 TARGETS = ("sm86", "sm89", "sm120")
 FP8_TARGETS = ("sm89", "sm120")
 # one picture of the release, with guidance
-BOUNDS = {
-    **dict.fromkeys(("images", "prompts"), (1, 1)),
-    **dict.fromkeys(("texts", "branches"), (1, 2)),
-    "text_tokens": (1, 300),
-    "steps": (1, 256),
-    "revealed": (1, 256),
-}
+LARGEST = dims.of_run(text_tokens=300, steps=256, guided=True, revealed=256)
+SIZES = Sizes({name: (1, high) for name, high in LARGEST.items()})
 # (what products compute in, where the weights are)
 CASES = (
     *(("fp32", "baked"), ("bf16", "baked"), ("bf16", "bound")),
@@ -126,7 +121,7 @@ def compile_one(path: Path) -> dict[str, Any]:
         if task["weights"] == "bound":
             names = {str(tensor.name) for tensor in bound.bind(graph)}
     targets = FP8_TARGETS if task["compute"] == "fp8" else TARGETS
-    built = builders.compile_graph(builder, graph, spec, Sizes(BOUNDS), targets, names)
+    built = builders.compile_graph(builder, graph, spec, SIZES, targets, names)
     return {
         "computes_in": built.arithmetic.compute,
         "weights_mb": round(sum(built.arithmetic.weights.values()) / 1e6),

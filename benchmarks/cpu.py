@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks import cuts, machine
 from benchmarks.arguments import count, new_file
 from benchmarks.turns import to_and_fro
-from bifrost_rt import backends, command
+from bifrost_rt import backends, command, dims
 from bifrost_rt.backends.base import output_shape
 from bifrost_rt.errors import BifrostError
 from bifrost_rt.manifest import EngineSpec, Range, TensorSpec
@@ -37,10 +37,7 @@ from export.recipe import PRECISIONS
 from export.synthetic.shapes import PRESETS
 
 # one picture, the release's steps; the prompt is the longest of the model
-SIZES = {
-    **{"images": 1, "branches": 1, "texts": 1, "prompts": 1},
-    **{"steps": 256, "revealed": 1},
-}
+STEPS = 256
 # The last of visual_decode computes what a step reveals, and less than the others. Of denoise it is
 # one block of each kind in both networks, 4 GB in float32.
 LAYERS = {"visual_decode": 3}
@@ -72,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             specs = list(cuts.written(folder, [stage], shapes, forms))
-            sizes = {**SIZES, "text_tokens": shapes.max_seq_length}
+            sizes = dims.of_run(text_tokens=shapes.max_seq_length, steps=STEPS)
             largest = largest_product(folder / specs[0].graph, stage, sizes)
             layer = [] if largest is None else [product(folder, *largest, forms)]
             for engines in (*layer, specs):

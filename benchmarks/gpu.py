@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import cuts, machine
 from benchmarks.arguments import count, new_file
-from bifrost_rt import backends, command
+from bifrost_rt import backends, command, dims
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.base import Backend, Engine
 from bifrost_rt.engines import Loop
@@ -38,7 +38,7 @@ from export.planning import devices
 from export.synthetic.shapes import PRESETS
 
 # one picture, its longest prompt, the release's steps
-SIZES = {"images": 1, "branches": 1, "text_tokens": 300, "steps": 256, "revealed": 1}
+SIZES = dims.of_run(text_tokens=300, steps=256)
 # what of the table's rates an engine's products are held to
 RATES = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "int8": "int8", "fp8": "fp8"}
 FORMS = ("bf16", "int8", "fp8")  # of the graphs; the first is also compiled to float32

@@ -15,6 +15,7 @@ from benchmarks import ceilings
 from benchmarks.ceilings import Ceilings
 from benchmarks.contenders import Spec
 from bifrost_rt import backends, manifest, residency
+from bifrost_rt.dims import TEXT_TOKENS
 from bifrost_rt.errors import EngineSetError
 from bifrost_rt.manifest import EngineSpec, Manifest
 from bifrost_rt.text import Tokenizers
@@ -90,7 +91,7 @@ def of_contender(
         manifest.read(graphs),
         request["num_inference_steps"],
         request["decoding_steps"],
-        lambda engine: {**base(engine), "text_tokens": len(ids)},
+        lambda engine: {**base(engine), TEXT_TOKENS: len(ids)},
     ):
         engine = facts.engine(one.engine)
         rate = rate_of(engine, spec.backend, bounds)

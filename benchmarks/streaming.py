@@ -114,13 +114,13 @@ def _inputs(stage: Any) -> dict[str, Any]:
     """One picture at a short prompt, with random values."""
     import numpy as np
 
-    from bifrost_rt import schedules
+    from bifrost_rt import dims, schedules
 
-    sizes = {"images": 1, "branches": 1, "text_tokens": TEXT_TOKENS, "steps": 2, "revealed": 256}
+    sizes = dims.of_run(text_tokens=TEXT_TOKENS, steps=2, revealed=256)
     rng = np.random.default_rng(0)
     found: dict[str, Any] = {}
     for spec in stage.inputs:
-        shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
+        shape = dims.shape_at(spec.shape, sizes)
         found[spec.name] = {
             "float32": rng.standard_normal(shape).astype(np.float32),
             "bool": np.ones(shape, bool),
@@ -180,9 +180,9 @@ def _spec(stage: Any, files: list[Path]) -> Any:
 
 
 def _ranges() -> Any:
-    from export.stages import dimensions
+    from bifrost_rt import dims
 
-    return dimensions(300, 256, None)
+    return dims.ranges(mllm_max_length=300, num_visual_tokens=256)
 
 
 def measure(folder: Path, output: Path, precision: str) -> dict[str, Any]:

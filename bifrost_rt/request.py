@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bifrost_rt import schedules
+from bifrost_rt.dims import IMAGES
 from bifrost_rt.errors import RequestError, RequestTypeError
 from bifrost_rt.manifest import Manifest
 
@@ -219,7 +220,7 @@ def _prompts(prompt: Any) -> list[str]:
 def _images(manifest: Manifest, prompts: int, per_prompt: int) -> int:
     """How many images are asked for, if a run of the set can have so many."""
     n = prompts * per_prompt
-    bounds = manifest.dimensions.get("images")
+    bounds = manifest.dimensions.get(IMAGES)
     if bounds is not None and bounds.max is not None and n > bounds.max:
         raise RequestError(
             f"{_asked(prompts, per_prompt, n)}: the set {manifest.name!r} was built for at most "

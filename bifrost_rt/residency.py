@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bifrost_rt import schedules
+from bifrost_rt import dims, schedules
+from bifrost_rt.dims import DIMS, REVEALED, STEPS
 from bifrost_rt.errors import BudgetError, RequestError, RequestTypeError
 from bifrost_rt.manifest import EngineSpec, Manifest
 
@@ -170,18 +171,18 @@ def sizes(
     """What a run makes of the symbols at the engines' doors: one picture where nothing else is
     said. Texts count as long as they can be."""
     defaults = manifest.defaults
-    common = {
-        "images": images,
-        "prompts": prompts,
-        "texts": prompts + guided,
-        "branches": 1 + guided,
-        "text_tokens": manifest.text.mllm.max_length,
-        "steps": num_inference_steps or defaults.num_inference_steps,
-    }
+    common = dims.of_run(
+        images=images,
+        prompts=prompts,
+        guided=guided,
+        text_tokens=manifest.text.mllm.max_length,
+        steps=num_inference_steps or defaults.num_inference_steps,
+    )
     steps = decoding_steps or defaults.decoding_steps
     revealed = schedules.most_revealed(manifest.model.num_visual_tokens, steps)
-    decoding = {**common, "steps": steps, "revealed": revealed}
-    return lambda engine: decoding if engine == "visual_decode" else common
+    decoding = {**common, STEPS: steps, REVEALED: revealed}
+    decoders = {spec.name for spec in manifest.engines if REVEALED in dims.used_by(spec)}
+    return lambda engine: decoding if engine in decoders else common
 
 
 def needs(
@@ -217,18 +218,16 @@ def needs(
 def growth(spec: EngineSpec, sizes: Mapping[str, int]) -> float:
     """By how much scratch memory grows, at most, from one picture to `sizes`: with the pictures,
     with both branches of guidance, and with the steps where the engine computes all at once."""
-    doors = {d for t in (*spec.inputs, *spec.outputs) for d in t.shape if isinstance(d, str)}
-    rows = max((sizes[d] for d in ("images", "prompts", "texts") if d in doors), default=1)
-    if "branches" in doors:
-        rows = max(rows, sizes["images"] * sizes["branches"])
-    steps = any("steps" in t.shape for t in spec.outputs)
-    return rows * max(1.0, sizes["steps"] / COUNTED_STEPS if steps else 1.0)
+    grows = [DIMS[name].rows for name in dims.used_by(spec) if name in DIMS]
+    rows = max((dims.evaluate(rows, sizes) for rows in grows if rows is not None), default=1)
+    steps = any(STEPS in t.shape for t in spec.outputs)
+    return rows * max(1.0, sizes[STEPS] / COUNTED_STEPS if steps else 1.0)
 
 
 def tensor_bytes(spec: EngineSpec, sizes: Mapping[str, int]) -> int:
     """Bytes of the tensors at an engine's door."""
     return sum(
-        _ITEM_BYTES[t.dtype] * math.prod(sizes[d] if isinstance(d, str) else d for d in t.shape)
+        _ITEM_BYTES[t.dtype] * math.prod(dims.shape_at(t.shape, sizes))
         for t in (*spec.inputs, *spec.outputs)
     )
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 import bifrost_rt
-from bifrost_rt import backends, command, inspect, selftest
+from bifrost_rt import backends, command, dims, inspect, selftest
 from bifrost_rt import manifest as manifests
 from bifrost_rt.generator import Generator
 from bifrost_rt.manifest import Defaults, EngineSpec, Manifest, Precision
@@ -63,7 +63,7 @@ def build(
     if recipe.backend in recipes.COMPILED:
         return _build_and_compile(recipe, progress, memory_budget)
     # torch and its company take seconds to import: not before the command line is understood
-    from export import assemble, budget, graph, memory, parity, precision, stage_cache, stages, text
+    from export import assemble, budget, graph, memory, parity, precision, stage_cache, text
     from export.checkpoint import Checkpoint
     from export.pieces import Bounded
     from export.quantize import audit
@@ -106,8 +106,10 @@ def build(
                 controlnet_conditioning_scale=0.7,
             ),
             text=written,
-            dimensions=dict(
-                stages.dimensions(mllm_max_length, model.num_visual_tokens, recipe.max_images)
+            dimensions=dims.ranges(
+                max_images=recipe.max_images,
+                mllm_max_length=mllm_max_length,
+                num_visual_tokens=model.num_visual_tokens,
             ),
             engines=tuple(_outline(stage) for stage in parts.values()),
             files={},

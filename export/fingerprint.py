@@ -76,7 +76,8 @@ def code_digest() -> str:
         for name in TRACED_BY
         for path in (sorted((here / name).rglob("*.py")) or [here / name])
     ]
-    files.append(Path(bifrost_rt.__file__).parent / "manifest.py")  # how a tensor is declared
+    # how tensors and their sizes are declared
+    files += [Path(bifrost_rt.__file__).parent / name for name in ("dims.py", "manifest.py")]
     return _digest(files)
 
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from bifrost_rt import dims
 from bifrost_rt.residency import COUNTED_STEPS
 from export.flops import shape_of
-from export.stages import BRANCHES, IMAGES, PROMPTS, REVEALED, STEPS, TEXT_TOKENS, TEXTS
 
 SCORES = 2 * 4  # bytes: scores and softmax, in float32
 # What an arena loses to fragmentation: onnxruntime's took 416 MB for the 298 MB that `denoise`
@@ -24,8 +24,7 @@ ARENA = 1.5
 def one_picture(text_tokens: int) -> dict[str, int]:
     """The sizes for which a manifest states scratch memory: the longest prompt, the default
     steps, no guidance."""
-    one = dict.fromkeys((IMAGES, PROMPTS, TEXTS, BRANCHES, REVEALED), 1)
-    return {**one, TEXT_TOKENS: text_tokens, STEPS: COUNTED_STEPS}
+    return dims.of_run(text_tokens=text_tokens, steps=COUNTED_STEPS)
 
 
 def scratch_bytes(model: ir.Model, sizes: Mapping[str, int]) -> int:

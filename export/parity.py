@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
 
-from bifrost_rt import pipeline, request, schedules
+from bifrost_rt import dims, pipeline, request, schedules
 from bifrost_rt.backends.base import Backend, Buffer, Engine
+from bifrost_rt.dims import IMAGES
 from bifrost_rt.engines import Engines
 from bifrost_rt.errors import NumericsError
 from bifrost_rt.manifest import EngineSpec, Manifest, Range
@@ -27,7 +28,7 @@ from bifrost_rt.text import Tokenizers
 from export import chain, sources
 from export.budget import Share
 from export.errors import ParityError
-from export.stages import IMAGES, Stage
+from export.stages import Stage
 from export.streaming import streamed
 
 # Long, short, beyond ASCII and with a lead-in: different lengths in one batch, and guidance on, so
@@ -52,16 +53,15 @@ ROUNDED = {"int8": 0.01, "fp8": 0.02, "nvfp4": 0.04}
 def sizes(text_tokens: int, num_visual_tokens: int, max_images: int | None) -> dict[str, int]:
     """Of the run in which engines are compared, at most."""
     images = min(len(PROMPTS), max_images or len(PROMPTS))
-    same = dict.fromkeys(("images", "prompts"), images)
     steps = min(STEPS, num_visual_tokens)
-    return {
-        **same,
-        "texts": images + 1,
-        "branches": 2,
-        "text_tokens": text_tokens,
-        "steps": steps,
-        "revealed": schedules.most_revealed(num_visual_tokens, steps),
-    }
+    return dims.of_run(
+        images=images,
+        prompts=images,
+        guided=True,
+        text_tokens=text_tokens,
+        steps=steps,
+        revealed=schedules.most_revealed(num_visual_tokens, steps),
+    )
 
 
 def prompts(manifest: Manifest) -> list[str]:

@@ -20,9 +20,10 @@ from typing import Any
 
 import bifrost_rt
 from bifrost_rt import manifest as manifests
+from bifrost_rt.dims import TEXT_TOKENS
 from bifrost_rt.manifest import File
 from export import fingerprint, sources
-from export.stages import TEXT_TOKENS, Stage
+from export.stages import Stage
 
 REPORT = "report.json"
 # Parts of this package that have no say in what a graph holds.
@@ -89,7 +90,7 @@ def code_digest() -> str:
     """Of this package's own code."""
     here = Path(__file__).parent
     files = [p for p in here.rglob("*.py") if p.relative_to(here).parts[0] not in ELSEWHERE]
-    files.append(Path(bifrost_rt.__file__).parent / "manifest.py")
+    files += [Path(bifrost_rt.__file__).parent / name for name in ("dims.py", "manifest.py")]
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(f"{path.relative_to(here.parent)}\0".encode() + path.read_bytes())

@@ -19,22 +19,17 @@ import torch
 from onnxscript.optimizer import optimize_ir
 from onnxscript.rewriter import onnx_fusions
 
-from bifrost_rt import cache
+from bifrost_rt import cache, dims
 from bifrost_rt.manifest import TensorSpec
 from export import fingerprint, sources
 from export.errors import ExportError
 from export.initializers import Weight
-from export.stages import BRANCHES, IMAGES, PROMPTS, REVEALED, STEPS, TEXT_TOKENS, TEXTS, Stage
+from export.stages import Stage
 
 OPSET = 23  # the first with Attention and RMSNormalization, the last that all consumers load
 KIND = "traces"  # subfolder of the cache
 
-# Sizes of the example inputs. All differ and none is 0 or 1, so that torch.export cannot mistake
-# one symbol for another or for a constant.
-EXAMPLE_SIZES = {
-    **{IMAGES: 3, PROMPTS: 4, TEXTS: 5, BRANCHES: 2, TEXT_TOKENS: 7, STEPS: 6},
-    REVEALED: 11,
-}
+EXAMPLE_SIZES = {name: dim.example for name, dim in dims.DIMS.items()}
 
 log = logging.getLogger("export")
 # One line per torchvision operator that is not there; no stage has one.
@@ -151,7 +146,7 @@ def _merge_constants(graph: ir.Graph) -> None:
 
 def example(spec: TensorSpec) -> torch.Tensor:
     """Values for an input of a stage, at the sizes of `EXAMPLE_SIZES`."""
-    shape = [EXAMPLE_SIZES[d] if isinstance(d, str) else d for d in spec.shape]
+    shape = dims.shape_at(spec.shape, EXAMPLE_SIZES)
     if spec.dtype == "float32":
         return torch.randn(shape)
     # zero is a valid token, index, step and length alike

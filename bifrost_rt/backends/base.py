@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from bifrost_rt import residency
+from bifrost_rt import dims, residency
 from bifrost_rt.errors import StageInputError
 from bifrost_rt.manifest import EngineSpec, Range, TensorSpec
 
@@ -142,7 +142,7 @@ def check_bindings(
     Raises:
         StageInputError: for the first tensor that does not fit.
     """
-    sizes: dict[str, int] = {}
+    sizes = symbol_sizes(spec, inputs)
     for kind, tensors, given in (("input", spec.inputs, inputs), ("output", spec.outputs, outputs)):
         expected = {t.name for t in tensors}
         if missing := sorted(expected - given.keys()):
@@ -168,13 +168,14 @@ def _check_tensor(
     if len(found.shape) != len(tensor.shape):
         raise StageInputError(f"{where}: expected {tensor}, got {got}")
     for axis, (symbol, size) in enumerate(zip(tensor.shape, found.shape, strict=True)):
-        want = symbol if isinstance(symbol, int) else sizes.setdefault(symbol, size)
+        alone = isinstance(symbol, str) and symbol.isidentifier()
+        want = sizes.setdefault(str(symbol), size) if alone else dims.evaluate(symbol, sizes)
         if size != want:
             raise StageInputError(
                 f"{where}: expected {tensor}, got {got}: dimension {axis} must be {want}"
             )
-        if isinstance(symbol, str):
-            bounds = dimensions[symbol]
+        if alone:
+            bounds = dimensions[str(symbol)]
             if size < bounds.min or (bounds.max is not None and size > bounds.max):
                 raise StageInputError(
                     f"{where}: expected {tensor} with {bounds.min} <= {symbol} <= {bounds.max}, "
@@ -185,15 +186,16 @@ def _check_tensor(
 
 def output_shape(tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """A spec's shape with every symbol replaced by its size."""
-    return tuple(sizes[d] if isinstance(d, str) else d for d in tensor.shape)
+    return dims.shape_at(tensor.shape, sizes)
 
 
 def symbol_sizes(spec: EngineSpec, inputs: Mapping[str, Buffer]) -> dict[str, int]:
-    """Which size each symbol has, read from the inputs that are there."""
+    """Which size each symbol has, read from the inputs that are there: from the first that has it
+    alone in a dimension."""
     sizes: dict[str, int] = {}
     for tensor in spec.inputs:
         if tensor.name in inputs:
             for symbol, size in zip(tensor.shape, inputs[tensor.name].shape, strict=False):
-                if isinstance(symbol, str):
+                if isinstance(symbol, str) and symbol.isidentifier():
                     sizes.setdefault(symbol, size)
     return sizes

@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from bifrost_rt.dims import DIMS, IMAGES, shape_at
 from bifrost_rt.manifest import Defaults, EngineSpec, Range, TensorSpec
 from export.errors import CompileError
 
-IMAGES, PROMPTS, TEXTS, STEPS = "images", "prompts", "texts", "steps"
-# One picture at a time, without guidance, is what an edge device does all day, and the release
-# reveals one token in a step.
-_ONE = (IMAGES, PROMPTS, TEXTS, "branches", "revealed")
 MOST = 2**31 - 1  # of one dimension: the libraries keep 32 bits, and drop what is above them
 
 Shape = tuple[int, ...]
@@ -29,13 +26,11 @@ class Sizes:
 
     def of(self, tensor: TensorSpec) -> tuple[Shape, Shape, Shape]:
         """The smallest, the preferred and the largest shape of a tensor."""
-        least, best, most = [], [], []
-        for dim in tensor.shape:
-            low, high = (dim, dim) if isinstance(dim, int) else self.bounds[dim]
-            least.append(low)
-            best.append(low if dim in _ONE else high)
-            most.append(high)
-        return tuple(least), tuple(best), tuple(most)
+        least = {name: low for name, (low, _) in self.bounds.items()}
+        most = {name: high for name, (_, high) in self.bounds.items()}
+        best = {n: (least if DIMS[n].optimum == "min" else most)[n] for n in self.bounds}
+        low, middle, high = (shape_at(tensor.shape, sizes) for sizes in (least, best, most))
+        return low, middle, high
 
     def ranges(self) -> dict[str, Range]:
         """The bounds as a manifest states them."""
@@ -67,11 +62,12 @@ def sizes(
     steps = max_steps or max(defaults.decoding_steps, defaults.num_inference_steps)
     images = max_images or dimensions[IMAGES].max
     assert images is not None
-    # with guidance, one more text than images: the empty one
-    limits = {IMAGES: images, PROMPTS: images, TEXTS: images + 1, STEPS: steps}
+    limits = {"max_images": images, "max_steps": steps}
     bounds = {}
     for symbol, allowed in dimensions.items():
-        high = limits.get(symbol, allowed.max)
+        dim = DIMS[symbol]
+        limit = dim.limit(limits) if isinstance(dim.max, str) else None
+        high = allowed.max if limit is None else limit
         assert high is not None, symbol
         if high < allowed.min or (allowed.max is not None and high > allowed.max):
             raise CompileError(

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from bifrost_rt import dims
 from export.errors import CheckpointError
 from export.stages import Stage
 
@@ -46,7 +47,7 @@ def run_without_values(stage: Stage, sizes: Mapping[str, int]) -> Trace:
     module = stage.module.to("meta")
     given = [
         torch.empty(
-            [sizes[d] if isinstance(d, str) else d for d in spec.shape],
+            dims.shape_at(spec.shape, sizes),
             dtype=getattr(torch, spec.dtype),
             device="meta",
         )

@@ -15,7 +15,8 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import nn
 
-from bifrost_rt import residency, schedules
+from bifrost_rt import dims, residency, schedules
+from bifrost_rt.dims import STEPS
 from bifrost_rt.manifest import EngineSpec, Manifest, Precision
 from export import assemble, flops, memory
 from export.checkpoint import Checkpoint
@@ -68,8 +69,8 @@ def of_checkpoint(
     model = assemble.facts(checkpoint)
     clip_tokens = clip_length(checkpoint)
     calls = _calls(model.num_visual_tokens, model.num_visual_tokens, steps)
-    sizes = {**memory.one_picture(mllm_max_length), "steps": steps}
-    decoding = {**sizes, "steps": model.num_visual_tokens}
+    sizes = dims.of_run(text_tokens=mllm_max_length, steps=steps)
+    decoding = {**sizes, STEPS: model.num_visual_tokens}
     return [
         _of_stage(
             stage, decoding if stage.name == "visual_decode" else sizes, calls.get(stage.name, 1)
@@ -154,7 +155,7 @@ def _of_stage(stage: Stage, sizes: Mapping[str, int], calls: int) -> Work:
 
 def _cache(spec: EngineSpec, sizes: Mapping[str, int]) -> int:
     return sum(
-        4 * math.prod(sizes[d] if isinstance(d, str) else d for d in t.shape)
+        4 * math.prod(dims.shape_at(t.shape, sizes))
         for t in (*spec.inputs, *spec.outputs)
         if t.name.startswith(KV)
     )

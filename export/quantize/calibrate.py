@@ -16,13 +16,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from bifrost_rt import files
+from bifrost_rt.dims import IMAGES
 from bifrost_rt.errors import TextFileError
 from bifrost_rt.manifest import Manifest
 from export import chain
 from export.errors import CalibrationError
 from export.quantize.policy import linears
 from export.quantize.statistics import Observed, Statistics
-from export.stages import IMAGES, Stage
+from export.stages import Stage
 
 DEFAULT_PROMPTS = Path(__file__).with_name("prompts.txt")
 BATCH = 8

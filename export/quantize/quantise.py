@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bifrost_rt import cache
+from bifrost_rt.dims import IMAGES
 from bifrost_rt.manifest import Calibration, Manifest
 from export import precision, stage_cache
 from export.quantize import apply, calibrate, policy, sweep
@@ -19,7 +20,7 @@ from export.quantize.formats import FORMATS
 from export.quantize.statistics import Statistics
 from export.quantize.sweep import Sweep
 from export.recipe import Recipe
-from export.stages import IMAGES, Stage
+from export.stages import Stage
 
 STATISTICS = "calibration.safetensors"
 

@@ -24,12 +24,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bifrost_rt.dims import IMAGES
 from bifrost_rt.manifest import Manifest
 from export import chain
 from export.errors import PrecisionError
 from export.quantize import apply
 from export.quantize.apply import Decision
-from export.stages import IMAGES, Stage
+from export.stages import Stage
 from export.streaming import streamed
 
 PROMPTS = 4

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from bifrost_rt.dims import PROMPTS
 from bifrost_rt.manifest import TensorSpec
-from export.stages import PROMPTS, Stage
+from export.stages import Stage
 
 
 class ClipText(nn.Module):

@@ -6,10 +6,11 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
+from bifrost_rt.dims import IMAGES, PROMPTS, STEPS
 from bifrost_rt.manifest import TensorSpec
 from export.model.controlnet import LatentControlNet
 from export.model.hoist import Modulation, StepEmbedding
-from export.stages import IMAGES, PROMPTS, STEPS, Stage
+from export.stages import Stage
 
 
 class Conditioning(nn.Module):

@@ -7,10 +7,11 @@ import math
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
+from bifrost_rt.dims import IMAGES, STEPS
 from bifrost_rt.manifest import TensorSpec
 from export.model.controlnet import LatentControlNet
 from export.model.hoist import rotary_table
-from export.stages import IMAGES, STEPS, Stage
+from export.stages import Stage
 from export.stages.conditioning import output_specs
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from bifrost_rt.dims import BRANCHES, IMAGES, TEXT_TOKENS, TEXTS
 from bifrost_rt.manifest import TensorSpec
 from export import sources
 from export.model.decoder_config import DecoderConfig
 from export.model.text_branch import TextBranch
 from export.model.visual_branch import VisualBranch
-from export.stages import BRANCHES, IMAGES, TEXT_TOKENS, TEXTS, Stage
+from export.stages import Stage
 
 
 class TextPrefill(nn.Module):

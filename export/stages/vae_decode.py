@@ -6,8 +6,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from bifrost_rt.dims import IMAGES
 from bifrost_rt.manifest import TensorSpec
-from export.stages import IMAGES, Stage
+from export.stages import Stage
 
 
 class VaeDecode(nn.Module):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bifrost_rt.dims import BRANCHES, IMAGES, REVEALED, STEPS
 from bifrost_rt.manifest import TensorSpec
 from export.model.decoder_config import DecoderConfig
 from export.model.visual_branch import VisualBranch
-from export.stages import BRANCHES, IMAGES, REVEALED, STEPS, Stage
+from export.stages import Stage
 from export.stages.text_prefill import cache_specs
 
 

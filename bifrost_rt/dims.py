@@ -1,0 +1,169 @@
+"""The sizes that callers choose, each declared once, for the exporter and the runtime alike.
+
+A dimension of a tensor is a number, the name of a `Dim`, or an expression of names such as
+`past + 1` or `4*height*width`. Everything else is a number in the graph.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from bifrost_rt.manifest import EngineSpec, Range
+
+Size = int | str
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A size with a name.
+
+    Attributes:
+        run: its value in a run, as an expression of the arguments of `of_run`.
+        min, max: inclusive. `max` is a number, an expression of the limits that `ranges` gets, or
+            None where there is no limit.
+        example: its value in the example inputs of a trace. All differ and none is 0 or 1, so that
+            torch.export cannot mistake one symbol for another or for a constant.
+        optimum: the end of its range at which a compiled engine is to be fastest.
+        rows: how many rows of a batch it stands for, as an expression of sizes; None where scratch
+            memory does not grow with it.
+    """
+
+    name: str
+    run: str
+    min: int
+    max: Size | None
+    example: int
+    optimum: Literal["min", "max"]
+    rows: str | None = None
+
+    def limit(self, limits: Mapping[str, int | None]) -> int | None:
+        """`max` as a number; None where there is none, or where its limits are not known."""
+        if self.max is None or isinstance(self.max, int):
+            return self.max
+        known = {name: limits.get(name) for name in symbols(self.max)}
+        numbers = {name: limit for name, limit in known.items() if limit is not None}
+        return evaluate(self.max, numbers) if numbers.keys() == known.keys() else None
+
+
+# One picture at a time, without guidance, is what an edge device does all day, and the release
+# reveals one token in a step: there engines are to be fastest. Texts are the distinct texts that
+# the MLLM reads, prompts the distinct prompts; with guidance there is one more text, the empty one,
+# and a second branch. Steps are those of the loop that an engine belongs to, and `revealed` is the
+# largest number of places that a decoding step reveals.
+DIMS = {
+    dim.name: dim
+    for dim in (
+        Dim("images", "images", 1, "max_images", 3, "min", rows="images"),
+        Dim("prompts", "prompts", 1, "max_images", 4, "min", rows="prompts"),
+        Dim("texts", "prompts + guided", 1, "max_images + 1", 5, "min", rows="texts"),
+        Dim("branches", "1 + guided", 1, 2, 2, "min", rows="branches*images"),
+        Dim("text_tokens", "text_tokens", 1, "mllm_max_length", 7, "max"),
+        Dim("steps", "steps", 1, "max_steps", 6, "max"),
+        Dim("revealed", "revealed", 1, "num_visual_tokens", 11, "min"),
+    )
+}
+IMAGES, PROMPTS, TEXTS, BRANCHES, TEXT_TOKENS, STEPS, REVEALED = DIMS
+
+
+def ranges(dims: Iterable[Dim] = DIMS.values(), **limits: int | None) -> dict[str, Range]:
+    """The range of every size.
+
+    Args:
+        limits: `max_images`, `mllm_max_length`, `num_visual_tokens` and `max_steps`; None, or a
+            limit that is not given: no limit.
+    """
+    return {dim.name: Range(dim.min, dim.limit(limits)) for dim in dims}
+
+
+def of_run(
+    *,
+    text_tokens: int,
+    steps: int,
+    images: int = 1,
+    prompts: int = 1,
+    guided: bool = False,
+    revealed: int = 1,
+) -> dict[str, int]:
+    """The value of every size in a run: one picture without guidance where nothing else is said.
+
+    Args:
+        text_tokens: tokens of the longest text.
+        steps: of the loop.
+        guided: whether classifier-free guidance is on.
+        revealed: most places that one decoding step reveals.
+    """
+    facts = {
+        **{"images": images, "prompts": prompts, "guided": int(guided)},
+        **{"text_tokens": text_tokens, "steps": steps, "revealed": revealed},
+    }
+    return {name: evaluate(dim.run, facts) for name, dim in DIMS.items()}
+
+
+def shape_at(shape: Iterable[Size], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A tensor's shape with a number for every dimension.
+
+    Raises:
+        ValueError: `sizes` lacks a symbol of it.
+    """
+    return tuple(evaluate(dim, sizes) for dim in shape)
+
+
+def evaluate(size: Size, sizes: Mapping[str, int]) -> int:
+    """A number, the value of a symbol, or that of an expression.
+
+    Raises:
+        ValueError: not an expression of sums and products, or `sizes` lacks a symbol of it.
+    """
+    if isinstance(size, int):
+        return size
+    if size in sizes:
+        return sizes[size]
+    return _value(_parsed(size), sizes, size)
+
+
+def symbols(size: Size) -> frozenset[str]:
+    """The names in a dimension."""
+    if isinstance(size, int):
+        return frozenset()
+    nodes = ast.walk(_parsed(size))
+    return frozenset(node.id for node in nodes if isinstance(node, ast.Name))
+
+
+def used_by(spec: EngineSpec) -> frozenset[str]:
+    """The names in the shapes of an engine's inputs and outputs."""
+    shapes = (tensor.shape for tensor in (*spec.inputs, *spec.outputs))
+    return frozenset[str]().union(*(symbols(size) for shape in shapes for size in shape))
+
+
+_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+@functools.cache
+def _parsed(expression: str) -> ast.expr:
+    try:
+        return ast.parse(expression, mode="eval").body
+    except SyntaxError:
+        raise ValueError(f"the size {expression!r} is not an expression") from None
+
+
+def _value(node: ast.expr, sizes: Mapping[str, int], whole: str) -> int:
+    match node:
+        case ast.Constant(value=int() as number):
+            return number
+        case ast.Name(id=name) if name in sizes:
+            return sizes[name]
+        case ast.Name(id=name):
+            raise ValueError(f"the size {whole!r} needs `{name}`, which is not known")
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_value(left, sizes, whole), _value(right, sizes, whole))
+    raise ValueError(f"the size {whole!r} is not made of names, numbers, +, -, * and //")
