@@ -33,6 +33,7 @@ from export.compile import builder as builders
 from export.compile.compiled_set import rewrite
 from export.compile.options import COMPUTE as COMPUTES_IN
 from export.compile.profiles import Sizes
+from export.stages.catalog import DEFINITIONS
 
 TARGETS = ("sm86", "sm89", "sm120")
 FP8_TARGETS = ("sm89", "sm120")
@@ -117,7 +118,7 @@ def compile_one(path: Path) -> dict[str, Any]:
     names = {str(value.name) for value in graph.graph.inputs} - doors
     start = time.perf_counter()
     if not names:
-        rewrite(graph, spec.name, COMPUTES_IN.get(task["compute"], "bfloat16"))
+        rewrite(graph, DEFINITIONS[spec.name], COMPUTES_IN.get(task["compute"], "bfloat16"))
         if task["weights"] == "bound":
             names = {str(tensor.name) for tensor in bound.bind(graph)}
     targets = FP8_TARGETS if task["compute"] == "fp8" else TARGETS

@@ -90,14 +90,14 @@ def product(
     import torch
     from torch import nn
 
-    from export.stages import Stage
+    from export.stages import Definition, Stage
 
     made = []
     for form in forms:
         torch.manual_seed(0)
         doors = (TensorSpec("x", "float32", (rows, width)), TensorSpec("y", "float32", (rows, out)))
         layer = nn.Sequential(nn.Linear(width, out, bias=False)).requires_grad_(False)
-        stage = Stage("product", layer, doors[:1], doors[1:], 1e-4)
+        stage = Stage(Definition("product", 1e-4), layer, doors[:1], doors[1:])
         found = cuts.write(stage, form, folder, holes=False)
         made.append(dataclasses.replace(found, name=f"{rows}x{width} by {width}x{out}"))
     return made

@@ -5,6 +5,7 @@ They are what a benchmark of true widths compiles or runs where the whole model 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,14 +88,14 @@ def write(stage: Stage, form: str, folder: Path, *, holes: bool) -> EngineSpec:
     layers = {form: _quantise(stage, form)} if form in QUANTISED else {}
     traced = graph.to_graph(stage)
     if holes:
-        half.convert(traced, stage.name, "bfloat16")
+        half.convert(traced, stage.definition, "bfloat16")
         bound.bind(traced)
         ir.save(traced, path)
     else:
         precision.store(traced, "bf16" if layers else form)
         graph.save(traced, path)
     asked = Precision(form, form if layers else "", "", layers)
-    return EngineSpec(stage.name, path.name, (), stage.inputs, stage.outputs, stage.carry, asked)
+    return dataclasses.replace(stage.outline(asked), graph=path.name)
 
 
 def _quantise(stage: Stage, form: str) -> int:

@@ -35,6 +35,7 @@ from export.compile.compiled_set import rewrite
 from export.compile.options import COMPUTE
 from export.compile.profiles import Sizes
 from export.planning import devices
+from export.stages.catalog import DEFINITIONS
 from export.synthetic.shapes import PRESETS
 
 # one picture, its longest prompt, the release's steps
@@ -163,7 +164,7 @@ def compiled(
     dtype = COMPUTE.get(compute, "bfloat16")
     capabilities.check(name, [architecture], {compute, dtype})
     model = graphs.read(folder / spec.graph, spec.name)
-    rewrite(model, spec.name, dtype)
+    rewrite(model, DEFINITIONS[spec.name], dtype)
     outside = bound.bind(model) if weights == "bound" else []
     names = {str(tensor.name) for tensor in outside}
     bounds = Sizes({symbol: (1, high) for symbol, high in SIZES.items()})

@@ -27,7 +27,7 @@ from benchmarks.contenders import Spec
 from benchmarks.remote import First, Remote
 from benchmarks.telemetry import Log, Telemetry
 from benchmarks.turns import to_and_fro
-from bifrost_rt import command, manifest, schedules
+from bifrost_rt import command, dims, manifest, residency
 from bifrost_rt.errors import BifrostError
 
 FORMAT = 2
@@ -160,11 +160,9 @@ def _about(remote: Remote, first: First, ours: First) -> dict[str, Any]:
 
 def _steps(facts: manifest.Manifest, request: dict[str, Any]) -> dict[str, int]:
     """Calls of the engines that run in a loop."""
-    tokens = facts.model.num_visual_tokens
-    return {
-        "visual_decode": schedules.active_steps(tokens, request["decoding_steps"]),
-        "denoise": request["num_inference_steps"],
-    }
+    steps = ("decoding_steps", "num_inference_steps")
+    at = residency.sizes(facts, **{name: request[name] for name in steps})
+    return {spec.name: dims.calls(spec, at(spec.name)) for spec in facts.engines if spec.carry}
 
 
 def main(arguments: list[str] | None = None) -> int:

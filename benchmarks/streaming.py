@@ -64,6 +64,7 @@ def build(folder: Path, output: Path, precision: str) -> None:
     from export import graph
     from export import precision as precisions
     from export.checkpoint import Checkpoint
+    from export.model.decoding import VisualDecode
     from export.parity import rounding
     from export.pieces import EngineInPieces
     from export.stages import visual_decode
@@ -74,7 +75,7 @@ def build(folder: Path, output: Path, precision: str) -> None:
 
     done("imports")
     checkpoint = Checkpoint(*(folder / n for n in ("mllm", "bifrost", "flux")), read=False)
-    stage = visual_decode.stage(checkpoint.visual_branch(), checkpoint.decoder)
+    stage = visual_decode.stage(VisualDecode(checkpoint.visual_branch()), checkpoint.decoder)
     inputs = _inputs(stage)
     if precision not in QUANTISED:
         rest, layers = precision, {}
@@ -166,17 +167,12 @@ def _quantise(
 
 
 def _spec(stage: Any, files: list[Path]) -> Any:
-    from bifrost_rt.manifest import EngineSpec, Precision
+    import dataclasses
 
-    return EngineSpec(
-        name=stage.name,
-        graph=files[0].name,
-        files=tuple(file.name for file in files),
-        inputs=stage.inputs,
-        outputs=stage.outputs,
-        carry=stage.carry,
-        precision=Precision("", "", "float32"),
-    )
+    from bifrost_rt.manifest import Precision
+
+    spec = stage.outline(Precision("", "", "float32"))
+    return dataclasses.replace(spec, graph=files[0].name, files=tuple(file.name for file in files))
 
 
 def _ranges() -> Any:

@@ -140,6 +140,17 @@ def used_by(spec: EngineSpec) -> frozenset[str]:
     return frozenset[str]().union(*(symbols(size) for shape in shapes for size in shape))
 
 
+def decodes(spec: EngineSpec) -> bool:
+    """Whether an engine belongs to the decoding loop: it reveals tokens. Other loops denoise."""
+    return REVEALED in used_by(spec)
+
+
+def calls(spec: EngineSpec, sizes: Mapping[str, int]) -> int:
+    """How often an engine runs for a picture: once a step where it carries something from step to
+    step, once in all where it does not."""
+    return sizes[STEPS] if spec.carry else 1
+
+
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,

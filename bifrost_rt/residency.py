@@ -178,10 +178,14 @@ def sizes(
         text_tokens=manifest.text.mllm.max_length,
         steps=num_inference_steps or defaults.num_inference_steps,
     )
-    steps = decoding_steps or defaults.decoding_steps
-    revealed = schedules.most_revealed(manifest.model.num_visual_tokens, steps)
-    decoding = {**common, STEPS: steps, REVEALED: revealed}
-    decoders = {spec.name for spec in manifest.engines if REVEALED in dims.used_by(spec)}
+    asked = decoding_steps or defaults.decoding_steps
+    tokens = manifest.model.num_visual_tokens
+    decoding = {
+        **common,
+        STEPS: schedules.active_steps(tokens, asked),
+        REVEALED: schedules.most_revealed(tokens, asked),
+    }
+    decoders = {spec.name for spec in manifest.engines if dims.decodes(spec)}
     return lambda engine: decoding if engine in decoders else common
 
 

@@ -11,7 +11,12 @@ from bifrost_rt import schedules
 from bifrost_rt.manifest import ModelFacts
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError
+from export.model.conditioning import Conditioning
+from export.model.decoding import TextPrefill, VisualDecode
+from export.model.denoising import Denoise
+from export.model.encoders import ClipText, T5Text
 from export.model.hoist import hoist
+from export.model.vae import VaeDecode
 from export.stages import (
     Stage,
     clip_text,
@@ -131,23 +136,23 @@ def stages(
     text = checkpoint.text_branch(mllm_max_length)
     checkpoint.refuse_left_overs()
     places = model.num_visual_tokens
-    yield text_prefill.stage(text, visual, checkpoint.decoder)
-    yield visual_decode.stage(visual, checkpoint.decoder)
-    yield clip_text.stage(checkpoint.clip, clip_length)
-    yield t5_text.stage(checkpoint.t5, t5_length)
+    yield text_prefill.stage(TextPrefill(text, visual), checkpoint.decoder)
+    yield visual_decode.stage(VisualDecode(visual), checkpoint.decoder)
+    yield clip_text.stage(ClipText(checkpoint.clip), clip_length)
+    yield t5_text.stage(T5Text(checkpoint.t5), t5_length)
     controlnet, transformer = checkpoint.controlnet, checkpoint.transformer
     of_controlnet, of_transformer = hoist(controlnet), hoist(transformer)
     yield conditioning.stage(
-        conditioning.Conditioning(controlnet, of_controlnet, transformer, of_transformer),
+        Conditioning(controlnet, of_controlnet, transformer, of_transformer),
         places,
         model.hidden_size,
         t5_length,
     )
     side = math.isqrt(model.num_image_tokens)
     yield denoise.stage(
-        denoise.Denoise(controlnet, of_controlnet.width, transformer, t5_length, side),
+        Denoise(controlnet, of_controlnet.width, transformer, t5_length, side),
         transformer.inner_dim,
         t5_length,
         of_controlnet.width + of_transformer.width,
     )
-    yield vae_decode.stage(checkpoint.vae, side)
+    yield vae_decode.stage(VaeDecode(checkpoint.vae, side))

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
@@ -31,9 +31,6 @@ from export import extras, shipped
 from export import recipe as recipes
 from export.engine_set import describe_files, written_aside
 from export.recipe import Recipe
-
-if TYPE_CHECKING:
-    from export.stages import Stage
 
 INTERRUPTED = "interrupted; nothing was written"
 CONTINUES = "interrupted; the next build of this set continues with the engines that are finished"
@@ -111,7 +108,7 @@ def build(
                 mllm_max_length=mllm_max_length,
                 num_visual_tokens=model.num_visual_tokens,
             ),
-            engines=tuple(_outline(stage) for stage in parts.values()),
+            engines=tuple(stage.outline() for stage in parts.values()),
             files={},
         )
         outcome = quantise(recipe, folder, manifest, parts, say, share.kept, output)
@@ -185,12 +182,6 @@ def build(
         (folder / manifests.FILENAME).write_bytes(manifest.dumps())
         assert manifests.read(folder) == manifest
     return output
-
-
-def _outline(stage: Stage) -> EngineSpec:
-    """An engine before there is a file: its doors."""
-    unknown = Precision(requested="", weights="", compute="")
-    return EngineSpec(stage.name, "", (), stage.inputs, stage.outputs, stage.carry, unknown)
 
 
 def _build_and_compile(

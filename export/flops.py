@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 import sympy
 
+CONVOLUTIONS = ("Conv", "ConvTranspose")
+OPERATORS = ("MatMul", "Gemm", "Attention", *CONVOLUTIONS)
 
-def count(model: ir.Model, sizes: Mapping[str, int]) -> int:
+
+def count(model: ir.Model, sizes: Mapping[str, int], operators: Collection[str] = OPERATORS) -> int:
     """FLOPs of one run.
 
     Args:
         sizes: a number for every symbol of the graph's inputs.
+        operators: those that count.
 
     Raises:
         ValueError: a shape that the graph does not state.
     """
-    return sum(_node(node, sizes) for node in model.graph.all_nodes())
+    nodes = (node for node in model.graph.all_nodes() if node.op_type in operators)
+    return sum(_node(node, sizes) for node in nodes)
 
 
 def _node(node: ir.Node, sizes: Mapping[str, int]) -> int:

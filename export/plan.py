@@ -141,11 +141,8 @@ def works_of_shapes(name: str) -> list[Work]:
 
 
 def _in_memory(driver: Backend, storage: Storage) -> InMemory:
-    from export.quantize import policy
-
     def in_memory(work: Work, stored: int) -> int:
-        whole_stage = policy.exception(f"{work.engine}:*")
-        dtype = "bfloat16" if storage.linear_bits <= 8 and whole_stage else storage.dtype
+        dtype = "bfloat16" if storage.linear_bits <= 8 and work.all_in_16_bit else storage.dtype
         precision = Precision(storage.name, dtype, "float32")
         spec = EngineSpec(work.engine, "", (), (), (), {}, precision)
         return driver.weights_in_memory(spec, stored)

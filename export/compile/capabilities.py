@@ -34,7 +34,7 @@ class Architecture:
     builders: tuple[str, ...]
 
 
-# TensorRT-RTX has no float32 products for Turing, and every set keeps some (`half.FLOAT32_LAYERS`).
+# TensorRT-RTX has no float32 products for Turing, and every set keeps some: `float32_layers`.
 _TURING = ("fp32", "fp16", "int8")
 _AMPERE = ("fp32", "fp16", "bf16", "int8", "int4")
 _ADA = (*_AMPERE, "fp8")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from export.compile.options import COMPUTE
 from export.compile.profiles import Sizes, sizes
 from export.engine_set import describe_files, written_aside
 from export.errors import CompileError
+from export.stages import Definition
+from export.stages.catalog import DEFINITIONS
 
 # Most memory while compiling over the bytes of the graph's weights, and what the library takes
 # beside them: benchmarks/results/compile.md.
@@ -47,6 +49,7 @@ def compile_set(
     weights: str | None = None,
     measure: bool = False,
     progress: Callable[[str], None] | None = None,
+    definitions: Mapping[str, Definition] = DEFINITIONS,
 ) -> Path:
     """Compile every engine of a set, and return the new set's folder.
 
@@ -58,7 +61,9 @@ def compile_set(
         weights: "baked" into the engines or "bound" at run time; None bakes those of engines that
             hold less than `BOUND_FROM`.
         measure: whether to compute the 16-bit graphs here, beside the float32 ones, and to refuse
-            what differs by more than `half.TOLERANCE`. Not for sets with quantised layers.
+            what differs by more than the engine's `half_tolerance`. Not for sets with quantised
+            layers.
+        definitions: of the set's engines, by name.
 
     Raises:
         BifrostError: what is refused is refused before the first engine is compiled; nothing is
@@ -72,6 +77,12 @@ def compile_set(
             f"{source}: was built for {manifest.backend}; engines are compiled from ONNX graphs",
             hint="pass the onnxruntime set that it was compiled from",
         )
+    for spec in manifest.engines:
+        if spec.name not in definitions:
+            raise CompileError(
+                f"{source}: has an engine `{spec.name}`, which this version does not know",
+                hint="compile with the version that built the set, or rebuild it",
+            )
     _check_apart(source.resolve(), output.resolve())
     # sets of earlier versions may name the type of their tables
     stored = {spec.precision.weights for spec in manifest.engines} - manifests.INDICES
@@ -84,7 +95,10 @@ def compile_set(
         say("checking the set's files")
         opened.verify(source, manifest)
         jobs = [
-            _prepare(builder, source, spec, types[spec.name], architectures, weights, measure)
+            _prepare(
+                *(builder, source, spec, definitions[spec.name], types[spec.name]),
+                *(architectures, weights, measure),
+            )
             for spec in manifest.engines
         ]
         errors: dict[str, dict[str, Any]] = {}
@@ -93,7 +107,7 @@ def compile_set(
                 from export.compile import error
 
             say("computing the 16-bit graphs beside the float32 ones")
-            errors = error.measure(source, manifest, types)
+            errors = error.measure(source, manifest, types, definitions)
         for name in manifest.files.keys() - used:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)
@@ -131,6 +145,7 @@ def _prepare(
     builder: Builder,
     source: Path,
     spec: EngineSpec,
+    engine: Definition,
     compute: str,
     architectures: Sequence[str],
     weights: str | None,
@@ -150,7 +165,7 @@ def _prepare(
             "to 16 bit moves others by whole steps, which is no measure of an error",
             hint="leave --measure out; `export.build --quality-budget` holds pictures to float32",
         )
-    return _Job.prepare(graph, spec, compute, weights)
+    return _Job.prepare(graph, spec, engine, compute, weights)
 
 
 def compute_type(spec: EngineSpec, compute: str | None, architectures: Sequence[str]) -> str:
@@ -166,12 +181,12 @@ def compute_type(spec: EngineSpec, compute: str | None, architectures: Sequence[
     return "bfloat16" if everywhere else "float16"
 
 
-def rewrite(graph: ir.Model, stage: str, compute: str) -> None:
+def rewrite(graph: ir.Model, engine: Definition, compute: str) -> None:
     """In place: quantised layers as TensorRT knows them, and all other arithmetic in `compute`, a
     type as `compute_type` gives it."""
     quantized.rewrite(graph)
     if compute != "float32":
-        half.convert(graph, stage, compute)
+        half.convert(graph, engine, compute)
 
 
 def check_targets(
@@ -224,13 +239,20 @@ class _Job:
     weights: tuple[bound.Tensor, ...]
 
     @classmethod
-    def prepare(cls, graph: ir.Model, spec: EngineSpec, compute: str, weights: str | None) -> _Job:
+    def prepare(
+        cls,
+        graph: ir.Model,
+        spec: EngineSpec,
+        engine: Definition,
+        compute: str,
+        weights: str | None,
+    ) -> _Job:
         """Rewrite the graph.
 
         Raises:
             CompileError: this machine's memory does not hold what compiling takes.
         """
-        rewrite(graph, spec.name, compute)
+        rewrite(graph, engine, compute)
         held = graphs.weight_bytes(graph)
         if weights == "bound" or (weights is None and held >= BOUND_FROM):
             return cls(spec, graph, tuple(bound.bind(graph)))

@@ -5,6 +5,7 @@ The float32 graphs were compared with torch when the set was built, so they stan
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +21,15 @@ from bifrost_rt.manifest import EngineSpec, Manifest
 from export import parity
 from export.compile import graphs, half, simulate
 from export.errors import CompileError, ParityError
-from export.stages import Stage
+from export.stages import Definition, Stage
+from export.stages.catalog import DEFINITIONS
 
 
 def measure(
-    source: Path, manifest: Manifest, types: Mapping[str, str]
+    source: Path,
+    manifest: Manifest,
+    types: Mapping[str, str],
+    definitions: Mapping[str, Definition] = DEFINITIONS,
 ) -> dict[str, dict[str, Any]]:
     """Compare a set with itself in 16 bit.
 
@@ -35,7 +40,7 @@ def measure(
         Per stage in 16 bit: max_error, largest_value, tolerance, calls; as `parity.compare`.
 
     Raises:
-        CompileError: a stage differs by more than `half.TOLERANCE` allows, or overflows.
+        CompileError: a stage differs by more than its `half_tolerance` allows, or overflows.
     """
     driver = backends.load("onnxruntime")
     with tempfile.TemporaryDirectory() as temporary:
@@ -46,9 +51,10 @@ def measure(
             (folder / encoder.tokenizer).symlink_to((source / encoder.tokenizer).resolve())
         stages = {}
         for spec in manifest.engines:
-            simulated(source, folder, spec, types[spec.name])
-            tolerance = half.TOLERANCE[types[spec.name]][spec.name]
-            stages[spec.name] = _float32(source, manifest, spec, driver, tolerance)
+            engine, compute = definitions[spec.name], types[spec.name]
+            simulated(source, folder, spec, engine, compute)
+            held = dataclasses.replace(engine, tolerance=engine.half_tolerance[compute])
+            stages[spec.name] = _float32(source, manifest, spec, driver, held)
         try:
             found = parity.compare(folder, manifest, stages, driver)
         except ParityError as error:
@@ -60,17 +66,19 @@ def measure(
     return {name: record for name, record in found.items() if types[name] != "float32"}
 
 
-def simulated(source: Path, folder: Path, spec: EngineSpec, compute: str) -> None:
+def simulated(
+    source: Path, folder: Path, spec: EngineSpec, engine: Definition, compute: str
+) -> None:
     """Write one engine's graph, as it computes in `compute`, for the CPU into `folder`."""
     model = graphs.read(source / spec.graph, spec.name)
     if compute != "float32":
-        half.convert(model, spec.name, compute)
+        half.convert(model, engine, compute)
         simulate.simulate(model)
     ir.save(model, folder / spec.graph, external_data=f"{spec.name}.simulated")
 
 
 def _float32(
-    source: Path, manifest: Manifest, spec: EngineSpec, driver: Backend, tolerance: float
+    source: Path, manifest: Manifest, spec: EngineSpec, driver: Backend, held: Definition
 ) -> Stage:
     engine = driver.open(source, spec, manifest.dimensions)
 
@@ -84,4 +92,4 @@ def _float32(
             engine.bind(inputs, outputs)()
             return tuple(torch.from_numpy(outputs[t.name]) for t in spec.outputs)
 
-    return Stage(spec.name, Engine(), spec.inputs, spec.outputs, tolerance, spec.carry)
+    return Stage(held, Engine(), spec.inputs, spec.outputs, spec.carry)

@@ -8,7 +8,7 @@ or follows it elementwise. Float32 stay, because 16 bit would lose range or add 
 - the sum of two computed values: residual streams, whose values grow from block to block;
 - whatever meets a float32 value: modulations, rotary tables, sigmas;
 - transposed convolutions, for which TensorRT-RTX has no bfloat16 kernels;
-- the layers that a stage names (`FLOAT32_LAYERS`);
+- the layers that the engine's definition names (`float32_layers`);
 - the doors, so that a set has one interface in every precision. The largest of them, the K/V cache
   and the modulations, are less than a hundredth of the weights that the same step reads.
 """
@@ -23,32 +23,15 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from export.errors import CompileError
+from export.stages import Definition
 
 FLOAT = ir.DataType.FLOAT
 TYPES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 _NUMPY = {ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
 
-# Layers whose parameters' names begin with one of these. They are thousandths of a stage's work,
-# and their rounding would meet everything behind them: timesteps reach 1000 as phases of sines,
-# latents enter a step and velocities leave it, the last convolution makes the pixels.
-FLOAT32_LAYERS = {
-    "conditioning": ("controlnet_embedding.", "transformer_embedding."),
-    "denoise": ("controlnet_x_embedder.", "transformer_x_embedder.", "proj_out."),
-    "vae_decode": ("vae.decoder.conv_in.", "vae.decoder.conv_out."),
-}
 # A gated product (SwiGLU, T5's gated GELU) can reach beyond float16, whose largest number is 65504.
 # Its matrix product runs on a 64th of it, which costs only the last bits of values below 0.004.
 GATE_SHIFT = 64.0
-
-# Largest difference to float32 on real inputs, absolute up to 1 and relative to the largest value
-# above; of 255 for pixels. Three or four times what the model in the box and the golden one show:
-# their networks have three to nine blocks, and errors of more blocks add up as a square root.
-_STAGES = ("text_prefill", "visual_decode", "clip_text", "t5_text", "conditioning", "denoise")
-TOLERANCE = {
-    "float32": {**dict.fromkeys(_STAGES, 1e-6), "vae_decode": 0.0},
-    "bfloat16": {**dict.fromkeys(_STAGES, 0.04), "vae_decode": 8.0},
-    "float16": {**dict.fromkeys(_STAGES, 0.008), "vae_decode": 2.0},
-}
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
 _MOVES = (
@@ -60,8 +43,8 @@ _BOUNDED = ("Sigmoid", "Tanh")
 _QUANTIZE = ("QuantizeLinear", "DequantizeLinear", "TRT_FP4DynamicQuantize")
 
 
-def convert(model: ir.Model, stage: str, compute: str) -> None:
-    """Rewrite a stage's graph in place. Its doors keep their names and types.
+def convert(model: ir.Model, engine: Definition, compute: str) -> None:
+    """Rewrite an engine's graph in place. Its doors keep their names and types.
 
     Args:
         compute: "float16" or "bfloat16".
@@ -69,7 +52,7 @@ def convert(model: ir.Model, stage: str, compute: str) -> None:
     Raises:
         CompileError: when the constants are read: one is beyond the range of float16.
     """
-    _Converter(model.graph, stage, TYPES[compute]).run()
+    _Converter(model.graph, engine, TYPES[compute]).run()
     RemoveUnusedNodesPass()(model)
 
 
@@ -86,9 +69,9 @@ def constant(value: ir.Value | None) -> ir.Value | None:
 class _Converter:
     """Which values are 16 bit is written in their dtype, node by node."""
 
-    def __init__(self, graph: ir.Graph, stage: str, half: ir.DataType) -> None:
-        self.graph, self.stage, self.half = graph, stage, half
-        self.names = FLOAT32_LAYERS.get(stage, ())
+    def __init__(self, graph: ir.Graph, engine: Definition, half: ir.DataType) -> None:
+        self.graph, self.stage, self.half = graph, engine.name, half
+        self.names = engine.float32_layers
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self.wanted: set[ir.Value] = set()  # read by 16-bit products alone
         self.products: set[ir.Node] = set()
@@ -111,7 +94,7 @@ class _Converter:
                 self.graph.outputs[index] = self._door(value)
 
     def _kept(self, node: ir.Node) -> bool:
-        """Whether the stage names this layer, by its weight or by the bias that is added to it."""
+        """Whether the definition names this layer, by its weight or by the bias added to it."""
         near = list(node.inputs)
         for user in node.outputs[0].consumers():
             near += user.inputs if user.op_type == "Add" else ()

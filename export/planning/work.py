@@ -15,15 +15,14 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import nn
 
-from bifrost_rt import dims, residency, schedules
+from bifrost_rt import dims, residency
 from bifrost_rt.dims import STEPS
-from bifrost_rt.manifest import EngineSpec, Manifest, Precision
+from bifrost_rt.manifest import EngineSpec, Manifest
 from export import assemble, flops, memory
 from export.checkpoint import Checkpoint
 from export.planning.storage import Elements, Storage
 from export.planning.trace import Trace, run_without_values, storage_key
 from export.precision import ROUNDED, SMALL
-from export.quantize import policy
 from export.stages import Stage
 from export.text import clip_length
 
@@ -42,6 +41,8 @@ class Work:
         tensors: bytes at its door.
         scratch: bytes between its doors.
         linear: whether linear layers, which 8 bit and fewer apply to, do most of its arithmetic.
+        all_in_16_bit: whether none of its layers is quantized, whatever is asked; False where the
+            graphs themselves say it.
     """
 
     engine: str
@@ -52,6 +53,7 @@ class Work:
     tensors: int
     scratch: int
     linear: bool
+    all_in_16_bit: bool
 
 
 def of_checkpoint(
@@ -68,13 +70,10 @@ def of_checkpoint(
     """
     model = assemble.facts(checkpoint)
     clip_tokens = clip_length(checkpoint)
-    calls = _calls(model.num_visual_tokens, model.num_visual_tokens, steps)
     sizes = dims.of_run(text_tokens=mllm_max_length, steps=steps)
     decoding = {**sizes, STEPS: model.num_visual_tokens}
     return [
-        _of_stage(
-            stage, decoding if stage.name == "visual_decode" else sizes, calls.get(stage.name, 1)
-        )
+        _of_stage(stage, decoding if dims.decodes(stage.outline()) else sizes)
         for stage in assemble.stages(checkpoint, model, mllm_max_length, clip_tokens, t5_length)
     ]
 
@@ -96,7 +95,6 @@ def of_set(
     """
     decoding_steps = decoding_steps or manifest.defaults.decoding_steps
     at = at or residency.sizes(manifest, decoding_steps=decoding_steps, num_inference_steps=steps)
-    calls = _calls(manifest.model.num_visual_tokens, decoding_steps, steps)
     found = []
     for spec in manifest.engines:
         graph = ir.load(folder / spec.graph)
@@ -105,16 +103,19 @@ def of_set(
             for value in graph.graph.initializers.values()
             if value.const_value is not None
         )
+        arithmetic = flops.count(graph, at(spec.name))
+        convolutions = flops.count(graph, at(spec.name), flops.CONVOLUTIONS)
         found.append(
             Work(
                 engine=spec.name,
                 weights=_fixed(stored),
-                calls=calls.get(spec.name, 1),
-                flops=flops.count(graph, at(spec.name)),
+                calls=dims.calls(spec, at(spec.name)),
+                flops=arithmetic,
                 cache=_cache(spec, at(spec.name)),
                 tensors=residency.tensor_bytes(spec, at(spec.name)),
                 scratch=memory.scratch_bytes(graph, at(spec.name)),
-                linear=spec.name != "vae_decode",
+                linear=2 * convolutions < arithmetic,
+                all_in_16_bit=False,
             )
         )
     return found
@@ -124,32 +125,20 @@ def _fixed(stored: int) -> Callable[[Storage | None], int]:
     return lambda storage: stored
 
 
-def _calls(tokens: int, decoding_steps: int, steps: int) -> dict[str, int]:
-    """Engines that run in a loop."""
-    return {"visual_decode": schedules.active_steps(tokens, decoding_steps), "denoise": steps}
-
-
-def _of_stage(stage: Stage, sizes: Mapping[str, int], calls: int) -> Work:
-    spec = EngineSpec(
-        name=stage.name,
-        graph="",
-        files=(),
-        inputs=stage.inputs,
-        outputs=stage.outputs,
-        carry=stage.carry,
-        precision=Precision("fp32", "float32", "float32"),
-    )
+def _of_stage(stage: Stage, sizes: Mapping[str, int]) -> Work:
+    spec = stage.outline()
     trace = run_without_values(stage, sizes)
     elements = count_elements(stage, trace)
     return Work(
         engine=stage.name,
         weights=elements.bytes_at,
-        calls=calls,
+        calls=dims.calls(spec, sizes),
         flops=trace.flops,
         cache=_cache(spec, sizes),
         tensors=residency.tensor_bytes(spec, sizes),
         scratch=trace.scratch,
         linear=elements.linear > elements.other,
+        all_in_16_bit=stage.definition.all_in_16_bit,
     )
 
 
@@ -175,7 +164,7 @@ def count_elements(stage: Stage, trace: Trace) -> Elements:
             whole = name != "weight" or not isinstance(layer, ROUNDED)
             if whole or tensor.nbytes < SMALL:
                 kept += tensor.nbytes
-            elif isinstance(layer, nn.Linear) and policy.exception(f"{stage.name}:{path}"):
+            elif isinstance(layer, nn.Linear) and stage.definition.exception(path):
                 excepted += tensor.numel()
             elif isinstance(layer, nn.Linear):
                 linear += tensor.numel()

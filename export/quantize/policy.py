@@ -1,4 +1,4 @@
-"""Which layer gets which format: data, with a reason for every exception.
+"""Which layer gets which format. Exceptions, with their reasons, stand in the engines' definitions.
 
 A layer is named `stage:path`, as in the set's report. Without an exception a linear layer gets what
 its stage was asked for, and everything that is no linear layer stays in 16 bit.
@@ -16,21 +16,6 @@ from bifrost_rt import strict
 from export.errors import RecipeError
 from export.quantize.formats import FORMATS
 from export.stages import Stage
-
-# In the order in which they are asked; the first that fits decides.
-EXCEPTIONS = (
-    ("conditioning:*", "embedders and modulation run once per image, and every block of every step "
-     "multiplies with what they give"),
-    ("vae_decode:*", "convolutions between the latents and the pixels: nothing after them averages "
-     "their error away, and they are a hundredth of the weights"),
-    ("visual_decode:branch.vision_head", "the final projection writes the tokens themselves"),
-    ("denoise:*_x_embedder", "an embedder: few weights, and all later layers see its error"),
-    ("denoise:proj_out", "the final projection writes the velocity itself"),
-    ("denoise:residuals.*", "writes the ControlNet's residual sums"),
-    ("denoise:single_residuals.*", "writes the ControlNet's residual sums"),
-    ("t5_text:*.wo", "its inputs reach tens of thousands in T5-XXL; transformers keeps it in "
-     "float32 for the same reason"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,7 +78,7 @@ def choose(
             name = f"{stage.name}:{path}"
             form, reason = wanted, ""
             if wanted in FORMATS:
-                reason = exception(name)
+                reason = stage.definition.exception(path)
                 form = rest if reason else wanted
             fitting = [pattern for pattern in of_layers if fnmatchcase(name, pattern)]
             used.update(fitting)
@@ -109,11 +94,6 @@ def choose(
                 f"{choices[0].name!r}; * stands for anything",
             )
     return choices
-
-
-def exception(name: str) -> str:
-    """Why a layer stays in 16 bit where others are quantised; empty where it does not."""
-    return next((reason for pattern, reason in EXCEPTIONS if fnmatchcase(name, pattern)), "")
 
 
 def _divisible(linear: nn.Linear, form: str, reason: str, rest: str) -> tuple[str, str]:

@@ -36,7 +36,6 @@ from export.streaming import streamed
 PROMPTS = 4
 SEED = 20
 SAME = 100.0  # dB, what identical pictures count as
-RESIDUALS = ("residuals", "single_residuals")
 Buffers = Mapping[str, NDArray[Any]]
 
 
@@ -122,9 +121,10 @@ class Bench:
     def _draw(self) -> Drawn:
         first: dict[str, Tensor] = {}
         with contextlib.ExitStack() as open_:
-            for name, module in self._stages["denoise"].module.named_modules():
-                if name.split(".")[0] in RESIDUALS and name.count(".") == 1:
-                    open_.enter_context(_first_output(module, name, first))
+            for stage in self._stages.values():
+                for name, module in stage.module.named_modules():
+                    if name.rpartition(".")[0] in stage.definition.residuals:
+                        open_.enter_context(_first_output(module, name, first))
             made = chain.run(
                 self._folder,
                 self._manifest,
@@ -145,7 +145,7 @@ class Bench:
             if stage.name not in self._calls:
                 names = [spec.name for spec in stage.inputs]
                 inputs = {n: t.numpy().copy() for n, t in zip(names, given, strict=True)}
-                self._calls[stage.name] = inputs, _compared(stage.name, result).clone()
+                self._calls[stage.name] = inputs, _compared(stage, result).clone()
 
         handle = stage.module.register_forward_hook(look)
         try:
@@ -158,15 +158,15 @@ class Bench:
         inputs, exact = self._calls[name]
         with streamed(stage.module, self._kept):
             found = tuple(chain.evaluate(stage, inputs).values())
-        return _relative(_compared(name, found), exact)
+        return _relative(_compared(stage, found), exact)
 
 
-def _compared(stage: str, result: Any) -> Tensor:
-    """The output that says most: text_prefill's first is a constant, and its keys and values are
-    what the visual branch reads."""
+def _compared(stage: Stage, result: Any) -> Tensor:
+    """The outputs that say most, joined."""
     outputs = result if isinstance(result, tuple) else (result,)
-    chosen = outputs[1:] if stage == "text_prefill" else outputs[:1]
-    return torch.cat([output.float().flatten() for output in chosen])
+    named = dict(zip((spec.name for spec in stage.outputs), outputs, strict=True))
+    chosen = stage.compared or (stage.outputs[0].name,)
+    return torch.cat([named[name].float().flatten() for name in chosen])
 
 
 @contextlib.contextmanager

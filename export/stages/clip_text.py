@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from transformers import CLIPTextModel
+from typing import TYPE_CHECKING
 
 from bifrost_rt.dims import PROMPTS
 from bifrost_rt.manifest import TensorSpec
-from export.stages import Stage
+from export.stages import Definition, Stage
+
+if TYPE_CHECKING:
+    from export.model.encoders import ClipText
+
+DEFINITION = Definition("clip_text", tolerance=1e-4)
 
 
-class ClipText(nn.Module):
-    """The stock encoder; FLUX uses its pooled output alone."""
-
-    def __init__(self, encoder: CLIPTextModel) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.encoder(input_ids=input_ids).pooler_output
-
-
-def stage(encoder: CLIPTextModel, max_length: int) -> Stage:
+def stage(module: ClipText, max_length: int) -> Stage:
     """ids [P, 77] -> pooled [P, E]"""
+    pooled = (PROMPTS, module.encoder.config.hidden_size)
     return Stage(
-        name="clip_text",
-        module=ClipText(encoder),
+        definition=DEFINITION,
+        module=module,
         inputs=(TensorSpec("input_ids", "int64", (PROMPTS, max_length)),),
-        outputs=(
-            TensorSpec("pooled_prompt_embeds", "float32", (PROMPTS, encoder.config.hidden_size)),
-        ),
-        tolerance=1e-4,
+        outputs=(TensorSpec("pooled_prompt_embeds", "float32", pooled),),
     )

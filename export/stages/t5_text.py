@@ -1,36 +1,32 @@
-"""`t5_text`: the raw prompt -> T5's embeddings of all its tokens, padding included.
-
-FLUX passes no attention mask: the padding is attended and must stay.
-"""
+"""`t5_text`: the raw prompt -> T5's embeddings of all its tokens, padding included."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from transformers import T5EncoderModel
+from typing import TYPE_CHECKING
 
 from bifrost_rt.dims import PROMPTS
 from bifrost_rt.manifest import TensorSpec
-from export.stages import Stage
+from export.stages import Definition, Stage
+
+if TYPE_CHECKING:
+    from export.model.encoders import T5Text
+
+DEFINITION = Definition(
+    "t5_text",
+    tolerance=1e-4,
+    not_quantized={
+        "*.wo": "its inputs reach tens of thousands in T5-XXL; transformers keeps it in float32 "
+        "for the same reason",
+    },
+)
 
 
-class T5Text(nn.Module):
-    """The stock encoder."""
-
-    def __init__(self, encoder: T5EncoderModel) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.encoder(input_ids=input_ids).last_hidden_state
-
-
-def stage(encoder: T5EncoderModel, max_length: int) -> Stage:
+def stage(module: T5Text, max_length: int) -> Stage:
     """ids [P, T] -> embeddings [P, T, E]"""
-    width = encoder.config.d_model
+    width = module.encoder.config.d_model
     return Stage(
-        name="t5_text",
-        module=T5Text(encoder),
+        definition=DEFINITION,
+        module=module,
         inputs=(TensorSpec("input_ids", "int64", (PROMPTS, max_length)),),
         outputs=(TensorSpec("prompt_embeds", "float32", (PROMPTS, max_length, width)),),
-        tolerance=1e-4,
     )

@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-import torch
-from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from bifrost_rt.dims import IMAGES
 from bifrost_rt.manifest import TensorSpec
-from export.stages import Stage
+from export.stages import Definition, Stage
+
+if TYPE_CHECKING:
+    from export.model.vae import VaeDecode
+
+DEFINITION = Definition(
+    "vae_decode",
+    tolerance=1.0,  # of 255: float differences of 1e-6 move a rounding now and then
+    half_tolerance={"float32": 0.0, "bfloat16": 8.0, "float16": 2.0},  # of 255 too
+    # the last convolution makes the pixels
+    float32_layers=("vae.decoder.conv_in.", "vae.decoder.conv_out."),
+    not_quantized={
+        "*": "convolutions between the latents and the pixels: nothing after them averages their "
+        "error away, and they are a hundredth of the weights",
+    },
+)
 
 
-class VaeDecode(nn.Module):
-    """The decoder between FLUX's packing and an image file's bytes."""
-
-    def __init__(self, vae: AutoencoderKL, side: int) -> None:
-        super().__init__()
-        self.vae = vae
-        self.side = side  # of the grid of packed latents
-        self.scaling_factor = vae.config.scaling_factor
-        self.shift_factor = vae.config.shift_factor or 0.0
-
-    def sample(self, latents: Tensor) -> Tensor:
-        """[B, side², 4C] -> [B, 3, H, W], not clamped"""
-        x = latents.unflatten(1, (self.side, self.side)).unflatten(3, (-1, 2, 2))
-        x = x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # [B, C, 2 side, 2 side]
-        return self.vae.decode(x / self.scaling_factor + self.shift_factor, return_dict=False)[0]
-
-    def forward(self, latents: Tensor) -> Tensor:
-        pixels = torch.round((self.sample(latents) / 2 + 0.5).clamp(0, 1) * 255)
-        return pixels.permute(0, 2, 3, 1).to(torch.uint8)
-
-
-def stage(vae: AutoencoderKL, side: int) -> Stage:
+def stage(module: VaeDecode) -> Stage:
     """latents [B, side², 4C] -> uint8 [B, H, W, 3]"""
-    pixels = 2 * side * 2 ** (len(vae.config.block_out_channels) - 1)
-    channels = 4 * vae.config.latent_channels
+    config, side = module.vae.config, module.side
+    pixels = 2 * side * 2 ** (len(config.block_out_channels) - 1)
+    channels = 4 * config.latent_channels
     return Stage(
-        name="vae_decode",
-        module=VaeDecode(vae, side),
+        definition=DEFINITION,
+        module=module,
         inputs=(TensorSpec("latents", "float32", (IMAGES, side * side, channels)),),
         outputs=(TensorSpec("images", "uint8", (IMAGES, pixels, pixels, 3)),),
-        tolerance=1.0,  # of 255: float differences of 1e-6 move a rounding now and then
     )

@@ -18,6 +18,7 @@ from export.compile import bound, capabilities, graphs, half, quantized
 from export.compile import builder as builders
 from export.compile.profiles import Sizes
 from export.errors import CompileError
+from export.stages.catalog import DEFINITIONS
 from tests.export.quantize.test_graphs import built
 
 K, N = 64, 128
@@ -119,7 +120,7 @@ class Layer:
 def compiled(form: str, target: str, compute: str = "bfloat16", *, bind: bool = False) -> Any:
     model = Layer(form).model
     quantized.rewrite(model)
-    half.convert(model, "denoise", compute)
+    half.convert(model, DEFINITIONS["denoise"], compute)
     names = {str(tensor.name) for tensor in bound.bind(model)} if bind else set()
     sizes = Sizes({"images": (1, 2)})
     builder = builders.find(RTX_BUILDER)
@@ -185,7 +186,7 @@ def test_layers_compile_as_a_build_writes_them(form: str, tmp_path: Path) -> Non
     graph = graphs.read(tmp_path / spec.graph, spec.name)
     assert quantized.formats(graph) == {form}
     quantized.rewrite(graph)
-    half.convert(graph, spec.name, "bfloat16")
+    half.convert(graph, DEFINITIONS[spec.name], "bfloat16")
     builder, sizes = builders.find(RTX_BUILDER), Sizes({"images": (1, 2)})
     found = builders.compile_graph(builder, graph, spec, sizes, ("sm120",)).arithmetic
     weight_only = form == "int4"

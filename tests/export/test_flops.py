@@ -10,6 +10,7 @@ import torch
 
 from export import flops
 from export.model.decoder_config import DecoderConfig
+from export.model.decoding import TextPrefill, VisualDecode
 from export.model.text_branch import TextBranch
 from export.model.visual_branch import VisualBranch
 from export.stages import text_prefill, visual_decode
@@ -30,9 +31,9 @@ def ours(layers: int) -> int:
     c = config(layers)
     with torch.device("meta"):
         text, visual = TextBranch(c, MAX_LENGTH).eval(), VisualBranch(c, TOKENS).eval()
-    prefill = text_prefill.stage(text, visual, c)
+    prefill = text_prefill.stage(TextPrefill(text, visual), c)
     once = flops.count(trace(prefill), SIZES)
-    step = flops.count(trace(visual_decode.stage(visual, c)), SIZES)
+    step = flops.count(trace(visual_decode.stage(VisualDecode(visual), c)), SIZES)
     return once + STEPS * step
 
 

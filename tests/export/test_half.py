@@ -21,6 +21,7 @@ from export.compile import error, graphs, half, simulate
 from export.compile.profiles import Sizes
 from export.engine_set import describe_files
 from export.errors import CompileError
+from export.stages.catalog import DEFINITIONS
 from tests.conftest import load_case
 
 STAGES = ("text_prefill", "visual_decode", "clip_text", "t5_text", "conditioning", "denoise")
@@ -29,7 +30,7 @@ TYPES = ("bfloat16", "float16")
 
 def converted(folder: Path, stage: str, compute: str) -> ir.Model:
     model = graphs.read(folder / f"{stage}.onnx", stage)
-    half.convert(model, stage, compute)
+    half.convert(model, DEFINITIONS[stage], compute)
     return model
 
 
@@ -61,7 +62,7 @@ def test_the_picture_is_still_the_recorded_one(
     case, facts = load_case("case_07"), manifest.read(alpha_set)
     shutil.copytree(alpha_set / "tokenizers", tmp_path / "tokenizers")
     for spec in facts.engines:
-        error.simulated(alpha_set, tmp_path, spec, compute)
+        error.simulated(alpha_set, tmp_path, spec, DEFINITIONS[spec.name], compute)
     engines = tuple(
         dataclasses.replace(spec, files=(spec.graph, f"{spec.name}.simulated"))
         for spec in facts.engines
@@ -74,13 +75,14 @@ def test_the_picture_is_still_the_recorded_one(
     assert 10 * np.log10(255**2 / noise) > decibels
 
 
-def test_a_stage_beyond_its_tolerance_is_refused(
-    alpha_set: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_beyond_its_tolerance_is_refused(alpha_set: Path) -> None:
     facts = manifest.read(alpha_set)
-    monkeypatch.setitem(half.TOLERANCE["bfloat16"], "denoise", 1e-6)
+    strict = dataclasses.replace(DEFINITIONS["denoise"], half_tolerance={"bfloat16": 1e-6})
+    definitions = {**DEFINITIONS, "denoise": strict}
     with pytest.raises(CompileError, match="in 16 bit, engine `denoise`: differs from its float32"):
-        error.measure(alpha_set, facts, {spec.name: "bfloat16" for spec in facts.engines})
+        error.measure(
+            alpha_set, facts, {spec.name: "bfloat16" for spec in facts.engines}, definitions
+        )
 
 
 @pytest.mark.parametrize("compute", TYPES)
@@ -124,7 +126,7 @@ def test_a_graph_of_16_bit_weights_uses_them_as_they_are(alpha_set: Path, tmp_pa
         assert tensor is not None
         if tensor.dtype == half.FLOAT and len(tensor.shape) == 2:
             store_in_bfloat16(model.graph, value)
-    half.convert(model, "t5_text", "bfloat16")
+    half.convert(model, DEFINITIONS["t5_text"], "bfloat16")
     matrices = [v for v in model.graph.initializers.values() if len(v.shape or ()) == 2]
     assert {v.dtype for v in matrices} == {ir.DataType.BFLOAT16}
     assert not any(
@@ -216,7 +218,7 @@ def test_gated_products_may_go_beyond_float16(tmp_path: Path) -> None:
     exact = run(gated(60.0), tmp_path / "exact.onnx", {"x": x})[0]
     assert np.abs(exact).max() > np.finfo(np.float16).max
     model = gated(60.0)
-    half.convert(model, "text_prefill", "float16")
+    half.convert(model, DEFINITIONS["text_prefill"], "float16")
     simulate.simulate(model)
     found = run(model, tmp_path / "half.onnx", {"x": x})[0]
     assert np.isfinite(found).all()
@@ -225,7 +227,7 @@ def test_gated_products_may_go_beyond_float16(tmp_path: Path) -> None:
 
 def test_a_weight_beyond_float16_is_refused_by_name() -> None:
     model = gated(1e6)
-    half.convert(model, "text_prefill", "float16")
+    half.convert(model, DEFINITIONS["text_prefill"], "float16")
     where = r"stage `text_prefill`: (up|gate) reaches .*e\+06, beyond the range"
     with pytest.raises(CompileError, match=where) as told:
         graphs.feed(None, model)  # no parser is reached

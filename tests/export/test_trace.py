@@ -22,7 +22,7 @@ from export.errors import ExportError
 from export.quantize.formats import activation_scale
 from export.quantize.linear import QuantizedLinear
 from export.sources import Source
-from export.stages import Stage
+from export.stages import Definition, Stage
 
 WIDTH = 32
 
@@ -49,9 +49,8 @@ class Net(nn.Module):
 def stage_of(module: nn.Module, rank: int = 3, symbol: str = "images") -> Stage:
     shape = (symbol, *(7,) * (rank - 2), WIDTH)
     spec = TensorSpec("x", "float32", shape)
-    return Stage(
-        "net", module.eval().requires_grad_(False), (spec,), (TensorSpec("y", "float32", shape),), 0
-    )
+    out = TensorSpec("y", "float32", shape)
+    return Stage(Definition("net", 0), module.eval().requires_grad_(False), (spec,), (out,))
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +176,7 @@ def test_whatever_decides_a_trace_changes_its_key() -> None:
         key(stage_of(other_factor)),
         key(stage_of(Net(), rank=4)),
         key(stage_of(Net(), symbol="texts")),
-        key(dataclasses.replace(stage_of(Net()), name="other")),
+        key(dataclasses.replace(stage_of(Net()), definition=Definition("other", 0))),
     ]
     assert None not in keys
     assert len(set(keys)) == len(keys)

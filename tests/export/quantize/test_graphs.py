@@ -22,7 +22,7 @@ from export.errors import PrecisionError
 from export.quantize import audit
 from export.quantize.formats import FORMATS, activation_scale
 from export.quantize.linear import QuantizedLinear
-from export.stages import Stage
+from export.stages import Definition, Stage
 from export.streaming import streamed
 
 WIDTH = 512
@@ -47,11 +47,10 @@ class Two(nn.Module):
 def built(folder: Path, form: str, migrated: bool = False) -> tuple[Stage, EngineSpec]:
     module = Two(form, migrated).eval().requires_grad_(False)
     stage = Stage(
-        name="two",
+        definition=Definition("two", tolerance=1e-5),
         module=module,
         inputs=(TensorSpec("x", "float32", ("images", 7, WIDTH)),),
         outputs=(TensorSpec("y", "float32", ("images", 7, 80)),),
-        tolerance=1e-5,
     )
     precision.round_weights(module, "bf16")
     traced = graph.to_graph(stage)

@@ -11,6 +11,7 @@ from export.checkpoint import Checkpoint
 from export.errors import RecipeError
 from export.quantize import policy
 from export.stages import Stage
+from export.stages.catalog import DEFINITIONS
 from tests.conftest import ALPHA
 
 
@@ -21,10 +22,22 @@ def stages() -> list[Stage]:
 
 
 def test_every_exception_fits_a_layer(stages: list[Stage]) -> None:
-    names = [f"{stage.name}:{path}" for stage in stages for path, _ in stage.module.named_modules()]
-    for pattern, reason in policy.EXCEPTIONS:
-        assert any(fnmatchcase(name, pattern) for name in names), pattern
-        assert reason
+    assert [stage.definition for stage in stages] == list(DEFINITIONS.values())
+    for stage in stages:
+        paths = [path for path, _ in stage.module.named_modules()]
+        for pattern, reason in stage.definition.not_quantized.items():
+            assert any(fnmatchcase(path, pattern) for path in paths), pattern
+            assert reason
+
+
+def test_everything_that_a_definition_names_is_there(stages: list[Stage]) -> None:
+    for stage in stages:
+        parameters = [name for name, _ in stage.module.named_parameters()]
+        for prefix in stage.definition.float32_layers:
+            assert any(name.startswith(prefix) for name in parameters), prefix
+        for name in stage.definition.residuals:
+            assert len(stage.module.get_submodule(name)) > 0
+        assert set(stage.compared) <= {spec.name for spec in stage.outputs}
 
 
 def test_what_is_excepted_says_why_and_the_rest_is_as_asked(stages: list[Stage]) -> None:

@@ -18,7 +18,7 @@ from export.quantize.apply import LEAST_SIGNAL_TO_NOISE, decide
 from export.quantize.linear import QuantizedLinear
 from export.quantize.policy import Choice
 from export.quantize.statistics import Observed, Statistics
-from export.stages import Stage
+from export.stages import Definition, Stage
 
 
 def seen(*inputs: torch.Tensor, outputs: torch.Tensor | None = None) -> Observed:
@@ -168,7 +168,7 @@ def test_floating_formats_never_clip() -> None:
 def linear_stage(weight: torch.Tensor) -> Stage:
     linear = nn.Linear(*weight.shape, bias=False).requires_grad_(False)
     linear.weight.data = weight.T.contiguous()
-    return Stage("s", nn.Sequential(linear), (), (), 0.0)
+    return Stage(Definition("s", 0.0), nn.Sequential(linear), (), ())
 
 
 def error(layer: nn.Module, exact: nn.Module, x: torch.Tensor) -> float:

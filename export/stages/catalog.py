@@ -1,0 +1,22 @@
+"""The definitions of all engines, in the order in which a run uses them."""
+
+from __future__ import annotations
+
+from export.stages import (
+    clip_text,
+    conditioning,
+    denoise,
+    t5_text,
+    text_prefill,
+    vae_decode,
+    visual_decode,
+)
+
+DEFINITIONS = {
+    module.DEFINITION.name: module.DEFINITION
+    for module in (
+        *(text_prefill, visual_decode),
+        *(clip_text, t5_text, conditioning),
+        *(denoise, vae_decode),
+    )
+}
