@@ -141,7 +141,8 @@ def used_by(spec: EngineSpec) -> frozenset[str]:
 
 
 def decodes(spec: EngineSpec) -> bool:
-    """Whether an engine belongs to the decoding loop: it reveals tokens. Other loops denoise."""
+    """Whether an engine belongs to the loop of decoding, because it reveals tokens; any other
+    belongs to that of denoising."""
     return REVEALED in used_by(spec)
 
 

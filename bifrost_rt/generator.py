@@ -226,8 +226,8 @@ class Generator:
                 log.warning("%s", note)
             out = self._drawn(checked, callback_on_step_end, preview_every)
         if out.images is not None:
-            compute = self.manifest.engine("vae_decode").precision.compute
-            for note in (seen := tuple(notes.one_value(out.images, compute))):
+            last = self.manifest.engine(pipeline.stages(checked)[-1])
+            for note in (seen := tuple(notes.one_value(out.images, last))):
                 log.warning("%s", note)
             said += seen
         return dataclasses.replace(out, notes=said)

@@ -1,7 +1,7 @@
 """CLIP latents as a file: what the MLLM made, to be drawn again elsewhere, later or otherwise.
 
 One tensor `tokens` in safetensors, with the arguments of the run that made it. Drawing it needs the
-prompts too (CLIP and T5 read them) and neither `text_prefill` nor `visual_decode`.
+prompts too (CLIP and T5 read them) and no engine of the MLLM.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bifrost_rt import schedules
-from bifrost_rt.manifest import Manifest
+from bifrost_rt.manifest import EngineSpec, Manifest
 from bifrost_rt.request import Request
 
 _READERS = {
@@ -100,17 +100,17 @@ def of_part(
     return tuple(kept)
 
 
-def one_value(images: NDArray[np.uint8], compute: str) -> Iterator[Note]:
+def one_value(images: NDArray[np.uint8], engine: EngineSpec) -> Iterator[Note]:
     """Images [n, H, W, 3] whose values are all the same: the pixels of NaN look like that, and
     uint8 does not tell them from a picture.
 
     Args:
-        compute: what the VAE computes in.
+        engine: that made them.
     """
     for i, image in enumerate(images):
         if image.min() == image.max():
             text = (
-                f"every pixel is {image.flat[0]}; if this is no plain picture, then `vae_decode`, "
-                f"which computes in {compute}, has overflowed"
+                f"every pixel is {image.flat[0]}; if this is no plain picture, then "
+                f"`{engine.name}`, which computes in {engine.precision.compute}, has overflowed"
             )
             yield Note(text=text, image=i)

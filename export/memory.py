@@ -16,8 +16,8 @@ from bifrost_rt.residency import COUNTED_STEPS
 from export.flops import shape_of
 
 SCORES = 2 * 4  # bytes: scores and softmax, in float32
-# What an arena loses to fragmentation: onnxruntime's took 416 MB for the 298 MB that `denoise`
-# needs without one (benchmarks/results/residency.md).
+# What an arena loses to fragmentation: onnxruntime's took 416 MB for the 298 MB that a
+# denoising step needs without one (benchmarks/results/residency.md).
 ARENA = 1.5
 
 

@@ -41,8 +41,8 @@ class Recipe:
         max_steps: of compiled engines, steps of a loop; None takes the set's defaults.
         rest: what a quantised set stores its other weights in.
         stages: stage -> precision, where it is not the set's.
-        layers: pattern of `stage:path` -> precision, such as "denoise:transformer_blocks.0.*"; of
-            several that fit, the last counts.
+        layers: pattern of `stage:path` -> precision, such as "t5_text:*.block.0.*"; of several
+            that fit, the last counts.
         calibration_prompts: a file, one prompt per line; None takes the list that ships.
         calibration_steps: of both loops, where the set's defaults take too long; None: all.
         statistics: a calibration.safetensors of the same checkpoint, instead of calibrating.

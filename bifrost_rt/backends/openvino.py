@@ -36,7 +36,7 @@ class OpenVino(HostMemory):
     name = "openvino"
     arithmetic = "f32"
     # Its attention never has all scores in memory: of the 409 MB that are counted for the
-    # benchmark's `denoise` it took 180, of the VAE's 209, which has no attention, all
+    # benchmark's denoising step it took 180, of the VAE's 209, which has no attention, all
     # (benchmarks/results/residency.md).
     scratch_share = 0.75
 
