@@ -41,6 +41,10 @@ class Output:
     notes: tuple[Note, ...] = ()  # what was asked for and not done
 
 
+# What runs a set's engines for a checked request. `generate` is the product's.
+Generate = Callable[[Engines, Tokenizers, Manifest, Request], Output]
+
+
 def generate(
     engines: Engines,
     tokenizers: Tokenizers,

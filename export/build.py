@@ -24,7 +24,7 @@ import bifrost_rt
 from bifrost_rt import backends, command, dims, inspect, selftest
 from bifrost_rt import manifest as manifests
 from bifrost_rt.generator import Generator
-from bifrost_rt.manifest import Defaults, EngineSpec, Manifest, Precision
+from bifrost_rt.manifest import Defaults, EngineSpec, Manifest
 from bifrost_rt.residency import parse as parse_size
 from bifrost_rt.residency import size_text
 from export import extras, shipped
@@ -60,7 +60,7 @@ def build(
     if recipe.backend in recipes.COMPILED:
         return _build_and_compile(recipe, progress, memory_budget)
     # torch and its company take seconds to import: not before the command line is understood
-    from export import assemble, budget, graph, memory, parity, precision, stage_cache, text
+    from export import assemble, budget, engine_files, parity, stage_cache, text
     from export.checkpoint import Checkpoint
     from export.pieces import Bounded
     from export.quantize import audit
@@ -119,35 +119,13 @@ def build(
             done = cache.get(name, key)
             if done is None:
                 say(f"building {name}")
-                start = time.perf_counter()
-                traced = graph.to_graph(stage)
-                precision.store(traced, outcome.rest[name])
-                facts = {
-                    "weight_bytes": precision.weight_bytes(traced),
-                    "scratch_bytes": memory.scratch_bytes(
-                        traced, memory.one_picture(mllm_max_length)
-                    ),
-                }
-                files = graph.save(traced, folder / f"{name}.onnx")
-                facts["seconds"] = round(time.perf_counter() - start, 3)
-                done = cache.put(name, key, files, facts)
+                rest = outcome.rest[name]
+                made = engine_files.write(stage, folder, rest, mllm_max_length)
+                done = cache.put(name, key, *made)
             else:
                 say(f"{name} is there already")
-            first = next(iter(done.files))
-            layers = audit.read(folder / first)
             engines.append(
-                dataclasses.replace(
-                    manifest.engine(name),
-                    graph=first,
-                    files=tuple(done.files),
-                    precision=Precision(
-                        requested=asked[name],
-                        weights=next(iter(done.facts["weight_bytes"])),
-                        compute=audit.compute(layers),
-                        layers=audit.formats(layers),
-                    ),
-                    scratch_bytes=done.facts["scratch_bytes"],
-                )
+                engine_files.describe(stage, folder, list(done.files), done.facts, asked[name])
             )
         report = cache.report()
         manifest = dataclasses.replace(

@@ -101,6 +101,7 @@ def run(
     prompts: Sequence[str],
     *,
     kept: int | None = None,
+    generate: pipeline.Generate = pipeline.generate,
     **options: Any,
 ) -> pipeline.Output:
     """Draw one picture per prompt.
@@ -108,6 +109,7 @@ def run(
     Args:
         folder: holds the tokenizers that the manifest names.
         kept: see `Torch`.
+        generate: what runs the engines.
         options: of `Generator.run`; what is not given has the set's default.
     """
     asked: dict[str, Any] = {
@@ -120,6 +122,6 @@ def run(
     checked = request.check(manifest, prompt=list(prompts), **asked)
     engines = Engines(folder, manifest, Torch(stages, kept))
     try:
-        return pipeline.generate(engines, Tokenizers(folder, manifest.text), manifest, checked)
+        return generate(engines, Tokenizers(folder, manifest.text), manifest, checked)
     finally:
         engines.close()

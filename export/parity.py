@@ -102,9 +102,13 @@ def compare(
     stages: Mapping[str, Stage],
     driver: Backend,
     share: Share | None = None,
+    generate: pipeline.Generate = pipeline.generate,
 ) -> dict[str, dict[str, Any]]:
     """Run the set in `folder` and compare every engine with its stage, in no more memory than
     `share` says.
+
+    Args:
+        generate: what runs the engines.
 
     Returns:
         Per engine: max_error, largest_value, tolerance, calls.
@@ -133,7 +137,7 @@ def compare(
     engines = Engines(folder, manifest, paired, share.engines if share else None)
     overflow = None
     try:
-        pipeline.generate(engines, Tokenizers(folder, manifest.text), manifest, checked)
+        generate(engines, Tokenizers(folder, manifest.text), manifest, checked)
     except NumericsError as error:
         overflow = error  # an engine that differs from torch is the better answer
     finally:

@@ -13,7 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from bifrost_rt import manifest as manifests
-from bifrost_rt import opened, residency
+from bifrost_rt import opened, pipeline, residency
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.tensorrt_log import logger
 from bifrost_rt.manifest import Compiled, EngineSpec
@@ -50,6 +50,7 @@ def compile_set(
     measure: bool = False,
     progress: Callable[[str], None] | None = None,
     definitions: Mapping[str, Definition] = DEFINITIONS,
+    generate: pipeline.Generate = pipeline.generate,
 ) -> Path:
     """Compile every engine of a set, and return the new set's folder.
 
@@ -64,6 +65,7 @@ def compile_set(
             what differs by more than the engine's `half_tolerance`. Not for sets with quantised
             layers.
         definitions: of the set's engines, by name.
+        generate: what runs the engines, to measure them.
 
     Raises:
         BifrostError: what is refused is refused before the first engine is compiled; nothing is
@@ -107,7 +109,7 @@ def compile_set(
                 from export.compile import error
 
             say("computing the 16-bit graphs beside the float32 ones")
-            errors = error.measure(source, manifest, types, definitions)
+            errors = error.measure(source, manifest, types, definitions, generate)
         for name in manifest.files.keys() - used:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from bifrost_rt import backends
+from bifrost_rt import backends, pipeline
 from bifrost_rt.backends.base import Backend, output_shape, symbol_sizes
 from bifrost_rt.manifest import EngineSpec, Manifest
 from export import parity
@@ -30,11 +30,14 @@ def measure(
     manifest: Manifest,
     types: Mapping[str, str],
     definitions: Mapping[str, Definition] = DEFINITIONS,
+    generate: pipeline.Generate = pipeline.generate,
 ) -> dict[str, dict[str, Any]]:
     """Compare a set with itself in 16 bit.
 
     Args:
         types: stage -> "float32", "float16" or "bfloat16".
+        definitions: of the set's engines, by name.
+        generate: what runs the engines.
 
     Returns:
         Per stage in 16 bit: max_error, largest_value, tolerance, calls; as `parity.compare`.
@@ -56,7 +59,7 @@ def measure(
             held = dataclasses.replace(engine, tolerance=engine.half_tolerance[compute])
             stages[spec.name] = _float32(source, manifest, spec, driver, held)
         try:
-            found = parity.compare(folder, manifest, stages, driver)
+            found = parity.compare(folder, manifest, stages, driver, generate=generate)
         except ParityError as error:
             raise CompileError(
                 f"in 16 bit, {error.message.replace('torch', 'its float32 graph')}",

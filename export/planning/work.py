@@ -73,7 +73,7 @@ def of_checkpoint(
     sizes = dims.of_run(text_tokens=mllm_max_length, steps=steps)
     decoding = {**sizes, STEPS: model.num_visual_tokens}
     return [
-        _of_stage(stage, decoding if dims.decodes(stage.outline()) else sizes)
+        of_stage(stage, decoding if dims.decodes(stage.outline()) else sizes)
         for stage in assemble.stages(checkpoint, model, mllm_max_length, clip_tokens, t5_length)
     ]
 
@@ -125,7 +125,15 @@ def _fixed(stored: int) -> Callable[[Storage | None], int]:
     return lambda storage: stored
 
 
-def _of_stage(stage: Stage, sizes: Mapping[str, int]) -> Work:
+def of_stage(stage: Stage, sizes: Mapping[str, int]) -> Work:
+    """One engine that `export.build` would make. The stage's module goes to the meta device.
+
+    Args:
+        sizes: a number for every symbol of its inputs and outputs.
+
+    Raises:
+        CheckpointError: its networks cannot be run at these sizes.
+    """
     spec = stage.outline()
     trace = run_without_values(stage, sizes)
     elements = count_elements(stage, trace)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bifrost_rt import files
+from bifrost_rt import files, pipeline
 from bifrost_rt.dims import IMAGES
 from bifrost_rt.errors import TextFileError
 from bifrost_rt.manifest import Manifest
@@ -78,6 +78,7 @@ def calibrate(
     steps: int | None = None,
     kept: int | None = None,
     keep: Callable[[Statistics], None] = lambda found: None,
+    generate: pipeline.Generate = pipeline.generate,
 ) -> Statistics:
     """Run the chain on every prompt and record what every linear layer of every stage sees.
 
@@ -86,6 +87,7 @@ def calibrate(
         keep: called with what was seen so far after every run.
         steps: of both loops; None: the set's defaults.
         kept: bytes of weights that may stay in memory between calls; None: all.
+        generate: what runs the engines.
     """
     with contextlib.ExitStack() as watched:
         for stage in stages.values():
@@ -96,7 +98,8 @@ def calibrate(
         for at, batch, options in runs[found.runs :]:
             last = at + len(batch)
             progress(f"calibrating on prompts {at + 1} to {last} of {len(found.prompts)}")
-            chain.run(folder, manifest, stages, batch, seed=at, kept=kept, **limits, **options)
+            given = {"seed": at, "kept": kept, "generate": generate, **limits, **options}
+            chain.run(folder, manifest, stages, batch, **given)
             found.runs += 1
             found.complete = found.runs == len(runs)
             keep(found)

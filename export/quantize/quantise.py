@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bifrost_rt import cache
+from bifrost_rt import cache, pipeline
 from bifrost_rt.dims import IMAGES
 from bifrost_rt.manifest import Calibration, Manifest
 from export import precision, stage_cache
@@ -61,6 +61,7 @@ def quantise(
     say: Callable[[str], None],
     kept: int | None = None,
     older: Path | None = None,
+    generate: pipeline.Generate = pipeline.generate,
 ) -> Outcome:
     """Calibrate where it is needed, decide, and change the stages' modules in place.
 
@@ -70,6 +71,7 @@ def quantise(
         older: a set whose statistics are used where they are what would be seen. What a build that
             was cut off has left in `folder` is continued; what another precision of the model has
             seen comes from the cache folder.
+        generate: what runs the engines.
 
     Raises:
         RecipeError: overrides that fit nothing.
@@ -80,7 +82,9 @@ def quantise(
     )
     statistics, calibration = None, None
     if any(c.quantised and FORMATS[c.form].calibrated for c in choices):
-        statistics, calibration = _statistics(recipe, folder, manifest, stages, say, kept, older)
+        statistics, calibration = _statistics(
+            recipe, folder, manifest, stages, say, kept, older, generate
+        )
     decisions = apply.decide(stages, choices, statistics, recipe.rest, recipe.scales)
     swept = None
     if recipe.quality_budget is not None:
@@ -117,6 +121,7 @@ def _statistics(
     say: Callable[[str], None],
     kept: int | None,
     older: Path | None,
+    generate: pipeline.Generate,
 ) -> tuple[Statistics, Calibration]:
     checkpoint = calibrate.fingerprint([Path(recipe.mllm), Path(recipe.bifrost), Path(recipe.flux)])
     if recipe.statistics is not None:
@@ -139,6 +144,7 @@ def _statistics(
             steps=recipe.calibration_steps,
             kept=kept,
             keep=lambda seen: seen.save(here),
+            generate=generate,
         )
         if stored is None and (reason := cache.write(STATISTICS, key, here.read_bytes())):
             say(f"the statistics are not kept for other precisions: {reason}")
@@ -155,6 +161,7 @@ def _key(recipe: Recipe, manifest: Manifest, checkpoint: str, prompts: Sequence[
         "defaults": dataclasses.asdict(manifest.defaults),
         "text": dataclasses.asdict(manifest.text),
         "images": manifest.dimensions[IMAGES].max,
+        "engines": [spec.name for spec in manifest.engines],
         **stage_cache.surroundings(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

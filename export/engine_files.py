@@ -1,0 +1,67 @@
+"""One stage -> its engine: the files, and what the manifest says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bifrost_rt.manifest import EngineSpec, Precision
+from export import graph, memory, precision
+from export.quantize import audit
+from export.stages import Stage
+
+
+def write(
+    stage: Stage, folder: Path, rest: str, text_tokens: int
+) -> tuple[list[Path], dict[str, Any]]:
+    """Trace a stage and write its graph and weights.
+
+    Args:
+        rest: the precision of what is not quantized.
+        text_tokens: of the longest text.
+
+    Returns:
+        The files, the graph first; and bytes by type (`weight_bytes`, the most first), memory of
+        its arithmetic (`scratch_bytes`) and `seconds`.
+
+    Raises:
+        ExportError: torch cannot trace it, or ONNX's checker refuses the graph.
+    """
+    start = time.perf_counter()
+    traced = graph.to_graph(stage)
+    precision.store(traced, rest)
+    facts: dict[str, Any] = {
+        "weight_bytes": precision.weight_bytes(traced),
+        "scratch_bytes": memory.scratch_bytes(traced, memory.one_picture(text_tokens)),
+    }
+    files = graph.save(traced, folder / f"{stage.name}.onnx")
+    facts["seconds"] = round(time.perf_counter() - start, 3)
+    return files, facts
+
+
+def describe(
+    stage: Stage, folder: Path, files: Sequence[str], facts: dict[str, Any], asked: str
+) -> EngineSpec:
+    """The engine, with the precision that is read back from its file.
+
+    Args:
+        files: names, the graph's first, as `write` has written them.
+        facts: as `write` has given them.
+        asked: the precision that was asked for.
+    """
+    layers = audit.read(folder / files[0])
+    found = Precision(
+        requested=asked,
+        weights=next(iter(facts["weight_bytes"])),
+        compute=audit.compute(layers),
+        layers=audit.formats(layers),
+    )
+    return dataclasses.replace(
+        stage.outline(found),
+        graph=files[0],
+        files=tuple(files),
+        scratch_bytes=facts["scratch_bytes"],
+    )
