@@ -217,7 +217,7 @@ def test_the_code_that_makes_a_trace_is_all_in_its_key() -> None:
     root = Path(export.__file__).parent
     traced = [p for n in fingerprint.TRACED_BY for p in (*(root / n).rglob("*.py"), root / n)]
     inside = {p.relative_to(root).with_suffix("").as_posix() for p in traced if p.suffix == ".py"}
-    inside = {name.removesuffix("/__init__") for name in inside} | {"errors"}
+    inside = {name.removesuffix("/__init__") for name in inside} | {"errors", "configs"}
     for path in traced:
         if path.suffix != ".py":
             continue
