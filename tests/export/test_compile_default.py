@@ -17,7 +17,7 @@ from bifrost_rt.manifest import Manifest
 from export import build, shipped
 from export.compile import __main__ as command
 from export.compile import builder as builders
-from export.compile.half import FLOAT32_LAYERS
+from export.stages.catalog import DEFINITIONS
 from tests.export.conftest import content
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -35,7 +35,7 @@ STAGES = {
     *("text_prefill", "visual_decode", "clip_text", "t5_text"),
     *("conditioning", "denoise", "vae_decode"),
 }
-IN_16_BIT = {"conditioning", "vae_decode"}  # whatever the format: see export/quantize/policy.py
+IN_16_BIT = {"conditioning", "vae_decode"}  # whatever the format: see their definitions
 
 
 def ran(main: Any, *arguments: object) -> None:
@@ -120,7 +120,7 @@ def test_as_many_layers_compute_in_the_format_as_the_source_says(compiled: Compi
         quantised = spec.precision.layers.get(compiled.precision, 0)
         products = compiled.report[spec.name]["products"]
         assert set(products) <= {dtype, rest, "float32"}, spec.name
-        assert ("float32" in products) == (spec.name in FLOAT32_LAYERS)
+        assert ("float32" in products) == bool(DEFINITIONS[spec.name].float32_layers)
         if compiled.precision == "fp16":
             # every layer but one or two of embeddings, which are looked up
             assert sum(products.values()) > sum(spec.precision.layers.values()) - 2
