@@ -65,6 +65,11 @@ def sizes(
     limits = {"max_images": images, "max_steps": steps}
     bounds = {}
     for symbol, allowed in dimensions.items():
+        if symbol not in DIMS:
+            raise CompileError(
+                f"the set has a size `{symbol}`, which this version does not know",
+                hint="compile with the version that built the set, or rebuild it",
+            )
         dim = DIMS[symbol]
         limit = dim.limit(limits) if isinstance(dim.max, str) else None
         high = allowed.max if limit is None else limit

@@ -115,6 +115,17 @@ def test_profiles_follow_the_dimensions() -> None:
     assert found.of(places) == ((1, 1, 1), (28, 1, 1), (28, 4, 16))
 
 
+def test_a_size_that_is_not_known_is_refused() -> None:
+    with pytest.raises(CompileError, match="a size `frames`, which this version does not know"):
+        sizes({**DIMENSIONS, "frames": Range(1, 8)}, DEFAULTS, 1, None)
+
+
+def test_a_profile_follows_an_expression() -> None:
+    found = sizes(DIMENSIONS, DEFAULTS, 4, None)
+    both = TensorSpec("both", "float32", ("2*images + 1", "steps"))
+    assert found.of(both) == ((3, 1), (3, 28), (9, 28))
+
+
 def test_a_sets_own_limit_holds() -> None:
     limited = {**DIMENSIONS, "images": Range(1, 2), "prompts": Range(1, 2), "texts": Range(1, 3)}
     assert sizes(limited, DEFAULTS, None, None).ranges()["images"] == Range(1, 2)
