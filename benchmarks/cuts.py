@@ -17,6 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bifrost_rt import strict
+from bifrost_rt.dims import TEXT_TOKENS, shape_at
 from bifrost_rt.manifest import EngineSpec, Precision
 from export.compile import bound
 from export.errors import RecipeError
@@ -117,9 +118,9 @@ def inputs(spec: EngineSpec, sizes: Mapping[str, int]) -> dict[str, NDArray[Any]
     numbers = np.random.default_rng(0)
     made = {}
     for tensor in spec.inputs:
-        shape = [sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape]
+        shape = shape_at(tensor.shape, sizes)
         values = numbers.normal(size=shape) if tensor.dtype == "float32" else np.zeros(shape)
         made[tensor.name] = values.astype(tensor.dtype)
     if "text_length" in made:
-        made["text_length"][:] = sizes["text_tokens"]
+        made["text_length"][:] = sizes[TEXT_TOKENS]
     return made

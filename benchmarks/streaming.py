@@ -128,7 +128,7 @@ def _inputs(stage: Any) -> dict[str, Any]:
             "int64": np.zeros(shape, np.int64),
         }[spec.dtype]
     found["text_length"][:] = TEXT_TOKENS
-    every = np.ones((sizes["steps"], 1, sizes["revealed"]), bool)
+    every = np.ones((sizes[dims.STEPS], 1, sizes[dims.REVEALED]), bool)
     found["reveal_places"], found["token_sources"] = schedules.reveal_rows(every)
     return found
 

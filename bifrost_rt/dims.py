@@ -50,6 +50,9 @@ class Dim:
         return evaluate(self.max, numbers) if numbers.keys() == known.keys() else None
 
 
+IMAGES, PROMPTS, TEXTS = "images", "prompts", "texts"
+BRANCHES, TEXT_TOKENS, STEPS, REVEALED = "branches", "text_tokens", "steps", "revealed"
+
 # One picture at a time, without guidance, is what an edge device does all day, and the release
 # reveals one token in a step: there engines are to be fastest. Texts are the distinct texts that
 # the MLLM reads, prompts the distinct prompts; with guidance there is one more text, the empty one,
@@ -58,16 +61,15 @@ class Dim:
 DIMS = {
     dim.name: dim
     for dim in (
-        Dim("images", "images", 1, "max_images", 3, "min", rows="images"),
-        Dim("prompts", "prompts", 1, "max_images", 4, "min", rows="prompts"),
-        Dim("texts", "prompts + guided", 1, "max_images + 1", 5, "min", rows="texts"),
-        Dim("branches", "1 + guided", 1, 2, 2, "min", rows="branches*images"),
-        Dim("text_tokens", "text_tokens", 1, "mllm_max_length", 7, "max"),
-        Dim("steps", "steps", 1, "max_steps", 6, "max"),
-        Dim("revealed", "revealed", 1, "num_visual_tokens", 11, "min"),
+        Dim(IMAGES, "images", 1, "max_images", 3, "min", rows="images"),
+        Dim(PROMPTS, "prompts", 1, "max_images", 4, "min", rows="prompts"),
+        Dim(TEXTS, "prompts + guided", 1, "max_images + 1", 5, "min", rows="texts"),
+        Dim(BRANCHES, "1 + guided", 1, 2, 2, "min", rows="branches*images"),
+        Dim(TEXT_TOKENS, "text_tokens", 1, "mllm_max_length", 7, "max"),
+        Dim(STEPS, "steps", 1, "max_steps", 6, "max"),
+        Dim(REVEALED, "revealed", 1, "num_visual_tokens", 11, "min"),
     )
 }
-IMAGES, PROMPTS, TEXTS, BRANCHES, TEXT_TOKENS, STEPS, REVEALED = DIMS
 
 
 def ranges(dims: Iterable[Dim] = DIMS.values(), **limits: int | None) -> dict[str, Range]:
