@@ -200,7 +200,7 @@ def test_the_command_line_prints_one_line_and_a_hint(
     status = build.main(["--mllm", "nowhere", "--bifrost", "b", "--flux", "f", "--output", "o"])
     assert status == 1
     assert capsys.readouterr().err == (
-        "error: b/config.json: cannot be read: No such file or directory\n"
+        "error: nowhere: no such folder\nhint: give the mllm folder of the checkpoint as --mllm\n"
     )
     assert build.main(["--mllm", "m"]) == 1
     assert "missing key 'bifrost'" in capsys.readouterr().err
