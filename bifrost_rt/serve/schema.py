@@ -97,7 +97,7 @@ def option_field(option: Option) -> tuple[Any, Any]:
     values, text = option.values, option.help
     kind: Any = Number
     if isinstance(values, Integer):
-        kind = Annotated[int, Whole, Field(ge=values.least, lt=values.below_in_json)]
+        kind = Annotated[int, Field(ge=values.least, lt=values.below_in_json), Whole]
     if option.default is Default.RANDOM:
         text += "; default: random"
     elif option.default is Default.SET:
