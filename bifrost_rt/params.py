@@ -296,12 +296,12 @@ def names_options(function: _Function) -> _Function:
     """Have `help` and `inspect.signature` name each option of a method that takes
     `**options: Unpack[Options]`. The line `{options}` of its docstring becomes what they do."""
     signature = inspect.signature(function)
-    hints = typing.get_type_hints(Options)
+    hints = typing.get_type_hints(Parameters)
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     *named, _ = signature.parameters.values()  # the last is `**options`
     first = [parameter for parameter in named if parameter.kind is not keyword_only]
     first += [
-        inspect.Parameter(name, keyword_only, default=None, annotation=hints[name])
+        inspect.Parameter(name, keyword_only, default=None, annotation=hints[name] | None)
         for name in OPTIONS
     ]
     others = [parameter for parameter in named if parameter.kind is keyword_only]

@@ -107,6 +107,7 @@ def option_field(option: Option) -> tuple[Any, Any]:
     return kind | None, Field(None, description=text)
 
 
+# Type checkers cannot read a class that is made; code reads its options by `options()`.
 if TYPE_CHECKING:
     ImageRequest = OpenAIRequest
 else:
