@@ -151,7 +151,7 @@ class Bare:
             "latents": latents,
             "velocity": np.zeros_like(latents),
             "step": np.zeros(1, np.int64),
-            "step_weights": schedules.denoising_plan(sigmas, cache_interval=1).weights,
+            "step_weights": schedules.denoising_plan(sigmas, interval=1).weights,
             "controlnet_conditioning_scale": np.array([control_scale], np.float32),
         }
         for _ in range(steps):

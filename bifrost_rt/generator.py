@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,6 +29,7 @@ from bifrost_rt.backends.choice import Choice, choose
 from bifrost_rt.engines import Loop
 from bifrost_rt.errors import BudgetError, EngineSetError, RequestError, RequestTypeError
 from bifrost_rt.opened import OpenedFiles
+from bifrost_rt.params import Options, names_options
 from bifrost_rt.previews import Previews
 from bifrost_rt.result import Result
 from bifrost_rt.text import Tokenizers
@@ -98,18 +99,11 @@ class Generator:
             self._engines = engines.Engines(folder, self.manifest, started, budget, files)
         self._turns = Turns(lock)
 
+    @names_options
     def run(
         self,
         prompt: str | Sequence[str],
         *,
-        seed: int | None = None,
-        num_images_per_prompt: int = 1,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        controlnet_conditioning_scale: float | None = None,
-        decoding_steps: int | None = None,
-        cfg_weight: float | None = None,
-        cache_interval: int | None = None,
         height: int | None = None,
         width: int | None = None,
         order: ArrayLike | None = None,
@@ -118,6 +112,7 @@ class Generator:
         output_type: request.OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
         preview_every: int | None = None,
+        **options: Unpack[Options],
     ) -> Result:
         """Draw one prompt or several. Names and meanings follow diffusers' FluxPipeline; a value of
         None takes the set's default.
@@ -127,17 +122,7 @@ class Generator:
 
         Args:
             prompt: a text, or a list of texts of any lengths. Images come prompt by prompt.
-            seed: of the reveal order and the starting noise. The same seed gives the same bits, and
-                image i does not depend on how many are drawn. None draws one; see `Result.seed`.
-            num_images_per_prompt: images for each prompt.
-            num_inference_steps: denoising steps.
-            guidance_scale: embedded guidance; without effect (and said so) where neither network
-                of the model has a guidance embedding.
-            controlnet_conditioning_scale: how strongly the CLIP latents steer the image.
-            decoding_steps: steps in which the MLLM reveals its N visual tokens, from 1 to beyond N.
-            cfg_weight: classifier-free guidance of the MLLM. 1 is off and costs nothing.
-            cache_interval: compute every so many denoising steps and extrapolate the others. 1 is
-                off; above, pictures are another: `python -m benchmarks.options` says by how much.
+            {options}
             height, width: must be the set's own, where given.
             order: [n, N], per image a permutation of its places, instead of the seed's.
             latents: [n, S, C] packed starting noise, instead of the seed's.
@@ -167,28 +152,20 @@ class Generator:
         checked = request.check(
             self.manifest,
             prompt=prompt,
-            seed=seed,
-            num_images_per_prompt=num_images_per_prompt,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            controlnet_conditioning_scale=controlnet_conditioning_scale,
-            decoding_steps=decoding_steps,
-            cfg_weight=cfg_weight,
-            cache_interval=cache_interval,
             height=height,
             width=width,
             order=order,
             latents=latents,
             output_type=output_type,
             tokens=tokens,
+            **options,
         )
-        asked = [prompt] if isinstance(prompt, str) else list(prompt)
-        places = [asked.index(text) for text in checked.prompts]
+        places = [checked.parameters.prompts.index(text) for text in checked.prompts]
         out = self._draw("run()", checked, callback_on_step_end, preview_every, places)
         images: Any = out.latents if out.images is None else out.images
         if checked.output_type == "pil":
             images = [Image.fromarray(image) for image in images]
-        parameters = request.parameters(checked, prompt, num_images_per_prompt)
+        parameters = checked.parameters.as_dict()
         passed = {"order": order, "latents": latents, "tokens": tokens}
         if injected := {
             name: handover.digest(getattr(checked, name))
@@ -196,9 +173,8 @@ class Generator:
             if given is not None
         }:
             parameters["injected"] = injected
-        return Result(
-            images, out.tokens, out.latents, out.timings, checked.seed, parameters, out.notes
-        )
+        seed = checked.parameters.seed
+        return Result(images, out.tokens, out.latents, out.timings, seed, parameters, out.notes)
 
     def draw(
         self,

@@ -65,12 +65,13 @@ def truncation(prompt: int, encoder: str, tokens: int, limit: int) -> Truncation
 
 def without_effect(manifest: Manifest, request: Request) -> Iterator[Note]:
     """Arguments that differ from their defaults and change nothing in this run."""
-    guidance = request.guidance_scale
+    options = request.parameters
+    guidance = options.guidance_scale
     if guidance != manifest.defaults.guidance_scale and not manifest.model.guidance_embeds:
         yield Note(
             text=f"guidance_scale={guidance} has no effect: this model has no guidance embedding"
         )
-    interval, steps = request.cache_interval, request.num_inference_steps
+    interval, steps = options.cache_interval, options.num_inference_steps
     if interval > 1 and all(schedules.computed_steps(steps, interval)):
         yield Note(
             text=f"cache_interval={interval} has no effect: with num_inference_steps={steps} none "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from bifrost_rt.backends.base import Buffer
 from bifrost_rt.errors import NumericsError
 from bifrost_rt.manifest import Manifest
+from bifrost_rt.params import OPTIONS, Float
 from bifrost_rt.request import Request
 
 # Every stage has norms, which add up squares: beyond this, a hundred million of them overflow.
@@ -89,10 +91,9 @@ class Checks:
         raise NumericsError(f"stage `{stage}`: {name} {found}{cause}", hint=self._hint(stage))
 
     def _hint(self, stage: str) -> str:
-        request = self._request
-        names = ("cfg_weight", "controlnet_conditioning_scale", "guidance_scale")
-        huge = [f"{n}={getattr(request, n):g}" for n in names if abs(getattr(request, n)) > HUGE]
-        if huge:
+        values = dataclasses.asdict(self._request.parameters)
+        numbers = [name for name, option in OPTIONS.items() if isinstance(option.values, Float)]
+        if huge := [f"{name}={values[name]:g}" for name in numbers if abs(values[name]) > HUGE]:
             return f"{' and '.join(huge)}: use a value like the default"
         compute = self._manifest.engine(stage).precision.compute
         if compute == "float16":

@@ -63,6 +63,7 @@ def generate(
             loop.
     """
     start = time.perf_counter()
+    options = request.parameters
     timings: dict[str, float] = {}
     down = engines.backend.download
     checks = Checks(manifest, request, down, replaced=on_step_end is not None)
@@ -88,23 +89,20 @@ def generate(
             checks.finite(stage, name, down(buffer), "prompt")
 
     # 5  Everything about the image that no denoising step changes.
-    sigmas = schedules.sigmas(
-        request.num_inference_steps, manifest.model.num_image_tokens, manifest.scheduler
-    )
-    plan = schedules.denoising_plan(sigmas, request.cache_interval)
+    sigmas, plan = denoising(manifest, request)
     timesteps = schedules.timesteps(sigmas, manifest.scheduler)
     facts: dict[str, NDArray[Any]] = {
         "prompt_index": request.prompt_index,
         "timesteps": timesteps[list(plan.computed)],
     }
     if manifest.model.guidance_embeds:
-        facts["guidance_scale"] = np.array([request.guidance_scale], np.float32)
+        facts["guidance_scale"] = np.array([options.guidance_scale], np.float32)
     inputs = {**pooled, **embeds, "tokens": tokens, **engines.put("conditioning", **facts)}
     conditions = engines.run("conditioning", inputs, timings)
     del inputs, embeds
 
     # 6  Denoising.
-    scale = np.array([request.controlnet_conditioning_scale], np.float32)
+    scale = np.array([options.controlnet_conditioning_scale], np.float32)
     denoise = engines.loop(
         "denoise",
         {
@@ -120,7 +118,7 @@ def generate(
         },
         timings,
     )
-    for t in range(request.num_inference_steps):
+    for t in range(options.num_inference_steps):
         if plan.computed[t]:
             denoise.step()  # 6.t
         if on_step_end:
@@ -140,6 +138,17 @@ def generate(
     return Output(final_tokens, final_latents, images, timings)
 
 
+def denoising(
+    manifest: Manifest, request: Request
+) -> tuple[NDArray[np.float32], schedules.DenoisingPlan]:
+    """The noise levels of the denoising steps, [steps + 1], and which steps are computed."""
+    options = request.parameters
+    sigmas = schedules.sigmas(
+        options.num_inference_steps, manifest.model.num_image_tokens, manifest.scheduler
+    )
+    return sigmas, schedules.denoising_plan(sigmas, options.cache_interval)
+
+
 def stages(request: Request) -> tuple[str, ...]:
     """The engines that a request uses, in this order, each once."""
     mllm = ("text_prefill", "visual_decode") if request.tokens is None else ()
@@ -149,13 +158,14 @@ def stages(request: Request) -> tuple[str, ...]:
 
 def sizes(manifest: Manifest, request: Request) -> residency.Sizes:
     """What a request makes of the symbols at the engines' doors."""
+    options = request.parameters
     return residency.sizes(
         manifest,
         images=request.images,
         prompts=len(request.prompts),
-        guided=request.cfg_weight != 1.0,
-        decoding_steps=request.decoding_steps,
-        num_inference_steps=request.num_inference_steps,
+        guided=options.cfg_weight != 1.0,
+        decoding_steps=options.decoding_steps,
+        num_inference_steps=options.num_inference_steps,
     )
 
 
@@ -168,8 +178,10 @@ def _decode(
     on_step_end: StepEnd | None,
 ) -> Buffer:
     """The MLLM's part: the final visual tokens [B, N, D]."""
+    options = request.parameters
+
     # 1  Prompt -> ids. At cfg 1 the unconditional half cancels and is not computed.
-    guided = request.cfg_weight != 1.0
+    guided = options.cfg_weight != 1.0
     texts = list(dict.fromkeys(["", *request.prompts] if guided else request.prompts))
     ids = [tokenizers.mllm_prompt(text) for text in texts]
     lengths = np.array([len(row) for row in ids], np.int64)
@@ -185,7 +197,7 @@ def _decode(
     tokens = prefill.pop("tokens")
 
     # 3  Masked decoding. Steps that reveal nothing change nothing and are not run.
-    masks = schedules.reveal_masks(request.order, request.decoding_steps)
+    masks = schedules.reveal_masks(request.order, options.decoding_steps)
     active = [bool(mask.any()) for mask in masks]
     places, sources = schedules.reveal_rows(masks[active])
     decode = engines.loop(
@@ -199,12 +211,12 @@ def _decode(
                 text_length=lengths[text_index],
                 reveal_places=places,
                 token_sources=sources,
-                cfg_weight=np.array([request.cfg_weight], np.float32),
+                cfg_weight=np.array([options.cfg_weight], np.float32),
             ),
         },
         timings,
     )
-    for t in range(request.decoding_steps):
+    for t in range(options.decoding_steps):
         if active[t]:
             decode.step()  # 3.t
         if on_step_end:

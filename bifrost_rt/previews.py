@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bifrost_rt import schedules
+from bifrost_rt import pipeline
 from bifrost_rt.engines import Engines
 from bifrost_rt.errors import BudgetError, RequestError, RequestTypeError
 from bifrost_rt.manifest import Manifest
@@ -41,11 +41,8 @@ class Previews:
         self._engines = engines
         self._every = every
         self._x_t: NDArray[np.float32] = request.latents
-        sigmas = schedules.sigmas(
-            request.num_inference_steps, manifest.model.num_image_tokens, manifest.scheduler
-        )
-        self._level = sigmas[0]
-        self._reached = schedules.denoising_plan(sigmas, request.cache_interval).reached
+        sigmas, plan = pipeline.denoising(manifest, request)
+        self._level, self._reached = sigmas[0], plan.reached
         self._x_0: NDArray[np.float32] = request.latents
 
     def replaced(self, latents: NDArray[np.float32]) -> None:

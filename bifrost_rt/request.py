@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,70 +15,66 @@ from bifrost_rt import schedules
 from bifrost_rt.dims import IMAGES
 from bifrost_rt.errors import RequestError, RequestTypeError
 from bifrost_rt.manifest import Manifest
-
-_LARGEST = float(np.finfo(np.float32).max)
+from bifrost_rt.params import Options, Parameters
 
 # Nobody's memory holds more at the size of a real model: it would be refused by the memory budget,
 # which not every device states, and after minutes of drawing noise.
 MOST_IMAGES = 4096
-# Beyond it no step changes anything, and its schedule alone takes seconds.
-MOST_STEPS = 10_000
 
 OutputType = Literal["pil", "np", "latent"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one run computes. n images; image i is of prompt `prompt_index[i]`.
+    """What one run computes: n images, prompt by prompt.
 
     Order and noise that were not given are drawn from the seed when they are first asked for, so
     that a run that cannot be served is refused before.
     """
 
-    prompts: tuple[str, ...]
-    prompt_index: NDArray[np.int64]  # [n]
-    seed: int
-    num_inference_steps: int
-    guidance_scale: float
-    controlnet_conditioning_scale: float
-    decoding_steps: int
-    cfg_weight: float
+    parameters: Parameters
     given_order: NDArray[np.int64] | None  # [n, N]
     given_latents: NDArray[np.float32] | None  # [n, S, C]
     num_visual_tokens: int  # N
     latent_shape: tuple[int, int]  # S, C
     output_type: OutputType
     tokens: NDArray[np.float32] | None  # [n, N, D] instead of the MLLM's
-    cache_interval: int = 1
+
+    @functools.cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """The different prompts."""
+        return tuple(dict.fromkeys(self.parameters.prompts))
+
+    @functools.cached_property
+    def prompt_index(self) -> NDArray[np.int64]:
+        """Which of `prompts` each image is of, [n]."""
+        index = {text: i for i, text in enumerate(self.prompts)}
+        rows = np.array([index[text] for text in self.parameters.prompts], np.int64)
+        return np.repeat(rows, self.parameters.num_images_per_prompt)
 
     @property
     def images(self) -> int:
         """How many images."""
-        return len(self.prompt_index)
+        return len(self.parameters.prompts) * self.parameters.num_images_per_prompt
 
     @functools.cached_property
     def order(self) -> NDArray[np.int64]:
         """Per image the order of its places, [n, N]; the last are revealed first."""
         if self.given_order is not None:
             return self.given_order
-        return schedules.random_orders(self.seed, self.images, self.num_visual_tokens)
+        return schedules.random_orders(self.parameters.seed, self.images, self.num_visual_tokens)
 
     @functools.cached_property
     def latents(self) -> NDArray[np.float32]:
         """The starting noise, [n, S, C]."""
         if self.given_latents is not None:
             return self.given_latents
-        return schedules.random_latents(self.seed, self.images, self.latent_shape)
+        return schedules.random_latents(self.parameters.seed, self.images, self.latent_shape)
 
     @property
     def settings(self) -> tuple[object, ...]:
         """What all images of one run share; requests that agree in it can be merged."""
-        return (
-            *(self.num_inference_steps, self.decoding_steps, self.output_type),
-            self.cache_interval,
-            *(self.guidance_scale, self.cfg_weight, self.controlnet_conditioning_scale),
-            self.tokens is None,
-        )
+        return (self.parameters.shared, self.output_type, self.tokens is None)
 
 
 def merge(requests: Sequence[Request]) -> Request:
@@ -89,14 +84,11 @@ def merge(requests: Sequence[Request]) -> Request:
     assert all(other.settings == first.settings for other in others)
     if not others:
         return first
-    prompts = tuple(dict.fromkeys(text for one in requests for text in one.prompts))
-    index = {text: i for i, text in enumerate(prompts)}
-    places = [index[one.prompts[i]] for one in requests for i in one.prompt_index]
+    prompts = tuple(one.prompts[i] for one in requests for i in one.prompt_index)
     tokens = [one.tokens for one in requests if one.tokens is not None]
     return dataclasses.replace(
         first,
-        prompts=prompts,
-        prompt_index=np.array(places, np.int64),
+        parameters=dataclasses.replace(first.parameters, prompt=prompts, num_images_per_prompt=1),
         given_order=np.concatenate([one.order for one in requests]),
         given_latents=np.concatenate([one.latents for one in requests]),
         tokens=np.concatenate(tokens) if tokens else None,
@@ -107,33 +99,25 @@ def check(
     manifest: Manifest,
     *,
     prompt: str | Sequence[str],
-    seed: int | None = None,
-    num_images_per_prompt: int = 1,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    controlnet_conditioning_scale: float | None = None,
-    decoding_steps: int | None = None,
-    cfg_weight: float | None = None,
     height: int | None = None,
     width: int | None = None,
     order: ArrayLike | None = None,
     latents: ArrayLike | None = None,
     output_type: str = "pil",
     tokens: ArrayLike | None = None,
-    cache_interval: int | None = None,
+    **options: Unpack[Options],
 ) -> Request:
     """Fill in the set's defaults and refuse what cannot be served.
 
     Raises:
         RequestError, RequestTypeError: naming the argument, what it must be and what was given.
     """
-    model, defaults = manifest.model, manifest.defaults
+    model = manifest.model
     asked = _prompts(prompt)
-    prompts = tuple(dict.fromkeys(asked))
-    index = {text: i for i, text in enumerate(prompts)}
-    per_prompt = _count("num_images_per_prompt", num_images_per_prompt)
-    n = _images(manifest, len(asked), per_prompt)
-    prompt_index = np.repeat([index[text] for text in asked], per_prompt).astype(np.int64)
+    parameters = Parameters.fill(
+        prompt if isinstance(prompt, str) else tuple(asked), options, manifest.defaults
+    )
+    n = _images(manifest, len(asked), parameters.num_images_per_prompt)
     for name, given, built in (
         ("height", height, model.image_height),
         ("width", width, model.image_width),
@@ -146,28 +130,9 @@ def check(
             )
     if output_type not in ("pil", "np", "latent"):
         raise RequestError(f"output_type must be 'pil', 'np' or 'latent', got {output_type!r}")
-    seed = secrets.randbits(32) if seed is None else _count("seed", seed, least=0)
     shape = (model.num_image_tokens, model.latent_channels)
     return Request(
-        prompts=prompts,
-        prompt_index=prompt_index,
-        seed=seed,
-        num_inference_steps=_count(
-            "num_inference_steps",
-            num_inference_steps,
-            defaults.num_inference_steps,
-            most=MOST_STEPS,
-        ),
-        guidance_scale=_number("guidance_scale", guidance_scale, defaults.guidance_scale),
-        controlnet_conditioning_scale=_number(
-            "controlnet_conditioning_scale",
-            controlnet_conditioning_scale,
-            defaults.controlnet_conditioning_scale,
-        ),
-        decoding_steps=_count(
-            "decoding_steps", decoding_steps, defaults.decoding_steps, most=MOST_STEPS
-        ),
-        cfg_weight=_number("cfg_weight", cfg_weight, defaults.cfg_weight),
+        parameters=parameters,
         given_order=None if order is None else _order(order, (n, model.num_visual_tokens)),
         given_latents=None if latents is None else _latents(latents, (n, *shape), manifest),
         num_visual_tokens=model.num_visual_tokens,
@@ -176,23 +141,7 @@ def check(
         tokens=None
         if tokens is None
         else _floats("tokens", tokens, (n, model.num_visual_tokens, model.hidden_size)),
-        cache_interval=_count("cache_interval", cache_interval, 1),
     )
-
-
-def parameters(checked: Request, prompt: str | Sequence[str], per_prompt: int) -> dict[str, Any]:
-    """The arguments of `Generator.run` that make these images again, defaults filled in."""
-    return {
-        "prompt": prompt if isinstance(prompt, str) else list(prompt),
-        "seed": checked.seed,
-        "num_images_per_prompt": per_prompt,
-        "num_inference_steps": checked.num_inference_steps,
-        "guidance_scale": checked.guidance_scale,
-        "controlnet_conditioning_scale": checked.controlnet_conditioning_scale,
-        "decoding_steps": checked.decoding_steps,
-        "cfg_weight": checked.cfg_weight,
-        "cache_interval": checked.cache_interval,
-    }
 
 
 def _prompts(prompt: Any) -> list[str]:
@@ -243,30 +192,6 @@ def _asked(prompts: int, per_prompt: int, n: int) -> str:
     if prompts == 1:
         return f"num_images_per_prompt={per_prompt}"
     return f"{prompts} prompts with num_images_per_prompt={per_prompt} are {n} images"
-
-
-def _count(
-    name: str, value: Any, default: int | None = None, least: int = 1, most: int | None = None
-) -> int:
-    if value is None and default is not None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise RequestTypeError(f"{name} must be a whole number, got {value!r}")
-    if value < least:
-        raise RequestError(f"{name} must be at least {least}, got {value}")
-    if most is not None and value > most:
-        raise RequestError(f"{name} must be at most {most}, got {value}")
-    return int(value)
-
-
-def _number(name: str, value: Any, default: float) -> float:
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        raise RequestTypeError(f"{name} must be a number, got {value!r}")
-    if not -_LARGEST <= value <= _LARGEST:  # nor is NaN
-        raise RequestError(f"{name} must be finite in float32, got {value}")
-    return float(value)
 
 
 def _order(order: ArrayLike, shape: tuple[int, int]) -> NDArray[np.int64]:

@@ -128,13 +128,13 @@ class DenoisingPlan:
     weights: NDArray[np.float32]
 
 
-def computed_steps(steps: int, cache_interval: int) -> list[bool]:
-    """Which denoising steps are computed: the first ones, then every `cache_interval`-th."""
-    return [i < WARM_UP or (i - WARM_UP + 1) % cache_interval == 0 for i in range(steps)]
+def computed_steps(steps: int, interval: int) -> list[bool]:
+    """Which denoising steps are computed: the first ones, then every `interval`-th."""
+    return [i < WARM_UP or (i - WARM_UP + 1) % interval == 0 for i in range(steps)]
 
 
-def denoising_plan(levels: NDArray[np.float32], cache_interval: int) -> DenoisingPlan:
-    """Euler steps over `levels` [steps + 1], of which every `cache_interval`-th is computed.
+def denoising_plan(levels: NDArray[np.float32], interval: int) -> DenoisingPlan:
+    """Euler steps over `levels` [steps + 1], of which every `interval`-th is computed.
 
     The others take their velocity on the straight line, in the noise level, through the two
     velocities computed last: TaylorSeer's forecast of first order (arXiv 2503.06923), applied to
@@ -142,7 +142,7 @@ def denoising_plan(levels: NDArray[np.float32], cache_interval: int) -> Denoisin
     to two weights for each computed step. With an interval of 1 these are the Euler step's and 0.
     """
     steps = len(levels) - 1
-    computed = computed_steps(steps, cache_interval)
+    computed = computed_steps(steps, interval)
     at = [i for i in range(steps) if computed[i]]
     weights = np.zeros((len(at), 2), np.float32)
     reached = np.empty(steps, np.float32)

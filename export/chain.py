@@ -19,11 +19,6 @@ from export import sources
 from export.stages import Stage
 from export.streaming import streamed
 
-OPTIONS = (
-    *("num_inference_steps", "guidance_scale", "controlnet_conditioning_scale"),
-    *("decoding_steps", "cfg_weight", "cache_interval", "height", "width", "order", "latents"),
-)
-
 
 class Torch(HostMemory):
     """A backend whose engines are torch modules.
@@ -112,13 +107,7 @@ def run(
         generate: what runs the engines.
         options: of `Generator.run`; what is not given has the set's default.
     """
-    asked: dict[str, Any] = {
-        **dict.fromkeys(OPTIONS),
-        "seed": 0,
-        "num_images_per_prompt": 1,
-        "output_type": "np",
-        **options,
-    }
+    asked: dict[str, Any] = {"seed": 0, "output_type": "np", **options}
     checked = request.check(manifest, prompt=list(prompts), **asked)
     engines = Engines(folder, manifest, Torch(stages, kept))
     try:

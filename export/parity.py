@@ -122,16 +122,9 @@ def compare(
         manifest,
         prompt=prompts(manifest),
         seed=0,
-        num_images_per_prompt=1,
         num_inference_steps=3,
-        guidance_scale=None,
-        controlnet_conditioning_scale=None,
         decoding_steps=min(STEPS, manifest.model.num_visual_tokens),
         cfg_weight=2.0,
-        height=None,
-        width=None,
-        order=None,
-        latents=None,
         output_type="np",
     )
     engines = Engines(folder, manifest, paired, share.engines if share else None)

@@ -14,20 +14,14 @@ from typing import Any
 
 from bifrost_rt import handover, manifest
 from bifrost_rt import request as requests
+from bifrost_rt.cli.options import long_flag
 from bifrost_rt.cli.progress import Progress
 from bifrost_rt.errors import RequestError, TextFileError
 from bifrost_rt.files import MARK, decode_text, read_text, written_aside
 from bifrost_rt.generator import Generator, default_set
 from bifrost_rt.notes import Note
+from bifrost_rt.params import OPTIONS
 from bifrost_rt.result import Result, numbered, picture_path, picture_paths, read_parameters
-
-# Options that are arguments of `run` under the same name.
-ARGUMENTS = (
-    *("seed", "num_images_per_prompt", "num_inference_steps", "decoding_steps"),
-    *("guidance_scale", "cfg_weight", "controlnet_conditioning_scale", "cache_interval"),
-)
-# Those that shape its CLIP latents and nothing else.
-OF_THE_MLLM = ("decoding_steps", "cfg_weight")
 
 log = logging.getLogger("bifrost_rt")
 
@@ -129,7 +123,7 @@ def _line(result: Result, path: Path, image: int, backend: str) -> str:
 
 
 def _tasks(options: argparse.Namespace) -> Iterator[Task]:
-    given = {name: getattr(options, name) for name in ARGUMENTS}
+    given = {name: getattr(options, name) for name in OPTIONS}
     given = {name: value for name, value in given.items() if value is not None}
     if options.size:
         given["width"], given["height"] = options.size
@@ -148,7 +142,7 @@ def _tasks(options: argparse.Namespace) -> Iterator[Task]:
     if options.prompt:
         request["prompt"] = options.prompt[0] if len(options.prompt) == 1 else options.prompt
         image = None
-    idle = [f"--{name.replace('_', '-')}" for name in OF_THE_MLLM if name in given]
+    idle = [long_flag(name) for name in given if name in OPTIONS and OPTIONS[name].mllm_only]
     text = f"{' and '.join(idle)} has no effect: --tokens brings what the MLLM made"
     notes = (Note(text=text),) if options.tokens and idle else ()
     yield Task({**request, **given}, output, tokens, image, notes=notes)
@@ -170,7 +164,7 @@ def _like(path: str, made: handover.Handover | None) -> tuple[dict[str, Any], in
     parameters = read_parameters(path)
     injected = parameters.pop("injected", {})
     image = parameters.pop("image", None)
-    if not isinstance(image, int) or set(parameters) != {"prompt", *ARGUMENTS}:
+    if not isinstance(image, int) or set(parameters) != {"prompt", *OPTIONS}:
         raise RequestError(f"{path}: was made by a version of bifrost-rt with other parameters")
     if injected and set(injected) != {"tokens"}:
         raise RequestError(

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 import bifrost_rt
+from bifrost_rt.params import OPTIONS, Default, Option
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,29 @@ def _generate(command: argparse.ArgumentParser) -> None:
     add("--like", metavar="PNG", help="make a picture again; other options on top of its own")
     add("--tokens", metavar="FILE", help="draw the CLIP latents of --save-tokens, without the MLLM")
     add("--save-tokens", metavar="FILE", help="write the CLIP latents (safetensors)")
-    add("--seed", type=int, metavar="N", help="of reveal order and noise; default: random")
-    add("-n", "--num-images-per-prompt", type=int, metavar="N", help="pictures (1)")
-    add("--num-inference-steps", "--steps", type=int, metavar="N", help="denoising steps")
-    add("--decoding-steps", type=int, metavar="N", help="masked decoding steps")
-    add("--guidance-scale", type=float, metavar="X", help="embedded guidance")
-    add("--cfg-weight", type=float, metavar="X", help="guidance of the MLLM")
-    add("--cache-interval", type=int, metavar="N", help="compute every N-th denoising step (1)")
-    add("--controlnet-conditioning-scale", type=float, metavar="X", help="weight of the latents")
+    for option in OPTIONS.values():
+        add_option(command, option)
     add("--size", type=size, metavar="WxH", help="refused where it is not the set's own")
     add("--json", action="store_true", help="one line of JSON per picture, instead of its path")
     _runs_a_set(command)
+
+
+def add_option(command: argparse.ArgumentParser, option: Option) -> None:
+    """Add an option of `Generator.run`, which the parser leaves at None where it is not given."""
+    names = sorted((long_flag(option.name), *option.flags), key=lambda flag: flag.startswith("--"))
+    values, text = option.values, option.help
+    if option.default is Default.RANDOM:
+        text += "; default: random"
+    elif not isinstance(option.default, Default):
+        text += f" ({option.default})"
+    command.add_argument(
+        *names, dest=option.name, type=values.python_type, metavar=values.metavar, help=text
+    )
+
+
+def long_flag(name: str) -> str:
+    """The flag of an option of `Generator.run`."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _serve(command: argparse.ArgumentParser) -> None:

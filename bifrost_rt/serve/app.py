@@ -7,7 +7,6 @@ import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -15,6 +14,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from bifrost_rt import __version__, request
 from bifrost_rt.manifest import Manifest
+from bifrost_rt.params import OPTIONS
 from bifrost_rt.serve import schema
 from bifrost_rt.serve.faults import RESPONSES, error_type, fault, handle
 from bifrost_rt.serve.gate import Gate
@@ -101,7 +101,7 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
             ],
             output_format=body.output_format or "png",
             size=_size(manifest),
-            seed=job.request.seed,
+            seed=job.request.parameters.seed,
             warnings=job.warnings,
         )
 
@@ -207,32 +207,18 @@ def _job(body: schema.ImageRequest, previews: bool, manifest: Manifest, settings
         refuse("prompt", "is empty")
     if len(body.prompt) > settings.max_prompt:
         refuse("prompt", f"has {len(body.prompt)} characters, at most {settings.max_prompt}")
-    count = 1 if body.n is None else body.n
-    most = max(settings.max_steps, manifest.model.num_visual_tokens)
-    for param, value, largest in (
-        ("n", count, settings.max_images),
-        ("num_inference_steps", body.num_inference_steps, settings.max_steps),
-        ("decoding_steps", body.decoding_steps, most),
+    options = body.options()
+    for name, largest in (
+        ("num_images_per_prompt", settings.max_images),
+        ("num_inference_steps", settings.max_steps),
+        ("decoding_steps", max(settings.max_steps, manifest.model.num_visual_tokens)),
     ):
-        if value is not None and value > largest:
-            refuse(param, f"is at most {largest} here")
+        if options[name] is not None and options[name] > largest:
+            refuse(OPTIONS[name].api_name, f"is at most {largest} here")
     if body.size not in (None, "auto", _size(manifest)):
         refuse("size", f"must be {_size(manifest)!r}, the only one of this set, or 'auto'")
-    given: dict[str, Any] = {
-        "num_images_per_prompt": count,
-        **body.model_dump(
-            include={
-                *("prompt", "seed", "num_inference_steps", "decoding_steps"),
-                *("guidance_scale", "cfg_weight", "controlnet_conditioning_scale"),
-                "cache_interval",
-            }
-        ),
-    }
-    checked = request.check(
-        manifest, **given, width=None, height=None, order=None, latents=None, output_type="np"
-    )
-    parameters = request.parameters(checked, body.prompt, count)
-    return Job(checked, parameters, (body.output_format or "png").upper(), previews)
+    checked = request.check(manifest, prompt=body.prompt, output_type="np", **options)
+    return Job(checked, (body.output_format or "png").upper(), previews)
 
 
 def _no_such_model(manifest: Manifest) -> JSONResponse:
@@ -269,7 +255,7 @@ def _described(job: Job, studio: Studio) -> schema.JobResponse:
         step=job.step,
         steps=job.steps,
         images=[_place(job, i) for i in range(len(job.pictures))],
-        parameters=job.parameters,
+        parameters=job.request.parameters.as_dict(),
         seconds=job.seconds,
         warnings=job.warnings,
         error=error,

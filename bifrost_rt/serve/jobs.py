@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from bifrost_rt.request import Request
 
@@ -34,7 +34,6 @@ class Job:
 
     Attributes:
         request: checked; its images are drawn in one run, alone or with those of other jobs.
-        parameters: what the pictures will say of themselves.
         file_format: of the pictures, as Pillow calls it.
         previews: whether someone wants to see it become.
         preview: (denoising step, WebP) of the first picture.
@@ -44,7 +43,6 @@ class Job:
     """
 
     request: Request
-    parameters: dict[str, Any]
     file_format: str = "PNG"
     previews: bool = False
     id: str = field(default_factory=lambda: secrets.token_hex(16))
@@ -69,8 +67,8 @@ class Job:
     @property
     def steps(self) -> int:
         """How many steps its present stage has."""
-        decoding = self.stage == "decoding"
-        return self.request.decoding_steps if decoding else self.request.num_inference_steps
+        decoding, options = self.stage == "decoding", self.request.parameters
+        return options.decoding_steps if decoding else options.num_inference_steps
 
     def changed(self) -> None:
         """Wake everyone who watches."""

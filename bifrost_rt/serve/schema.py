@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -12,13 +11,14 @@ from pydantic import (
     ConfigDict,
     Field,
     WithJsonSchema,
+    create_model,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from bifrost_rt.params import LARGEST, OPTIONS, Default, Integer, Option
 from bifrost_rt.serve.jobs import Stage, State
 
-_LARGEST = float(np.finfo(np.float32).max)
 _EXACT = 2**53  # up to here a float64 holds every whole number
 
 
@@ -29,13 +29,12 @@ def _whole(value: Any) -> Any:
 
 
 def _finite(value: float) -> float:
-    if not -_LARGEST <= value <= _LARGEST:  # nor is NaN
+    if not -LARGEST <= value <= LARGEST:  # nor is NaN
         raise PydanticCustomError("not_finite", "must be finite in float32")
     return value
 
 
 Whole = BeforeValidator(_whole)
-Count = Annotated[int, Whole, Field(ge=1)]
 Number = Annotated[float, AfterValidator(_finite)]
 # checked in `app.py`, which knows the set's own size
 Size = Annotated[
@@ -43,16 +42,13 @@ Size = Annotated[
 ]
 
 
-class ImageRequest(BaseModel):
-    """OpenAI's fields, and below them those of `Generator.run` under their own names. Null is for
-    what is not given. Fields of OpenAI's that choose what there is one of here take their neutral
-    values. An unknown field is refused: what is not read is not obeyed."""
+class OpenAIRequest(BaseModel):
+    """OpenAI's fields. Those that choose what there is one of here take their neutral values."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str
     model: str | None = Field(None, description="the name that /v1/models gives")
-    n: Count | None = Field(None, description="pictures; default 1")
     size: Size | None = Field(None, description="the set's own, or auto")
     response_format: Literal["b64_json", "url"] | None = Field(
         None, description="default b64_json; a url is good as long as the job is remembered"
@@ -83,17 +79,6 @@ class ImageRequest(BaseModel):
     )
     user: str | None = Field(None, description="without effect")
     safety_identifier: str | None = Field(None, description="without effect")
-    seed: Annotated[int, Whole, Field(ge=0, lt=2**63)] | None = Field(
-        None, description="default: random"
-    )
-    num_inference_steps: Count | None = None
-    decoding_steps: Count | None = None
-    guidance_scale: Number | None = None
-    cfg_weight: Number | None = None
-    cache_interval: Count | None = Field(
-        None, description="compute every so many denoising steps; 1 is off"
-    )
-    controlnet_conditioning_scale: Number | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -101,6 +86,41 @@ class ImageRequest(BaseModel):
         if not isinstance(body, dict):
             return body
         return {field: value for field, value in body.items() if value is not None}
+
+    def options(self) -> dict[str, Any]:
+        """The options of `Generator.run` by name; None is for what is not given."""
+        return {name: getattr(self, option.api_name) for name, option in OPTIONS.items()}
+
+
+def option_field(option: Option) -> tuple[Any, Any]:
+    """The field of an option of `Generator.run`: its type, and its description and default."""
+    values, text = option.values, option.help
+    kind: Any = Number
+    if isinstance(values, Integer):
+        kind = Annotated[int, Field(ge=values.least, lt=values.below_in_json), Whole]
+    if option.default is Default.RANDOM:
+        text += "; default: random"
+    elif option.default is Default.SET:
+        text += "; default: the model's"
+    else:
+        text += f"; default {option.default}"
+    return kind | None, Field(None, description=text)
+
+
+# Type checkers cannot read a class that is made; code reads its options by `options()`.
+if TYPE_CHECKING:
+    ImageRequest = OpenAIRequest
+else:
+    ImageRequest = create_model(
+        "ImageRequest",
+        __base__=OpenAIRequest,
+        __doc__="OpenAI's fields, and below them the options of `Generator.run` under their own "
+        "names. Null is for what is not given. Fields of OpenAI's that choose what there is one "
+        "of here take their neutral values. An unknown field is refused: what is not read is not "
+        "obeyed.",
+        __module__=__name__,
+        **{option.api_name: option_field(option) for option in OPTIONS.values()},
+    )
 
 
 class JobRequest(ImageRequest):

@@ -262,8 +262,8 @@ class Studio:
                 out.tokens[part],
                 out.latents[part],
                 out.timings,
-                job.request.seed,
-                job.parameters,
+                job.request.parameters.seed,
+                job.request.parameters.as_dict(),
             )
             pictures = [result.encode(i, job.file_format) for i in range(job.request.images)]
             self._finish(job, "done", pictures=pictures, seconds=out.timings)

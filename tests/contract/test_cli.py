@@ -22,6 +22,7 @@ from benchmarks import machine
 from bifrost_rt import Generator, backends, cache, doctor, generator, handover
 from bifrost_rt import processor as processors
 from bifrost_rt.cli import generate, main
+from bifrost_rt.params import OPTIONS
 from bifrost_rt.processor import Processor
 from tests.patience import PATIENCE
 from tests.processors import KINDS, named
@@ -247,7 +248,7 @@ def test_what_cannot_be_drawn_or_written_is_said_before_the_set_is_opened(
     Path("two.txt").write_text("a\nb\n")
     Path("p-1.png").mkdir()
     about = PngImagePlugin.PngInfo()
-    given = {"prompt": "a", **dict.fromkeys(generate.ARGUMENTS), "num_images_per_prompt": 3}
+    given = {"prompt": "a", **dict.fromkeys(OPTIONS), "num_images_per_prompt": 3}
     about.add_itxt("bifrost-rt", json.dumps({**given, "image": 2}))
     Image.new("RGB", (4, 4)).save("third.png", pnginfo=about)
     before = sorted(tmp_path.iterdir())

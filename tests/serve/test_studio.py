@@ -57,14 +57,11 @@ def studio(painter: Watched) -> Iterator[Studio]:
 @pytest.fixture
 def job(generator: Generator) -> Callable[..., Job]:
     def make(prompt: str = "a cow", seed: int = 0, n: int = 1, **changes: Any) -> Job:
-        nothing = dict.fromkeys(
-            ("guidance_scale", "controlnet_conditioning_scale", "cfg_weight", "height", "width")
-        )
-        given = {**nothing, **FEW, "order": None, "latents": None, "output_type": "np", **changes}
+        given = {**FEW, "output_type": "np", **changes}
         checked = request.check(
             generator.manifest, prompt=prompt, seed=seed, num_images_per_prompt=n, **given
         )
-        return Job(checked, request.parameters(checked, prompt, n))
+        return Job(checked)
 
     return make
 

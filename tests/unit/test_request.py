@@ -20,22 +20,6 @@ from bifrost_rt.manifest import (
     Text,
 )
 
-NOTHING = dict.fromkeys(
-    (
-        "seed",
-        "num_inference_steps",
-        "guidance_scale",
-        "controlnet_conditioning_scale",
-        "decoding_steps",
-        "cfg_weight",
-        "height",
-        "width",
-        "order",
-        "latents",
-    )
-)
-
-
 FACTS = Manifest(
     format=1,
     name="alpha",
@@ -52,16 +36,15 @@ FACTS = Manifest(
 
 
 def check(**changes: Any) -> request.Request:
-    given = {**NOTHING, "prompt": "a", "num_images_per_prompt": 1, "output_type": "pil", **changes}
-    return request.check(FACTS, **given)
+    return request.check(FACTS, **{"prompt": "a", **changes})
 
 
 def test_defaults_are_the_sets() -> None:
-    checked = check()
-    assert checked.num_inference_steps == 28
-    assert checked.decoding_steps == 16
-    assert (checked.guidance_scale, checked.controlnet_conditioning_scale) == (3.5, 0.7)
-    assert checked.cfg_weight == 1.0
+    found = check().parameters
+    assert found.num_inference_steps == 28
+    assert found.decoding_steps == 16
+    assert (found.guidance_scale, found.controlnet_conditioning_scale) == (3.5, 0.7)
+    assert found.cfg_weight == 1.0
 
 
 def test_images_come_prompt_by_prompt() -> None:
