@@ -85,9 +85,8 @@ def int8(guide: ModuleType, alpha_set: Path, tmp_path_factory: pytest.TempPathFa
 
 def drawn(guide: ModuleType, folder: Path, backend: Any) -> NDArray[np.float32]:
     manifest = manifests.read(folder)
-    asked: dict[str, Any] = {**dict.fromkeys(chain.OPTIONS), "num_inference_steps": 5}
     checked = request.check(
-        manifest, prompt=["a cow"], seed=1, num_images_per_prompt=2, output_type="np", **asked
+        manifest, prompt=["a cow"], seed=1, num_images_per_prompt=2, num_inference_steps=5
     )
     engines = Engines(folder, manifest, backend)
     try:
