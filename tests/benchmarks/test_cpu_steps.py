@@ -10,13 +10,14 @@ import pytest
 
 from benchmarks import cpu as benchmark
 from benchmarks import turns
-from bifrost_rt import backends
+from bifrost_rt import backends, dims
 from bifrost_rt import processor as processors
 from bifrost_rt.backends.base import Backend
 from bifrost_rt.errors import BackendError
 from bifrost_rt.processor import Processor
 from tests.processors import AVX2, AVX512_VNNI, named
 
+SIZES = dims.of_run(text_tokens=7, steps=2)
 REFUSED = {("int8", "openvino"), ("int8", "openvino-bf16")}  # on processors without VNNI
 
 
@@ -74,7 +75,7 @@ def test_what_a_driver_cannot_do_is_its_row(
 
     monkeypatch.setattr(backends, "load", load)
     specs = benchmark.product(tmp_path, 16, 32, 48, ("fp32", "fp8"))
-    rows = list(benchmark.measure(tmp_path, specs, benchmark.SIZES, 2))
+    rows = list(benchmark.measure(tmp_path, specs, SIZES, 2))
     failed = {(row["precision"], row["backend"]): row["failed"] for row in rows if "failed" in row}
     assert failed.keys() == {
         *(("fp32", "openvino-bf16"), ("fp8", "openvino-bf16"), ("fp8", "openvino"))
@@ -97,7 +98,7 @@ def test_without_the_driver_to_compare_with_nothing_is_measured(
     monkeypatch.setattr(backends, "load", load)
     specs = benchmark.product(tmp_path, 16, 32, 48, ("fp32",))
     with pytest.raises(BackendError, match="'onnxruntime' is not available"):
-        list(benchmark.measure(tmp_path, specs, benchmark.SIZES, 2))
+        list(benchmark.measure(tmp_path, specs, SIZES, 2))
 
 
 def test_turns_go_to_and_fro(monkeypatch: pytest.MonkeyPatch) -> None:

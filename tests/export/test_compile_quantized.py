@@ -182,11 +182,11 @@ def test_it_compiles_with_16_bit_around_it(form: str, target: str) -> None:
 def test_layers_compile_as_a_build_writes_them(form: str, tmp_path: Path) -> None:
     """Traced, stored and read again; a layer in 16 bit behind the quantised one."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    _, spec = built(tmp_path, form)
+    stage, spec = built(tmp_path, form)
     graph = graphs.read(tmp_path / spec.graph, spec.name)
     assert quantized.formats(graph) == {form}
     quantized.rewrite(graph)
-    half.convert(graph, DEFINITIONS[spec.name], "bfloat16")
+    half.convert(graph, stage.definition, "bfloat16")
     builder, sizes = builders.find(RTX_BUILDER), Sizes({"images": (1, 2)})
     found = builders.compile_graph(builder, graph, spec, sizes, ("sm120",)).arithmetic
     weight_only = form == "int4"
