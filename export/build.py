@@ -167,12 +167,17 @@ def _build_and_compile(
 ) -> Path:
     """The ONNX set, which is compared with torch and stays beside it, then its engines."""
     from export.compile import builder as builders
+    from export.compile import capabilities
     from export.compile.compiled_set import check_targets, compile_set
 
     # what cannot be compiled is refused before the graphs are built
     formats = {"fp32", recipe.precision, *recipe.stages.values(), *recipe.layers.values()}
     formats |= {recipe.rest} if recipe.quantised else set()
     check_targets(builders.find(recipe.backend), recipe.target, sorted(formats))
+    for pattern, form in recipe.layers.items():
+        stage = pattern.partition(":")[0]
+        if recipe.precision_of(stage) == "fp16":
+            capabilities.check_pair(recipe.backend, stage, {form}, "float16")
     graphs = build(graphs_of(recipe), progress, memory_budget)
     return compile_set(
         graphs,

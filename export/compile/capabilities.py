@@ -119,9 +119,32 @@ def check(builder: str, targets: Sequence[str], dtypes: Iterable[str]) -> tuple[
     return found
 
 
+def check_pair(builder: str, stage: str, formats: Iterable[str], compute: str) -> None:
+    """Refuse int8 layers within float16 for TensorRT-RTX.
+
+    Its kernels multiply int8 with int8 and store the bare sums in the type around them; the scales
+    are applied by the kernel that follows. At the widths of real layers such sums go beyond the
+    65504 of float16: the plans of compiled engines show it, and no GPU was asked.
+
+    Args:
+        formats: of the stage's layers, as the command line names them.
+        compute: the type of everything else.
+
+    Raises:
+        CompileError: the stage has this pair.
+    """
+    if builder == "tensorrt-rtx" and "int8" in formats and compute == "float16":
+        raise CompileError(
+            f"stage `{stage}`: int8 layers within fp16 overflow: TensorRT-RTX stores their sums, "
+            "before the scales are applied, as fp16, whose largest number is 65504",
+            hint="compile with --compute bf16, whose range is that of float32",
+        )
+
+
 def _instead(missing: Sequence[str], wanted: Iterable[str], name: str) -> str:
     """The option of the next best: 8 bit for 4 and 8, fp16 for bf16, which of a quantised set is
-    what its other weights are in."""
+    what its other weights are in. Where bf16 is missing, the builder is TensorRT: `check_pair`
+    refuses int8 within fp16 for TensorRT-RTX, whose cards all have bf16."""
     there = ARCHITECTURES[name].precisions
     for lacking in (precision for precision in missing if precision in _LESS):
         return "--precision " + next(p for p in _LESS[lacking] if p in there)

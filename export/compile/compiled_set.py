@@ -156,11 +156,13 @@ def _prepare(
     """One engine to compile.
 
     Raises:
-        CompileError: a target lacks a format of its layers, or they cannot be measured.
+        CompileError: a target lacks a format of its layers, they overflow in `compute`, or they
+            cannot be measured.
     """
     graph = graphs.read(source / spec.graph, spec.name)
     formats = sorted(quantized.formats(graph))
     check_targets(builder, architectures, formats)
+    capabilities.check_pair(builder.name, spec.name, formats, compute)
     if measure and formats:
         raise CompileError(
             f"stage `{spec.name}` has {', '.join(formats)} layers: beside them a value rounded "

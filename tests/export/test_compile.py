@@ -133,6 +133,22 @@ def test_quantised_layers_are_not_measured(
         compile_set(small_set, tmp_path / "out", targets=("sm89",), max_images=1, measure=True)
 
 
+def test_int8_within_fp16_is_refused_before_anything_is_compiled(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantized, "formats", lambda graph: {"int8"})
+    monkeypatch.setattr(builders, "compile_graph", None)  # would fail in another way
+    with pytest.raises(CompileError, match="`clip_text`: int8 layers within fp16 overflow"):
+        compile_set(small_set, tmp_path / "out", targets=("sm89",), max_images=1, compute="fp16")
+    mixed = {"precision": "fp16", "layers": {"denoise:*": "int8"}}
+    recipe = alpha_recipe(
+        tmp_path / "rtx", backend="tensorrt-rtx", target=("sm89",), max_images=1, **mixed
+    )
+    with pytest.raises(CompileError, match="`denoise`: int8 layers within fp16 overflow"):
+        build.build(recipe)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_files_that_are_links_of_another_sets_are_read(small_set: Path, tmp_path: Path) -> None:
     """A rebuilt set shares what did not change with the older one."""
     source = shutil.copytree(small_set, tmp_path / "source", copy_function=os.link)
@@ -217,6 +233,8 @@ def test_the_recipes_ask_for_what_their_targets_have(path: Path) -> None:
     if recipe.target:
         formats = ["fp32", recipe.rest, recipe.precision]
         assert capabilities.check(recipe.backend, recipe.target, formats)
+        formats += [*recipe.stages.values(), *recipe.layers.values()]
+        assert recipe.backend != "tensorrt-rtx" or not {"int8", "fp16"} <= {*formats}
         assert Path(recipe.output).name == path.stem
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from bifrost_rt.manifest import Defaults, Range, TensorSpec
 from export.compile import messages
-from export.compile.capabilities import ARCHITECTURES, architecture, check
+from export.compile.capabilities import ARCHITECTURES, architecture, check, check_pair
 from export.compile.profiles import sizes
 from export.errors import CompileError
 
@@ -84,6 +84,22 @@ def test_what_else_a_quantised_set_holds(dtypes: list[str], missing: str, instea
     with pytest.raises(CompileError, match=f"sm75 .* has no {missing} arithmetic") as error:
         check("tensorrt", ["sm75"], dtypes)
     assert instead in str(error.value.hint)
+
+
+def test_sums_of_int8_overflow_float16_on_rtx_alone() -> None:
+    with pytest.raises(CompileError, match=r"`denoise`: int8 .* fp16 overflow.* 65504") as error:
+        check_pair("tensorrt-rtx", "denoise", ["int8", "int4"], "float16")
+    assert "--compute bf16" in str(error.value.hint)
+    for builder, formats, compute in (
+        ("tensorrt-rtx", ["int8"], "bfloat16"),
+        ("tensorrt-rtx", ["int8"], "float32"),
+        ("tensorrt-rtx", ["fp8"], "float16"),
+        ("tensorrt", ["int8"], "float16"),
+    ):
+        check_pair(builder, "denoise", formats, compute)
+    # so what a card without bf16 is offered, int8 within fp16, is never for TensorRT-RTX
+    rtx = [about for about in ARCHITECTURES.values() if "tensorrt-rtx" in about.builders]
+    assert all("bf16" in about.precisions for about in rtx)
 
 
 @pytest.mark.parametrize("target", ["rtx-2080", "jetson-agx-orin", "jetson-agx-thor", "h100"])
