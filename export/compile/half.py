@@ -9,12 +9,15 @@ or follows it elementwise. Float32 stay, because 16 bit would lose range or add 
 - whatever meets a float32 value: modulations, rotary tables, sigmas;
 - transposed convolutions, for which TensorRT-RTX has no bfloat16 kernels;
 - the layers that the engine's definition names (`float32_layers`);
+- the scale of attention, on Q before that is rounded: a parser multiplies Q and K by its root, in
+  their own type, and a bfloat16 of it is off by up to 0.2 %, the logits by twice that;
 - the doors, so that a set has one interface in every precision. The largest of them, the K/V cache
   and the modulations, are less than a hundredth of the weights that the same step reads.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import ml_dtypes
@@ -40,6 +43,7 @@ _MOVES = (
 )
 _FOLLOW = ("Add", "Sub", "Mul", "Div", "Neg", "Relu", "Gelu", "Sigmoid", "Tanh")
 _BOUNDED = ("Sigmoid", "Tanh")
+_REARRANGES = ("Transpose", "Reshape")
 _QUANTIZE = ("QuantizeLinear", "DequantizeLinear", "TRT_FP4DynamicQuantize")
 
 
@@ -75,7 +79,7 @@ class _Converter:
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self.wanted: set[ir.Value] = set()  # read by 16-bit products alone
         self.products: set[ir.Node] = set()
-        self.unshifted: set[ir.Node] = set()
+        self.exact: set[ir.Node] = set()  # scales, applied in float32
 
     def run(self) -> None:
         self.products = {
@@ -83,6 +87,9 @@ class _Converter:
             for node in self.graph
             if node.op_type in _PRODUCTS and _is_float(node.outputs[0]) and not self._kept(node)
         }
+        for node in self.products:
+            if node.op_type == "Attention":
+                self._scale_query(node)
         if self.half == ir.DataType.FLOAT16:
             self._shift_gates()
         for node in reversed(list(self.graph)):
@@ -101,11 +108,31 @@ class _Converter:
         stored = (constant(value) for value in near)
         return any(str(c.name).startswith(self.names) for c in stored if c is not None)
 
+    def _scale_query(self, node: ir.Node) -> None:
+        """Q · scale before what rearranges Q, and a scale of 1."""
+        factor = _attention_scale(node)
+        node.attributes["scale"] = ir.AttrFloat32("scale", 1.0)
+        if factor == 1.0:
+            return
+        user, value = node, node.inputs[0]
+        while (
+            value is not None
+            and (maker := value.producer()) is not None
+            and maker.op_type in _REARRANGES
+            and len(list(value.uses())) == 1
+        ):
+            user, value = maker, maker.inputs[0]
+        assert value is not None
+        scaled = self._scale(value, factor, f"{node.outputs[0].name}.query")
+        user.replace_input_with(0, scaled.outputs[0])
+        self.graph.insert_before(user, scaled)
+        self.exact.add(scaled)
+
     def _shift_gates(self) -> None:
         for node in list(self.products):
             if node.op_type == "MatMul" and _is_gated(node.inputs[0]):
                 self._scale_before(node, 1 / GATE_SHIFT)
-                self.unshifted.add(self._scale_after(node, GATE_SHIFT))
+                self.exact.add(self._scale_after(node, GATE_SHIFT))
 
     def _scale_before(self, node: ir.Node, factor: float) -> None:
         value = node.inputs[0]
@@ -122,8 +149,8 @@ class _Converter:
         self.graph.insert_after(node, scaled)
         return scaled
 
-    def _scale(self, value: ir.Value, factor: float) -> ir.Node:
-        name = f"{value.name}.times_{factor:g}"
+    def _scale(self, value: ir.Value, factor: float, name: str = "") -> ir.Node:
+        name = name or f"{value.name}.times_{factor:g}"
         number = ir.Value(
             name=f"{name}.factor",
             shape=ir.Shape([]),
@@ -178,7 +205,7 @@ class _Converter:
             looked_up = node.op_type == "Gather" and not computed  # embeddings
             rounded = looked_up or all(value.dtype == self.half for value in data)
             return bool(data) and (rounded or self._all_wanted(node))
-        if node.op_type not in _FOLLOW or node in self.unshifted or not computed:
+        if node.op_type not in _FOLLOW or node in self.exact or not computed:
             return False
         summed = node.op_type in ("Add", "Sub") and len(computed) > 1
         gated = self.half == TYPES["float16"] and _is_gated(node.outputs[0])
@@ -262,6 +289,18 @@ def _data(node: ir.Node) -> Iterator[ir.Value]:
     for value in node.inputs[:1] if first_alone else node.inputs:
         if value is not None:
             yield value
+
+
+def _attention_scale(node: ir.Node) -> float:
+    """What an attention multiplies Q·K with: its attribute, or one over the root of the width."""
+    if (given := node.attributes.get("scale")) is not None:
+        return float(given.value)
+    query, heads = node.inputs[0], node.attributes.get("q_num_heads")
+    assert query is not None
+    assert query.shape is not None, query.name
+    width = query.shape[-1]
+    assert isinstance(width, int), query.name
+    return 1 / math.sqrt(width // int(heads.value) if heads is not None else width)
 
 
 def _is_float(value: ir.Value) -> bool:

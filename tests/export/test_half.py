@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from bifrost_rt import Generator, manifest
+from bifrost_rt.manifest import EngineSpec, Precision, TensorSpec
 from export.compile import builder as builders
 from export.compile import error, graphs, half, simulate
 from export.compile.profiles import Sizes
@@ -23,9 +24,11 @@ from export.engine_set import describe_files
 from export.errors import CompileError
 from export.stages.catalog import DEFINITIONS
 from tests.conftest import load_case
+from tests.export import plans
 
 STAGES = ("text_prefill", "visual_decode", "clip_text", "t5_text", "conditioning", "denoise")
 TYPES = ("bfloat16", "float16")
+PLAN = {"bfloat16": "bf16", "float16": "half"}  # as a plan names them
 
 
 def converted(folder: Path, stage: str, compute: str) -> ir.Model:
@@ -105,6 +108,78 @@ def test_products_are_rounded_and_sums_and_doors_are_not(
             assert any(half.constant(value) is not None for value in node.inputs)  # a bias
     ir.save(model, tmp_path / "graph.onnx", external_data="graph.data")
     onnx.checker.check_model(str(tmp_path / "graph.onnx"), full_check=True)
+
+
+@pytest.mark.parametrize("compute", TYPES)
+def test_attention_is_scaled_in_float32_before_q_is_rounded(alpha_set: Path, compute: str) -> None:
+    """A parser would multiply Q and K by the scale's root, rounded to their type."""
+    for stage in (*STAGES[:4], "denoise", "vae_decode"):
+        before = {
+            n.name: n for n in graphs.read(alpha_set / f"{stage}.onnx", stage).graph.all_nodes()
+        }
+        attentions = [n for n in converted(alpha_set, stage, compute).graph if is_attention(n)]
+        assert attentions
+        for node in attentions:
+            assert node.attributes["scale"].value == 1.0
+            asked = before[node.name].attributes.get("scale")
+            query = node.inputs[0]
+            assert query is not None
+            assert query.shape is not None
+            width = query.shape[-1]
+            assert isinstance(width, int)
+            expected = float(asked.value) if asked else width**-0.5
+            while (maker := query.producer()).op_type in ("Transpose", "Reshape"):
+                (query, *_) = maker.inputs
+            if expected == 1.0:  # T5 has none
+                assert maker.op_type != "Cast"
+                continue
+            assert maker.op_type == "Cast"  # of what was scaled
+            scaled = maker.inputs[0].producer()
+            factor = half.constant(scaled.inputs[1])
+            assert (scaled.op_type, scaled.outputs[0].dtype) == ("Mul", half.FLOAT)
+            assert factor.dtype == half.FLOAT
+            assert float(factor.const_value.numpy()) == pytest.approx(expected, rel=1e-7)
+
+
+def is_attention(node: ir.Node) -> bool:
+    return node.op_type == "Attention"
+
+
+@pytest.mark.parametrize("compute", TYPES)
+def test_an_engine_scales_q_alone_and_its_attention_is_one_kernel(compute: str) -> None:
+    """Read from the plan inside it."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    mended, left = head(), head()
+    half.convert(mended, DEFINITIONS["denoise"], compute)
+    half.convert(left, DEFINITIONS["denoise"], compute)
+    (attention,) = [node for node in left.graph if is_attention(node)]
+    del attention.attributes["scale"]  # which leaves the scale to the parser
+    plan, other = (plans.text(engine_of(model)) for model in (mended, left))
+    scaling = [kernel for kernel in plans.kernels(plan) if "Mul" in kernel.name]
+    assert [kernel.reads[0] for kernel in scaling] == ["q.1"]
+    assert set(plans.constants(plan).values()) == {"float"}
+    assert set(plans.constants(other).values()) == {"float", PLAN[compute]}
+    for text in (plan, other):
+        assert len([kernel for kernel in plans.kernels(text) if "mha" in kernel.name]) == 1
+
+
+def head() -> ir.Model:
+    """Attention of FLUX's width."""
+    side = "float[1, 2, 16, 128]"
+    return ir.from_onnx_text(f"""
+        <ir_version: 10, opset_import: ["" : 23]>
+        attend ({side} q, {side} k, {side} v) => ({side} y) {{ y = Attention(q, k, v) }}
+    """)
+
+
+def engine_of(model: ir.Model) -> bytes:
+    doors = [
+        tuple(TensorSpec(str(v.name), "float32", (1, 2, 16, 128)) for v in side)
+        for side in (model.graph.inputs, model.graph.outputs)
+    ]
+    spec = EngineSpec("denoise", "", (), *doors, {}, Precision("", "", ""))
+    builder = builders.find("tensorrt-rtx")
+    return bytes(builders.compile_graph(builder, model, spec, Sizes({}), ("sm89",)).engine)
 
 
 def test_the_layers_that_a_stage_names_stay_float32(alpha_set: Path) -> None:
