@@ -28,7 +28,6 @@ from tests.export import plans
 
 STAGES = ("text_prefill", "visual_decode", "clip_text", "t5_text", "conditioning", "denoise")
 TYPES = ("bfloat16", "float16")
-PLAN = {"bfloat16": "bf16", "float16": "half"}  # as a plan names them
 
 
 def converted(folder: Path, stage: str, compute: str) -> ir.Model:
@@ -149,26 +148,35 @@ def is_attention(node: ir.Node) -> bool:
 def test_an_engine_scales_q_alone_and_its_attention_is_one_kernel(compute: str) -> None:
     """Read from the plan inside it."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    mended, left = head(), head()
-    half.convert(mended, DEFINITIONS["denoise"], compute)
-    half.convert(left, DEFINITIONS["denoise"], compute)
-    (attention,) = [node for node in left.graph if is_attention(node)]
-    del attention.attributes["scale"]  # which leaves the scale to the parser
-    plan, other = (plans.text(engine_of(model)) for model in (mended, left))
-    scaling = [kernel for kernel in plans.kernels(plan) if "Mul" in kernel.name]
-    assert [kernel.reads[0] for kernel in scaling] == ["q.1"]
-    assert set(plans.constants(plan).values()) == {"float"}
-    assert set(plans.constants(other).values()) == {"float", PLAN[compute]}
-    for text in (plan, other):
-        assert len([kernel for kernel in plans.kernels(text) if "mha" in kernel.name]) == 1
+    model = head()
+    half.convert(model, DEFINITIONS["denoise"], compute)
+    engine, other = engine_of(model), engine_of(head(half.TYPES[compute].value))
+    plan = plans.text(engine)
+    (scaling,) = [kernel for kernel in plans.kernels(plan) if "Mul" in kernel.name]
+    assert scaling.reads[0] == "q.1"
+    assert [kernel.name for kernel in plans.kernels(plan) if "mha" in kernel.name]
+    assert list(plans.constants(plan).values()) == ["float"]
+    exact = np.float32(128**-0.5).tobytes()
+    assert exact in engine
+    assert exact not in other  # where the parser scales, the number is a rounded one
 
 
-def head() -> ir.Model:
-    """Attention of FLUX's width."""
+def head(cast: int | None = None) -> ir.Model:
+    """Attention of FLUX's width.
+
+    Args:
+        cast: the type that its inputs are cast to, which leaves its scale to the parser.
+    """
     side = "float[1, 2, 16, 128]"
+    body = "y = Attention(q, k, v)"
+    if cast is not None:
+        casts = (
+            f"{to} = Cast <to={cast}> ({value})" for to, value in zip("abc", "qkv", strict=True)
+        )
+        body = "\n".join((*casts, "d = Attention(a, b, c)", "y = Cast <to=1> (d)"))
     return ir.from_onnx_text(f"""
         <ir_version: 10, opset_import: ["" : 23]>
-        attend ({side} q, {side} k, {side} v) => ({side} y) {{ y = Attention(q, k, v) }}
+        attend ({side} q, {side} k, {side} v) => ({side} y) {{ {body} }}
     """)
 
 
