@@ -81,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights",
         choices=WEIGHTS,
-        help="baked into the engines, or bound at run time; default: bound from 1 GiB an engine",
+        help="baked into the engines, or bound at run time; default: bound from 1 GiB an engine; "
+        "weights of 4 bits are always baked",
     )
     parser.add_argument(
         "--measure",

@@ -19,16 +19,19 @@ from bifrost_rt.manifest import BoundWeight
 Tensor: TypeAlias = ir.ExternalTensor | ir.LazyTensor | ir.Tensor[Any]
 SMALLEST = 1 << 16  # bytes; what is smaller is held by the engine
 ALIGNMENT = 256  # of device memory: the file can be uploaded in one piece
+_FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.FLOAT4E2M1)
 
 
 def bind(model: ir.Model) -> list[Tensor]:
-    """Turn the large constants into inputs of the same names, in place, and return them."""
+    """Turn the large constants into inputs of the same names, in place, and return them. Those of 4
+    bits and their scales stay constants."""
     graph = model.graph
+    stays = _of_four_bits(graph)
     taken: list[Tensor] = []
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
         assert tensor is not None, name
-        if tensor.nbytes >= SMALLEST:
+        if tensor.nbytes >= SMALLEST and value not in stays:
             tensor.name = name
             taken.append(cast(Tensor, tensor))
             del graph.initializers[name]
@@ -36,6 +39,21 @@ def bind(model: ir.Model) -> list[Tensor]:
             value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
             graph.inputs.append(value)
     return taken
+
+
+def _of_four_bits(graph: ir.Graph) -> set[ir.Value]:
+    """Weights of 4 bits and what they are dequantized with."""
+    found: set[ir.Value] = set()
+    for node in graph:
+        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None:
+            if node.inputs[0].dtype not in _FOUR_BITS:
+                continue
+            for value in node.inputs:
+                while value is not None:  # the scale of nvfp4 is dequantized itself
+                    found.add(value)
+                    maker = value.producer()
+                    value = None if maker is None else maker.inputs[0]
+    return found
 
 
 def store(tensors: Sequence[Tensor], path: Path) -> tuple[BoundWeight, ...]:

@@ -60,7 +60,7 @@ def compile_set(
         max_images, max_steps: see `profiles.sizes`.
         compute: "fp32", "fp16" or "bf16"; None follows the set's precision.
         weights: "baked" into the engines or "bound" at run time; None bakes those of engines that
-            hold less than `BOUND_FROM`.
+            hold less than `BOUND_FROM`. Those of 4 bits are always baked: see `bound`.
         measure: whether to compute the 16-bit graphs here, beside the float32 ones, and to refuse
             what differs by more than the engine's `half_tolerance`. Not for sets with quantised
             layers.
@@ -258,10 +258,12 @@ class _Job:
         """
         rewrite(graph, engine, compute)
         held = graphs.weight_bytes(graph)
-        if weights == "bound" or (weights is None and held >= BOUND_FROM):
-            return cls(spec, graph, tuple(bound.bind(graph)))
-        _check_memory(spec.name, held)
-        return cls(spec, graph, ())
+        bind = weights == "bound" or (weights is None and held >= BOUND_FROM)
+        tensors = tuple(bound.bind(graph)) if bind else ()
+        stays = graphs.weight_bytes(graph)
+        if not bind or stays >= BOUND_FROM:  # weights of 4 bits stay in any case
+            _check_memory(spec.name, stays, can_bind=not bind)
+        return cls(spec, graph, tensors)
 
     def run(
         self,
@@ -297,7 +299,7 @@ class _Job:
         return made, built.arithmetic
 
 
-def _check_memory(stage: str, weights: int) -> None:
+def _check_memory(stage: str, weights: int, *, can_bind: bool) -> None:
     """Refuse what the system would kill the process for."""
     needed, available = int(PEAK * weights) + FIXED, residency.available()
     if available is not None and needed > available:
@@ -305,8 +307,8 @@ def _check_memory(stage: str, weights: int) -> None:
             f"stage `{stage}`: compiling its weights into the engine needs about "
             f"{residency.size_text(needed, up=True)} of memory, this machine has "
             f"{residency.size_text(available)} available",
-            hint="leave them out with --weights bound, free memory, or compile on a larger "
-            "machine: it needs no GPU",
+            hint=("leave them out with --weights bound, " if can_bind else "")
+            + "free memory, or compile on a larger machine: it needs no GPU",
         )
 
 

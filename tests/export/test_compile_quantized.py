@@ -13,12 +13,14 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
+from bifrost_rt import residency
 from bifrost_rt.manifest import EngineSpec, Precision, TensorSpec
-from export.compile import bound, capabilities, graphs, half, quantized
+from export.compile import bound, capabilities, compiled_set, graphs, half, quantized
 from export.compile import builder as builders
 from export.compile.profiles import Sizes
 from export.errors import CompileError
 from export.stages.catalog import DEFINITIONS
+from tests.export import plans
 from tests.export.quantize.test_graphs import built
 
 K, N = 64, 128
@@ -195,11 +197,51 @@ def test_layers_compile_as_a_build_writes_them(form: str, tmp_path: Path) -> Non
     assert found.weights[DTYPES[form]] >= 512 * 96 * (0.5 if "4" in form else 1)
 
 
-@pytest.mark.parametrize("form", list(DTYPES))
-def test_quantised_weights_can_be_bound(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_weights_of_8_bits_can_be_bound(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     monkeypatch.setattr(bound, "SMALLEST", 1024)
-    assert compiled(form, "sm120", bind=True).arithmetic.stored == DTYPES[form]
+    built = compiled(form, "sm120", bind=True)
+    assert built.arithmetic.stored == DTYPES[form]
+    assert touched(built.engine, "codes") == []
+
+
+@pytest.mark.parametrize("form", ["nvfp4", "int4"])
+def test_weights_of_4_bits_stay_in_the_engine(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bound, they would be laid out or unpacked anew at every step: the plan says so."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    monkeypatch.setattr(bound, "SMALLEST", 64)
+    model = Layer(form).model
+    quantized.rewrite(model)
+    half.convert(model, DEFINITIONS["denoise"], "bfloat16")
+    assert [tensor.name for tensor in bound.bind(model)] == ["bias.bfloat16"]
+    built = compiled(form, "sm120", bind=True)
+    assert built.arithmetic.stored == DTYPES[form]
+    assert touched(built.engine, "codes") == []
+    monkeypatch.setattr(bound, "_FOUR_BITS", ())
+    assert touched(compiled(form, "sm120", bind=True).engine, "codes") != []
+
+
+def test_memory_for_weights_that_cannot_be_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_set, "BOUND_FROM", 1024)
+    monkeypatch.setattr(residency, "available", lambda: 1000)
+    monkeypatch.setattr(bound, "SMALLEST", 64)
+    for asked in (None, "bound"):
+        with pytest.raises(CompileError, match="`denoise`: compiling its weights") as error:
+            compiled_set._Job.prepare(
+                Layer("nvfp4").model, SPEC, DEFINITIONS["denoise"], "bfloat16", asked
+            )
+        assert str(error.value.hint).startswith("free memory, or compile on a larger machine")
+        assert compiled_set._Job.prepare(
+            Layer("int8").model, SPEC, DEFINITIONS["denoise"], "bfloat16", asked
+        ).weights
+
+
+def touched(engine: Any, weight: str) -> list[str]:
+    """The kernels of an engine, products apart, that read a weight."""
+    found = plans.kernels(plans.text(bytes(engine)))
+    assert found
+    return [k.name for k in found if any(name.startswith(weight) for name in k.reads)]
 
 
 RTX = [name for name, about in capabilities.ARCHITECTURES.items() if RTX_BUILDER in about.builders]
