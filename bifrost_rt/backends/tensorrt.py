@@ -239,6 +239,11 @@ class TensorRt:
         if not context.execute_async_v3(self._device.stream):
             raise BackendError(f"{self.name} could not run the engine: {_why(self._log)}")
 
+    def warnings(self) -> list[str]:
+        """What the library has warned of since the last call."""
+        found: list[str] = self._log.take_warnings()
+        return found
+
     def wait(self) -> None:
         """Until everything that was queued is done."""
         self._device.wait()

@@ -2,20 +2,21 @@
 
 A step of a loop is queued and not waited for; the host runs ahead until somebody reads a result.
 Its work is recorded once and replayed, by the library where it can do that itself, else by
-recording the stream. The first step of an opened engine is run both ways: where the results are not
-the same, the steps are queued kernel by kernel, and the driver keeps the reason.
+recording the stream. The first step of either context is run both ways: where the results are not
+the same, or the library warns that it could not record, the steps are queued kernel by kernel, and
+the driver keeps the reason.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bifrost_rt.backends.base import Buffer, check_bindings
 from bifrost_rt.backends.cuda import DeviceBuffer
@@ -24,6 +25,9 @@ from bifrost_rt.manifest import EngineSpec, Range
 
 if TYPE_CHECKING:
     from bifrost_rt.backends.tensorrt import TensorRt
+
+# TensorRT-RTX sets things up in a context's first run, records in the second, and replays then.
+RUNS = 3
 
 
 class NoContext(BackendError):
@@ -63,7 +67,6 @@ class TensorRtEngine:
         )
         self._loop = bool(spec.carry)
         self._graphs = self._loop and driver.graphs
-        self._checked = not self._graphs
         self._calls = 0
         self._slots = [_Slot(self._context())]
 
@@ -99,8 +102,8 @@ class TensorRtEngine:
 
     def step(self, call: Call) -> None:
         """One step of a loop."""
-        if not self._checked:
-            self._checked = True
+        if self._graphs and not call.slot.checked:
+            call.slot.checked = True
             if reason := self._check(call):
                 self._give_up(call, reason)
         elif self._graphs and not self.driver.library_graphs:
@@ -109,10 +112,12 @@ class TensorRtEngine:
             call.run()
 
     def _check(self, call: Call) -> str | None:
-        """Why this engine's steps cannot be replayed, or None: its outputs are then those of a
+        """Why this context's steps cannot be replayed, or None: its outputs are then those of a
         replay. A step reads other buffers than it writes, so it can be run again."""
+        own = self.driver.library_graphs
+        self.driver.warnings()  # older ones are of something else
         try:
-            if self.driver.library_graphs:
+            if own:
                 eager = Call(self, _Slot(self._context(graph=False)), call.inputs, call.outputs)
                 eager.run()
             else:
@@ -120,15 +125,19 @@ class TensorRtEngine:
                     return "the library says that it cannot be recorded"
                 call.run()
             expected = call.read()
-            for _ in range(2):  # the library records in the first run and replays in the second
+            same = True
+            for _ in range(RUNS):
                 call.wipe()
-                call.run() if self.driver.library_graphs else call.replay()
-            found = call.read()
+                call.run() if own else call.replay()
+                same &= call.read() == expected
         except BackendError as error:
-            return error.message
-        if all(a.tobytes() == b.tobytes() for a, b in zip(expected, found, strict=True)):
-            return None
-        return "its first replay differs from the eager run"
+            return _with_warnings(error.message, self.driver.warnings())
+        warnings = self.driver.warnings()
+        if not same:
+            return _with_warnings("its first replay differs from the eager run", warnings)
+        if own and any(_of_graphs(warning) for warning in warnings):
+            return _with_warnings("the library could not record it", warnings)
+        return None
 
     def _give_up(self, call: Call, reason: str) -> None:
         self._graphs = False
@@ -149,11 +158,24 @@ class TensorRtEngine:
         self._weights = Weights({})
 
 
+def _of_graphs(warning: str) -> bool:
+    return re.search(r"(?i)graph|captur", warning) is not None
+
+
+def _with_warnings(reason: str, warnings: list[str]) -> str:
+    """The reason, and the first of what was logged beside it, of graphs if there is such."""
+    if not warnings:
+        return reason
+    first = min(warnings, key=lambda warning: not _of_graphs(warning))
+    return f"{reason} (the library warned: {' '.join(first.split())[:400]})"
+
+
 class _Slot:
     """A context and the call whose shapes and addresses it has."""
 
     def __init__(self, context: Any) -> None:
         self.context = context
+        self.checked = False  # whether a replay was compared
         self._owner: weakref.ref[Call] | None = None
 
     @property
@@ -234,9 +256,9 @@ class Call:
         """The context is another's now, and with it what was recorded."""
         self._graph, self._warm = None, False
 
-    def read(self) -> list[NDArray[Any]]:
-        """The outputs, in host memory."""
-        return [self._driver.download(buffer) for buffer in self.outputs.values()]
+    def read(self) -> list[bytes]:
+        """The outputs, bit by bit."""
+        return [self._driver.download(buffer).tobytes() for buffer in self.outputs.values()]
 
     def wipe(self) -> None:
         """Overwrite the outputs, so that what is read next was written since."""

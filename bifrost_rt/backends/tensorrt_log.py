@@ -1,19 +1,24 @@
 """The one logger of a process.
 
 TensorRT keeps the first logger that it is given for everything that follows, so builder, parser and
-runtime share this one. It says nothing; it collects what went wrong, for whoever raises the error.
+runtime share this one. It says nothing; it collects what went wrong, for whoever raises the error,
+and what was warned of: a graph that cannot be recorded is no error to the library.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+from collections import deque
 from typing import Any
+
+WARNINGS = 100  # that are kept: nobody may ask for them
 
 
 @functools.cache
 def logger(module: str) -> Any:
-    """The logger for `tensorrt` or `tensorrt_rtx`: an ILogger with `take()`."""
+    """The logger for `tensorrt` or `tensorrt_rtx`: an ILogger with `take()` and
+    `take_warnings()`."""
     library: Any = importlib.import_module(module)
     grave = (library.ILogger.INTERNAL_ERROR, library.ILogger.ERROR)
 
@@ -21,14 +26,23 @@ def logger(module: str) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self._errors: list[str] = []
+            self._warnings: deque[str] = deque(maxlen=WARNINGS)
 
         def log(self, severity: Any, message: str) -> None:
             if severity in grave:
                 self._errors.append(message)
+            elif severity == library.ILogger.WARNING:
+                self._warnings.append(message)
 
         def take(self) -> list[str]:
             """The errors since the last call."""
             errors, self._errors = self._errors, []
             return errors
+
+        def take_warnings(self) -> list[str]:
+            """The warnings since the last call, at most the last `WARNINGS`."""
+            warnings = list(self._warnings)
+            self._warnings.clear()
+            return warnings
 
     return Logger()
