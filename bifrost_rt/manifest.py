@@ -204,8 +204,19 @@ class File:
 
 
 @dataclass(frozen=True)
+class Deviation:
+    """How far one picture is from another: the peak signal to noise ratio in dB, and the mean
+    difference of a pixel's channel, of 255."""
+
+    psnr: float
+    mean: float
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """An engine set. `files` lists every file beside the manifest."""
+    """An engine set. `files` lists every file beside the manifest. `selftest` is how far the
+    self-test's picture was from the builder's when the engines were simulated on a CPU, where
+    they were."""
 
     format: int
     name: str
@@ -219,6 +230,7 @@ class Manifest:
     engines: tuple[EngineSpec, ...]
     files: dict[str, File]
     calibration: Calibration | None = None
+    selftest: Deviation | None = None
 
     def engine(self, name: str) -> EngineSpec:
         """The engine called `name`.
@@ -237,8 +249,9 @@ class Manifest:
         for engine in data["engines"]:
             if engine["compiled"] is None:
                 del engine["compiled"]
-        if data["calibration"] is None:
-            del data["calibration"]
+        for optional in ("calibration", "selftest"):
+            if data[optional] is None:
+                del data[optional]
         return _render(data, hashlib.sha256(_render(data, None)).hexdigest())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 
 from bifrost_rt.errors import EngineSetError
 from bifrost_rt.generator import Generator
+from bifrost_rt.manifest import Deviation, Manifest
 
 PICTURE = "selftest.png"
 # Guided, so that both branches of the MLLM take part; few steps, so that it is soon over.
@@ -20,13 +23,57 @@ REQUEST: dict[str, Any] = {
     "cfg_weight": 2.0,
     "num_inference_steps": 2,
 }
-# Another processor or backend rounds differently; a wrong engine differs by far more.
+# Another processor or backend rounds differently; a wrong float32 engine differs by far more.
 TOLERANCE = 2
-# Where activations are rounded, the smallest difference moves some value to the next step, and all
-# behind it. Measured in the mean of a picture, with random weights in int8, all exact: 2.2 of 255
-# between AVX-512 and AVX2, 1.2 between onnxruntime and OpenVINO. No bound on a single value holds.
-ROUNDED = {"int8", "fp8", "nvfp4"}
-TOLERANCE_IN_THE_MEAN = 8
+# What one type of products may do to the picture: some 10 dB below what simulating engines as they
+# are compiled, on a CPU, showed against the graphs that drew it, and means that fit. The model in
+# the box: float16 67.8 dB, bfloat16 59.9, and beside bfloat16 int8 49.8, fp8 43.4, nvfp4 32.1; its
+# picture from another seed has 28 to 30 dB, so for nvfp4 the two cannot be told apart. Where
+# activations are rounded, random weights are worse: in int8, exact on both sides, 2.2 of 255 in the
+# mean between AVX-512 and AVX2, 1.2 between onnxruntime and OpenVINO.
+BOUNDS = {
+    "float32": Deviation(math.inf, 0.0),  # `TOLERANCE` alone
+    "float16": Deviation(55.0, 0.3),
+    "bfloat16": Deviation(47.0, 1.0),
+    "int8": Deviation(33.0, 5.0),
+    "float8_e4m3fn": Deviation(33.0, 5.0),
+    "float4_e2m1fn": Deviation(29.0, 8.0),
+}
+# Formats of layers whose activations are rounded, beside what most products compute in.
+_ROUNDED = {"int8": "int8", "fp8": "float8_e4m3fn", "nvfp4": "float4_e2m1fn"}
+MARGIN = 4  # over a deviation that was simulated for the very set
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far a picture is from the builder's, and how far it may be.
+
+    Attributes:
+        largest: of a pixel's channel, of 255.
+        found: the whole picture's deviation.
+        allowed: the bound on it.
+        why: where the bound comes from.
+    """
+
+    largest: int
+    found: Deviation
+    allowed: Deviation
+    why: str
+
+    @property
+    def passes(self) -> bool:
+        """A few levels are always allowed: a picture may show little else than rounding."""
+        return self.largest <= TOLERANCE or (
+            self.found.psnr >= self.allowed.psnr and self.found.mean <= self.allowed.mean
+        )
+
+    def __str__(self) -> str:
+        found, allowed = self.found, self.allowed
+        bound = f"allowed {TOLERANCE}"
+        if math.isfinite(allowed.psnr):
+            bound += f", or {allowed.psnr:.1f} dB and {allowed.mean:.2g} in the mean: {self.why}"
+        said = "no noise" if math.isinf(found.psnr) else f"{found.psnr:.1f} dB"
+        return f"{self.largest} of 255 ({said}, {found.mean:.2g} in the mean; {bound})"
 
 
 def draw(generator: Generator) -> NDArray[np.uint8]:
@@ -35,32 +82,57 @@ def draw(generator: Generator) -> NDArray[np.uint8]:
     return image
 
 
-def check(generator: Generator) -> int:
-    """Draw and compare with the builder's picture.
-
-    Returns:
-        The largest difference of a pixel's channel: at most `TOLERANCE`, or in a set whose
-        activations are rounded, one that is at most `TOLERANCE_IN_THE_MEAN` in the mean.
+def expected(generator: Generator) -> NDArray[np.uint8]:
+    """The builder's picture, uint8 [H, W, 3].
 
     Raises:
-        EngineSetError: the set has no such picture, or this machine draws another.
+        EngineSetError: the set has none.
     """
     path = generator.path / PICTURE
     if not path.is_file():
         raise EngineSetError(f"{path}: the set has no self-test picture", hint="rebuild the set")
     with Image.open(path) as picture:
-        expected = np.asarray(picture.convert("RGB"))
+        return np.asarray(picture.convert("RGB"))
+
+
+def deviation(found: NDArray[np.uint8], other: NDArray[np.uint8]) -> Deviation:
+    """Of two pictures."""
+    apart = found.astype(np.float64) - other
+    noise = float(np.mean(apart**2))
+    psnr = 10 * math.log10(255**2 / noise) if noise else math.inf
+    return Deviation(psnr, float(np.mean(np.abs(apart))))
+
+
+def allowed(manifest: Manifest) -> tuple[Deviation, str]:
+    """How far a set's picture may be from the builder's, and where that comes from: what was
+    simulated when it was compiled, where that is known, else the loosest of `BOUNDS` that its
+    engines compute in."""
+    if (known := manifest.selftest) is not None:
+        bound = Deviation(known.psnr - 20 * math.log10(MARGIN), known.mean * MARGIN)
+        return bound, f"{MARGIN} times what was simulated when the set was compiled"
+    types = {spec.precision.compute for spec in manifest.engines} & BOUNDS.keys()
+    formats = {form for spec in manifest.engines for form in spec.precision.layers}
+    types |= {dtype for form, dtype in _ROUNDED.items() if form in formats}
+    loosest = min(types, key=lambda dtype: BOUNDS[dtype].psnr, default="float32")
+    return BOUNDS[loosest], f"the bound for {loosest}"
+
+
+def check(generator: Generator) -> Outcome:
+    """Draw and compare with the builder's picture.
+
+    Raises:
+        EngineSetError: the set has no such picture, or this machine draws another.
+    """
+    wanted = expected(generator)
     found = draw(generator)
-    apart = np.abs(found.astype(int) - expected)
-    difference, mean = int(apart.max()), float(apart.mean())
-    rounded = any(ROUNDED & spec.precision.layers.keys() for spec in generator.manifest.engines)
-    wrong, allowed = f"{difference} of 255", f"{TOLERANCE}"
-    if rounded:
-        wrong, allowed = f"{mean:.1f} of 255 in the mean", f"{TOLERANCE_IN_THE_MEAN}"
-    if mean > TOLERANCE_IN_THE_MEAN if rounded else difference > TOLERANCE:
+    outcome = Outcome(
+        int(np.abs(found.astype(int) - wanted).max()),
+        deviation(found, wanted),
+        *allowed(generator.manifest),
+    )
+    if not outcome.passes:
         raise EngineSetError(
-            f"{generator.path}: the self-test's picture differs by {wrong} from {PICTURE}, "
-            f"allowed {allowed}",
+            f"{generator.path}: the self-test's picture differs from {PICTURE} by {outcome}",
             hint="the backend computes something else here; try another with --backend",
         )
-    return difference
+    return outcome

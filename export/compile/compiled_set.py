@@ -16,7 +16,7 @@ from bifrost_rt import manifest as manifests
 from bifrost_rt import opened, pipeline, residency
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.tensorrt_log import logger
-from bifrost_rt.manifest import Compiled, EngineSpec
+from bifrost_rt.manifest import Compiled, Deviation, EngineSpec
 from export import extras
 from export.compile import bound, capabilities, graphs, half, messages, quantized
 from export.compile import builder as builders
@@ -62,8 +62,8 @@ def compile_set(
         weights: "baked" into the engines or "bound" at run time; None bakes those of engines that
             hold less than `BOUND_FROM`. Those of 4 bits are always baked: see `bound`.
         measure: whether to compute the 16-bit graphs here, beside the float32 ones, and to refuse
-            what differs by more than the engine's `half_tolerance`. Not for sets with quantised
-            layers.
+            what differs by more than the engine's `half_tolerance`; the set keeps how far its
+            self-test's picture may then be from the builder's. Not for sets with quantised layers.
         definitions: of the set's engines, by name.
         generate: what runs the engines, to measure them.
 
@@ -104,12 +104,13 @@ def compile_set(
             for spec in manifest.engines
         ]
         errors: dict[str, dict[str, Any]] = {}
+        deviation: Deviation | None = None
         if measure:
             with extras.needed("export"):  # torch, which compiling does not need
                 from export.compile import error
 
             say("computing the 16-bit graphs beside the float32 ones")
-            errors = error.measure(source, manifest, types, definitions, generate)
+            errors, deviation = error.measure(source, manifest, types, definitions, generate)
         for name in manifest.files.keys() - used:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)
@@ -137,6 +138,7 @@ def compile_set(
             dimensions=bounds.ranges(),
             engines=tuple(compiled),
             files=describe_files(folder),
+            selftest=deviation,
         )
         (folder / manifests.FILENAME).write_bytes(new.dumps())
         assert manifests.read(folder) == new

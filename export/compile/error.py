@@ -6,6 +6,7 @@ The float32 graphs were compared with torch when the set was built, so they stan
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,14 +16,18 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from bifrost_rt import backends, pipeline
+from bifrost_rt import Generator, backends, pipeline, selftest
+from bifrost_rt import manifest as manifests
 from bifrost_rt.backends.base import Backend, output_shape, symbol_sizes
-from bifrost_rt.manifest import EngineSpec, Manifest
+from bifrost_rt.manifest import Deviation, EngineSpec, Manifest
 from export import parity
 from export.compile import graphs, half, simulate
+from export.engine_set import describe_files
 from export.errors import CompileError, ParityError
 from export.stages import Definition, Stage
 from export.stages.catalog import DEFINITIONS
+
+MOST_PSNR = 100.0  # of pictures that are the same: JSON has no infinity
 
 
 def measure(
@@ -31,7 +36,7 @@ def measure(
     types: Mapping[str, str],
     definitions: Mapping[str, Definition] = DEFINITIONS,
     generate: pipeline.Generate = pipeline.generate,
-) -> dict[str, dict[str, Any]]:
+) -> tuple[dict[str, dict[str, Any]], Deviation | None]:
     """Compare a set with itself in 16 bit.
 
     Args:
@@ -40,7 +45,8 @@ def measure(
         generate: what runs the engines.
 
     Returns:
-        Per stage in 16 bit: max_error, largest_value, tolerance, calls; as `parity.compare`.
+        Per stage in 16 bit: max_error, largest_value, tolerance, calls; as `parity.compare`. And
+        how far the self-test's picture is from the builder's, where `generate` is the product's.
 
     Raises:
         CompileError: a stage differs by more than its `half_tolerance` allows, or overflows.
@@ -66,7 +72,23 @@ def measure(
                 hint="compile with --compute bf16, whose range is that of float32, or --compute "
                 "fp32",
             ) from error
-    return {name: record for name, record in found.items() if types[name] != "float32"}
+        product = generate is pipeline.generate  # what a generator runs
+        deviation = _picture(source, folder, manifest, driver) if product else None
+    return {n: record for n, record in found.items() if types[n] != "float32"}, deviation
+
+
+def _picture(source: Path, folder: Path, manifest: Manifest, driver: Backend) -> Deviation:
+    """The self-test through the simulated engines of `folder`, against the set's own picture."""
+    engines = tuple(
+        dataclasses.replace(spec, files=(spec.graph, f"{spec.name}.simulated"))
+        for spec in manifest.engines
+    )
+    shutil.copyfile(source / selftest.PICTURE, folder / selftest.PICTURE)
+    there = dataclasses.replace(manifest, engines=engines, files=describe_files(folder))
+    (folder / manifests.FILENAME).write_bytes(there.dumps())
+    with Generator(folder, backend=driver) as generator:
+        found = selftest.deviation(selftest.draw(generator), selftest.expected(generator))
+    return Deviation(min(found.psnr, MOST_PSNR), found.mean)
 
 
 def simulated(
