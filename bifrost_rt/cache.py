@@ -11,10 +11,11 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 VARIABLE = "BIFROST_CACHE"
+OFF = "BIFROST_NO_CACHE"  # set to anything: what runs a set neither reads nor writes here
 UNUSED_SECONDS = 30 * 24 * 3600  # a file that nobody has read for so long is deleted
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -34,6 +35,25 @@ def folder(environment: Mapping[str, str] | None = None, platform: str = sys.pla
     else:
         base = found.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "bifrost-rt"
+
+
+def off() -> bool:
+    """Whether this process was told to run without what earlier ones kept."""
+    return bool(os.environ.get(OFF))
+
+
+@contextlib.contextmanager
+def switched_off() -> Iterator[None]:
+    """Run without it, and so do the processes that are started meanwhile."""
+    before = os.environ.get(OFF)
+    os.environ[OFF] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[OFF]
+        else:
+            os.environ[OFF] = before
 
 
 def read(kind: str, key: str) -> bytes | None:

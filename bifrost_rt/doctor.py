@@ -61,7 +61,7 @@ def report(here: Processor | None = None) -> str:
         else:
             lines.append(f"  {name:16} yes, version {_version(driver.library)}")
     lines += ["", "the default model's set", f"  {_default_set()}"]
-    lines += ["", "what builds keep, safe to delete", f"  {_cache()}"]
+    lines += ["", "what builds and TensorRT-RTX keep, safe to delete", f"  {_cache()}"]
     for title, (packages, extra) in TASKS.items():
         lines += ["", title, f"  {_task(packages, extra)}"]
     return "\n".join(lines)

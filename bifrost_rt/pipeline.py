@@ -27,6 +27,8 @@ from bifrost_rt.numerics import Checks
 from bifrost_rt.request import Request
 from bifrost_rt.text import Tokenizers
 
+SHORTEST = 32  # tokens that a text is padded to for compiled engines
+
 StepEnd = Callable[[str, int, float | None, Loop], None]
 
 
@@ -73,7 +75,7 @@ def generate(
 
     # 1-3  Prompt -> CLIP latents, unless they were made before.
     if request.tokens is None:
-        tokens = _decode(engines, tokenizers, request, timings, checks, on_step_end)
+        tokens = _decode(engines, tokenizers, manifest, request, timings, checks, on_step_end)
     else:
         tokens = engines.put("conditioning", tokens=request.tokens)["tokens"]
     final_tokens = down(tokens).copy()
@@ -172,6 +174,7 @@ def sizes(manifest: Manifest, request: Request) -> residency.Sizes:
 def _decode(
     engines: Engines,
     tokenizers: Tokenizers,
+    manifest: Manifest,
     request: Request,
     timings: dict[str, float],
     checks: Checks,
@@ -191,7 +194,11 @@ def _decode(
     # 2  Text -> keys and values of every layer, and the all-masked start of the visual tokens.
     prefill = engines.run(
         "text_prefill",
-        engines.put("text_prefill", input_ids=_right_padded(ids), text_index=text_index),
+        engines.put(
+            "text_prefill",
+            input_ids=_right_padded(ids, text_width(manifest, int(lengths.max()))),
+            text_index=text_index,
+        ),
         timings,
     )
     tokens = prefill.pop("tokens")
@@ -227,10 +234,24 @@ def _decode(
     return tokens
 
 
-def _right_padded(ids: list[list[int]]) -> NDArray[np.int64]:
-    """[U, S]. Padding stands behind the text, where causal attention never sees it; its value does
-    not matter."""
-    padded = np.zeros((len(ids), max(map(len, ids))), np.int64)
+def text_width(manifest: Manifest, longest: int) -> int:
+    """How many tokens the texts of a run are padded to, of which the longest has `longest`.
+
+    Graphs take any length. A compiled engine compiles kernels for every new one, so there it is one
+    of a few: powers of two from `SHORTEST`, up to what the set takes.
+    """
+    compiled = any(spec.compiled is not None for spec in manifest.engines)
+    if not compiled:
+        return longest
+    bucket = max(SHORTEST, 1 << (longest - 1).bit_length())
+    most = manifest.dimensions["text_tokens"].max
+    return bucket if most is None else max(longest, min(bucket, most))
+
+
+def _right_padded(ids: list[list[int]], width: int) -> NDArray[np.int64]:
+    """[U, S]. Padding stands behind the text, where causal attention never sees it, and the visual
+    tokens see `text_length` of it; its value does not matter."""
+    padded = np.zeros((len(ids), width), np.int64)
     for row, values in zip(padded, ids, strict=True):
         row[: len(values)] = values
     return padded

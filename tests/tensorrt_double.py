@@ -201,7 +201,37 @@ KINDS = {
 }
 
 
+class RuntimeCache:
+    """Holds the names of the graphs that a context was made of."""
+
+    def __init__(self, version: str) -> None:
+        self._version = version
+        self.kernels: set[str] = set()
+
+    def deserialize(self, blob: bytes) -> bool:
+        version, *kernels = bytes(blob).decode().split("\n")
+        if version != self._version:
+            return False
+        self.kernels = set(kernels)
+        return True
+
+    def serialize(self) -> memoryview:
+        return memoryview("\n".join((self._version, *sorted(self.kernels))).encode())
+
+
 class RuntimeConfig:
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self.cache: RuntimeCache | None = None
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        self._library.caches.append(RuntimeCache(self._library.__version__))
+        return self._library.caches[-1]
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
+        return True
+
     cuda_graph_strategy = "none"
     dynamic_shapes_kernel_specialization_strategy = "lazy"
     strategy = "static"
@@ -224,13 +254,18 @@ class Engine:
         return "host" if name in self._library.on_host else "device"
 
     def create_runtime_config(self) -> RuntimeConfig:
-        return RuntimeConfig()
+        return RuntimeConfig(self._library)
 
     def create_execution_context(self, runtime_config: Any) -> Context | None:
         graph = False
         if isinstance(runtime_config, RuntimeConfig):
             graph = runtime_config.cuda_graph_strategy == "whole"
             assert runtime_config.dynamic_shapes_kernel_specialization_strategy == "eager"
+            assert runtime_config.cache is not None
+            kernels, name = runtime_config.cache.kernels, Path(self._about["graph"]).stem
+            if name not in kernels:
+                self._library.compiled.append(name)
+                kernels.add(name)
             runtime_config = runtime_config.strategy
         assert runtime_config == "user"
         if self._library.full:
@@ -266,6 +301,8 @@ class Library:
             self.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
         self.capturable = True
         self.contexts: list[Context] = []
+        self.caches: list[RuntimeCache] = []
+        self.compiled: list[str] = []  # graphs whose kernels were in no cache
         self.on_host: tuple[str, ...] = ()
         self.accepts = self.runs = True
         self.full = False

@@ -53,6 +53,20 @@ def find(load: Callable[[str], Any] = ctypes.CDLL) -> Gpu | str:
     return Gpu(name.value.decode(errors="replace"), f"sm{major.value}{minor.value}")
 
 
+def driver_version(load: Callable[[str], Any] = ctypes.CDLL) -> str:
+    """The CUDA release that the driver goes up to, as it numbers it (13000); "" without a driver.
+
+    Args:
+        load: opens a shared library; a test passes its own.
+    """
+    version = ctypes.c_int()
+    try:
+        code = load(LIBRARY).cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return ""
+    return "" if code else str(version.value)
+
+
 def free_bytes(load: Callable[[str], Any] = ctypes.CDLL) -> int | None:
     """Memory of the GPU that nobody has taken; None without a GPU.
 

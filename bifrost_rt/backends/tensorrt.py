@@ -22,6 +22,7 @@ from numpy.typing import DTypeLike, NDArray
 from bifrost_rt.backends import gpu, tensorrt_log
 from bifrost_rt.backends.base import Buffer
 from bifrost_rt.backends.cuda import Cuda, Device, DeviceBuffer
+from bifrost_rt.backends.kernels import Kernels
 from bifrost_rt.backends.tensorrt_engine import NoContext, TensorRtEngine, Weights, on_device
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import Compiled, EngineSpec, Range
@@ -101,14 +102,18 @@ class TensorRt:
             self._log = library.logger
         if reason := too_old(self.name, str(library.__version__)):
             raise BackendError(f"backend {self.name!r}: {reason[0]}", hint=reason[1])
+        name = str(architecture)
         if architecture is None:
             found = gpu.find()
             if isinstance(found, str):
                 raise BackendError(f"backend {self.name!r} is not available: {found}")
-            architecture = found.architecture
+            name, architecture = found.name, found.architecture
         self._library, self._architecture = library, architecture
         self._device: Device = Cuda() if device is None else device
         self._runtime = library.Runtime(self._log)
+        version = str(library.__version__)
+        self._kernels = Kernels((name, architecture, self.name, version, gpu.driver_version()))
+        self._opened = 0
         self.graphs = graphs
         self.eager: dict[str, str] = {}
 
@@ -144,9 +149,17 @@ class TensorRt:
         self._check_door(path, spec, engine)
         try:
             weights = self._upload(folder, spec.compiled)
-            return TensorRtEngine(self, spec, dimensions, engine, weights)
+            made = TensorRtEngine(self, spec, dimensions, engine, weights)
         except NoContext:
             raise self._cannot_load(path) from None
+        self._opened += 1
+        return made
+
+    def closed(self) -> None:
+        """An engine was: after the last one, what was compiled for them is kept."""
+        self._opened -= 1
+        if not self._opened:
+            self._kernels.keep()
 
     def _cannot_load(self, path: Path) -> BackendError:
         return BackendError(
@@ -188,6 +201,7 @@ class TensorRt:
         # would take over in the middle of a loop, and one seed would not give one picture
         strategies = self._library.DynamicShapesKernelSpecializationStrategy
         config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        self._kernels.use(config)
         if graph:
             config.cuda_graph_strategy = self._library.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         return engine.create_execution_context(config)

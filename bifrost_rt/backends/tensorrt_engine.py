@@ -151,11 +151,14 @@ class TensorRtEngine:
 
     def close(self) -> None:
         """Drop the contexts and the engine with its weights."""
+        if self._engine is None:
+            return
         self.driver.wait()  # what was queued still uses them
         for slot in self._slots:
             slot.renew(None)
         self._engine = self._scratch = None
         self._weights = Weights({})
+        self.driver.closed()
 
 
 def _of_graphs(warning: str) -> bool:

@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check a set: hashes, engines, a test picture")
     verify.add_argument("engines", metavar="DIR", help="the engine set")
     verify.add_argument("--backend", metavar="NAME", help="default: the fastest that is installed")
+    _no_cache(verify)
 
     commands.add_parser("doctor", help="say what this machine can run, and why not the rest")
     _serve(commands.add_parser("serve", help="serve pictures over HTTP, with a page"))
@@ -135,6 +136,15 @@ def _runs_a_set(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--backend", metavar="NAME", help="default: the fastest that is installed")
     add("--memory-budget", metavar="SIZE", help="for engines, like 8GiB; default: what is free")
+    _no_cache(command)
+
+
+def _no_cache(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="neither use nor keep kernels that TensorRT-RTX compiled on this machine",
+    )
 
 
 def size(text: str) -> tuple[int, int]:

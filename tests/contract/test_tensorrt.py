@@ -20,9 +20,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from bifrost_rt import Generator, manifest
+from bifrost_rt import Generator, cache, manifest
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.cuda import Cuda
+from bifrost_rt.backends.kernels import Kernels
 from bifrost_rt.backends.tensorrt import TensorRt, TensorRtRtx, refusal, too_old
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import Compiled, Manifest
@@ -55,6 +56,13 @@ def compiled_set(alpha_set: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     )
     (folder / manifest.FILENAME).write_bytes(made.dumps())
     return folder
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder."""
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "kept"))
+    return tmp_path / "kept"
 
 
 @pytest.fixture
@@ -220,6 +228,64 @@ def test_the_second_context_is_checked_as_the_first_is(compiled_set: Path) -> No
         result = generator.run(**case.request(), output_type="np")
     assert driver.eager == {"denoise": "its first replay differs from the eager run"}
     assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
+
+
+STAGES = (*("text_prefill", "visual_decode", "clip_text", "t5_text"), "conditioning", "denoise")
+
+
+def one_picture(folder: Path, version: str = COMPILED.version, budget: str | None = None) -> Any:
+    """Draw with a new driver, and return its library."""
+    library = double.Library(double.HostDevice())
+    library.__version__ = version  # type: ignore[misc]
+    with Generator(folder, backend=driver_on(library), memory_budget=budget) as generator:
+        generator.run(**SHORT, decoding_steps=2, num_inference_steps=1)
+        assert len(library.caches) == 1  # all contexts share it
+    return library
+
+
+def test_kernels_are_compiled_once_and_kept_for_the_next_process(
+    compiled_set: Path, kept: Path
+) -> None:
+    assert sorted(one_picture(compiled_set).compiled) == sorted((*STAGES, "vae_decode"))
+    (file,) = (kept / "kernels").iterdir()
+    before = file.read_bytes()
+    assert one_picture(compiled_set).compiled == []
+    assert file.read_bytes() == before
+    file.write_bytes(before[:-1])  # damaged
+    assert len(one_picture(compiled_set).compiled) == 7
+    assert file.read_bytes() == before
+    file.unlink()
+    with cache.switched_off():  # --no-cache
+        assert len(one_picture(compiled_set).compiled) == 7
+    assert list((kept / "kernels").iterdir()) == []
+    assert not cache.off()
+
+
+def test_kernels_of_another_driver_gpu_or_version_are_not_taken(
+    kept: Path,
+) -> None:
+    machines = [("RTX 4090", "sm89", "tensorrt-rtx", "1.7.1.116", "13000")]
+    machines += [(*machines[0][:-1], "12080"), ("RTX 4080", *machines[0][1:])]
+    machines += [(*machines[0][:3], "1.6.0.1", "13000")]
+    library = double.Library(double.HostDevice())
+    for machine in machines:
+        kernels = Kernels(machine)
+        kernels.use(double.RuntimeConfig(library))
+        assert library.caches[-1].kernels == set()
+        library.caches[-1].kernels.add("t5_text")
+        kernels.keep()
+    assert len(list((kept / "kernels").iterdir())) == len(machines)
+
+
+def test_kernels_that_cannot_be_kept_are_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file"))
+    kernels = Kernels(("a",))
+    kernels.use(double.RuntimeConfig(double.Library(double.HostDevice())))
+    kernels.keep()
+    assert "compiled kernels cannot be kept for the next start: " in caplog.text
 
 
 def test_a_call_outlives_another_binding_but_not_its_engine(
@@ -405,6 +471,7 @@ def test_the_doubles_names_are_the_librarys() -> None:
     for fake, real in (
         (double.Context, trt.IExecutionContext),
         (double.RuntimeConfig, trt.IRuntimeConfig),
+        (double.RuntimeCache, trt.IRuntimeCache),
         (double.Engine, trt.ICudaEngine),
         (double.Runtime, trt.Runtime),
     ):
@@ -467,6 +534,10 @@ class FakeDriver:
     def cuInit(self, flags: int) -> int:
         return self._started
 
+    def cuDriverGetVersion(self, version: Any) -> int:
+        version._obj.value = 13000
+        return 0
+
     def cuDeviceGet(self, device: Any, ordinal: int) -> int:
         return 0
 
@@ -510,6 +581,8 @@ def test_the_gpu_is_asked_of_its_driver() -> None:
         raise OSError(name)
 
     assert "there is no NVIDIA driver" in str(gpu.find(missing))
+    assert gpu.driver_version(lambda name: FakeDriver()) == "13000"
+    assert gpu.driver_version(missing) == ""
     driver = FakeDriver()
     assert gpu.free_bytes(lambda name: driver) == 20 << 30
     assert (driver.held, driver.current) == (0, 0)  # everything is given back
