@@ -27,7 +27,7 @@ from bifrost_rt.backends import gpu
 from bifrost_rt.backends.base import Backend, Engine
 from bifrost_rt.engines import Loop
 from bifrost_rt.errors import BifrostError
-from bifrost_rt.manifest import Compiled, EngineSpec, Range
+from bifrost_rt.manifest import Compiled, EngineSpec
 from export import flops
 from export.compile import bound, capabilities, graphs
 from export.compile import builder as builders
@@ -38,8 +38,12 @@ from export.planning import devices
 from export.stages.catalog import DEFINITIONS
 from export.synthetic.shapes import PRESETS
 
-# one picture, its longest prompt, the release's steps
+# one picture, its longest prompt, the release's steps: what is timed
 SIZES = dims.of_run(text_tokens=300, steps=256)
+# What engines are compiled for: the profile of the product, with guidance and with steps that
+# reveal more than one token. For one size alone the builder makes other kernels.
+LARGEST = dims.of_run(text_tokens=300, steps=256, guided=True, revealed=256)
+PROFILE = Sizes({name: (1, high) for name, high in LARGEST.items()})
 # what of the table's rates an engine's products are held to
 RATES = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "int8": "int8", "fp8": "fp8"}
 FORMS = ("bf16", "int8", "fp8")  # of the graphs; the first is also compiled to float32
@@ -136,8 +140,7 @@ def measure(folder: Path, spec: EngineSpec, here: gpu.Gpu, steps: int) -> Iterat
             ready = spec
             if backends.DRIVERS[name].compiled:
                 ready = compiled(folder, spec, name, compute, weights, here.architecture)
-            ranges = {symbol: Range(1, high) for symbol, high in SIZES.items()}
-            engine = driver.open(folder, ready, ranges)
+            engine = driver.open(folder, ready, PROFILE.ranges())
             found = time_steps(driver, engine, steps)
             engine.close()
         except BifrostError as error:
@@ -167,8 +170,7 @@ def compiled(
     rewrite(model, DEFINITIONS[spec.name], dtype)
     outside = bound.bind(model) if weights == "bound" else []
     names = {str(tensor.name) for tensor in outside}
-    bounds = Sizes({symbol: (1, high) for symbol, high in SIZES.items()})
-    built = builders.compile_graph(builder, model, spec, bounds, (architecture,), names)
+    built = builders.compile_graph(builder, model, spec, PROFILE, (architecture,), names)
     (folder / f"{spec.name}.engine").write_bytes(built.engine)
     stored = bound.store(outside, folder / f"{spec.name}.weights") if outside else ()
     about = Compiled(name, builder.version, (architecture,), built.flags, "", stored)

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
+from benchmarks import compiling, nvidia
 from benchmarks import gpu as benchmark
-from benchmarks import nvidia
-from bifrost_rt import backends, manifest
+from bifrost_rt import backends, dims, manifest
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.cuda_provider import CPU
 from bifrost_rt.backends.onnxruntime_cuda import OnnxRuntimeCuda
-from bifrost_rt.manifest import EngineSpec, Range
-from export.compile import bound
+from bifrost_rt.manifest import Defaults, EngineSpec, Range
+from export.compile import bound, profiles
 
 
 class OnTheHost(OnnxRuntimeCuda):
@@ -122,3 +122,20 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.skip("this machine has one")
     assert benchmark.main([]) == 1
     assert capsys.readouterr().out.startswith("no GPU: ")
+
+
+DEFAULTS = Defaults(256, 1.0, 28, 3.5, 0.7)  # the release's
+
+
+def test_the_engines_that_are_timed_are_compiled_for_the_products_sizes() -> None:
+    """For one size alone the builder makes other kernels, and moves a weight at every step."""
+    assert benchmark.PROFILE == compiling.SIZES
+    product = profiles.sizes(
+        dims.ranges(mllm_max_length=300, num_visual_tokens=256), DEFAULTS, 1, None
+    )
+    assert product == benchmark.PROFILE
+    assert benchmark.PROFILE.bounds["revealed"] == (1, benchmark.SIZES["steps"])
+    assert benchmark.PROFILE.bounds["branches"] == (1, 2)
+    for symbol, size in benchmark.SIZES.items():
+        low, high = benchmark.PROFILE.bounds[symbol]
+        assert low <= size <= high
