@@ -88,7 +88,10 @@ class Compiled:
     """How an engine was compiled. It runs with this version of this library on these GPUs alone.
 
     `source_sha256` is that of the ONNX graph that it was compiled from. `weights` are those that
-    the engine does not hold: it gets their addresses when it is opened.
+    the engine does not hold: it gets their addresses when it is opened. `activation_bytes` and
+    `weight_bytes` are the builder's own figures of GPU memory: what the arithmetic takes in the
+    largest run of the engine's profile, from its opening on, and what the engine itself holds; 0 in
+    sets that do not state them.
     """
 
     builder: str
@@ -97,6 +100,8 @@ class Compiled:
     flags: tuple[str, ...]
     source_sha256: str
     weights: tuple[BoundWeight, ...] = ()
+    activation_bytes: int = 0
+    weight_bytes: int = 0
 
 
 @dataclass(frozen=True)

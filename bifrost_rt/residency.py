@@ -208,14 +208,12 @@ def needs(
     for name in order:
         spec = manifest.engine(name)
         stored = sum(manifest.files[file].size for file in spec.files)
-        found.append(
-            Need(
-                name,
-                weights_in_memory(spec, stored),
-                math.ceil(scratch_share * spec.scratch_bytes * growth(spec, at(name))),
-                tensor_bytes(spec, at(name)),
-            )
-        )
+        scratch = math.ceil(scratch_share * spec.scratch_bytes * growth(spec, at(name)))
+        if spec.compiled is not None and spec.compiled.activation_bytes:
+            # the builder's word, for the largest run of its profile, whatever this one's size
+            scratch = spec.compiled.activation_bytes
+        weights = weights_in_memory(spec, stored)
+        found.append(Need(name, weights, scratch, tensor_bytes(spec, at(name))))
     return found
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from collections import deque
 from typing import Any
 
+_MEMORY = re.compile(r"Total (Activation|Weights) Memory: (\d+)")
 WARNINGS = 100  # that are kept: nobody may ask for them
 
 
 @functools.cache
 def logger(module: str) -> Any:
-    """The logger for `tensorrt` or `tensorrt_rtx`: an ILogger with `take()` and
-    `take_warnings()`."""
+    """The logger for `tensorrt` or `tensorrt_rtx`: an ILogger with `take()`,
+    `take_warnings()` and `take_memory()`."""
     library: Any = importlib.import_module(module)
     grave = (library.ILogger.INTERNAL_ERROR, library.ILogger.ERROR)
 
@@ -26,6 +28,7 @@ def logger(module: str) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self._errors: list[str] = []
+            self._memory: dict[str, int] = {}
             self._warnings: deque[str] = deque(maxlen=WARNINGS)
 
         def log(self, severity: Any, message: str) -> None:
@@ -33,11 +36,20 @@ def logger(module: str) -> Any:
                 self._errors.append(message)
             elif severity == library.ILogger.WARNING:
                 self._warnings.append(message)
+            elif severity == library.ILogger.INFO and (said := _MEMORY.search(message)):
+                kind, size = said[1], int(said[2])
+                self._memory[kind] = max(size, self._memory.get(kind, 0))
 
         def take(self) -> list[str]:
             """The errors since the last call."""
             errors, self._errors = self._errors, []
             return errors
+
+        def take_memory(self) -> tuple[int, int]:
+            """The bytes of activations and of weights that a builder has stated since the last
+            call, the most of several targets; 0 where it stated none."""
+            memory, self._memory = self._memory, {}
+            return memory.get("Activation", 0), memory.get("Weights", 0)
 
         def take_warnings(self) -> list[str]:
             """The warnings since the last call, at most the last `WARNINGS`."""

@@ -67,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAMES",
         type=targets,
         default=(),
-        help="sm86,sm89,sm120 or rtx-4090,rtx-5090 …; default: the GPU of this machine",
+        help="sm86,sm89,sm120 or rtx-4090,rtx-5090 …; default: the architecture of this machine's "
+        "GPU; current: that very card",
     )
     parser.add_argument("--max-images", metavar="N", type=positive, help="pictures per run")
     parser.add_argument(

@@ -68,12 +68,14 @@ def find(name: str) -> Builder:
 
 @dataclass(frozen=True)
 class Built:
-    """One compiled engine: its bytes, as a buffer, the flags that it was built with, and what its
-    network computes in."""
+    """One compiled engine: its bytes, as a buffer, the flags that it was built with, what its
+    network computes in, and the builder's word on the GPU memory that it takes."""
 
     engine: Any
     flags: tuple[str, ...]
     arithmetic: Arithmetic
+    activation_bytes: int
+    weight_bytes: int
 
 
 def compile_graph(
@@ -83,6 +85,8 @@ def compile_graph(
     sizes: Sizes,
     targets: Sequence[str],
     weights: Collection[str] = (),
+    *,
+    current: bool = False,
 ) -> Built:
     """Compile one graph of a set; `graph` is used up.
 
@@ -90,14 +94,17 @@ def compile_graph(
         spec: the graph's doors.
         targets: architectures; one engine serves all of them.
         weights: inputs beside those of the doors, which are weights.
+        current: compile for this machine's own GPU as the library finds it, not for an architecture
+            of `targets`.
 
     Raises:
         CompileError: naming stage, layer and what to do.
     """
     log = logger(builder.module)
     log.take()
+    log.take_memory()
     with messages.explained(spec.name, builder.title, log):
-        return _compile(builder, log, graph, spec, sizes, targets, weights)
+        return _compile(builder, log, graph, spec, sizes, () if current else targets, weights)
 
 
 def _compile(
@@ -126,9 +133,10 @@ def _compile(
     config.clear_flag(trt.BuilderFlag.TF32)
     flags.append("no_tf32")
     if builder.ahead_of_time:
-        config.num_compute_capabilities = len(targets)
-        for i, target in enumerate(targets):
-            config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), i)
+        names = [target.upper() for target in targets] or ["CURRENT"]
+        config.num_compute_capabilities = len(names)
+        for i, name in enumerate(names):
+            config.set_compute_capability(getattr(trt.ComputeCapability, name), i)
     if inputs := symbolic_inputs(spec):
         profile = maker.create_optimization_profile()
         for tensor in inputs:
@@ -137,7 +145,7 @@ def _compile(
     engine = maker.build_serialized_network(parsed, config)
     if engine is None:
         raise messages.builder_error(spec.name, builder.title, log.take())
-    return Built(engine, tuple(flags), network.read(trt, parsed, weights))
+    return Built(engine, tuple(flags), network.read(trt, parsed, weights), *log.take_memory())
 
 
 def _mark_attention(trt: Any, parsed: Any) -> int:

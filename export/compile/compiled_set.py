@@ -35,6 +35,7 @@ from export.stages.catalog import DEFINITIONS
 PEAK, FIXED = 3.3, 1 << 30
 # Weights of this many bytes are not compiled into the engine: docs/decisions/0033.
 BOUND_FROM = 1 << 30
+CURRENT = "current"  # the target that is this machine's own GPU
 
 
 def compile_set(
@@ -56,7 +57,8 @@ def compile_set(
 
     Args:
         source: a set as `python -m export.build` writes it for onnxruntime.
-        targets: architectures or cards' names; none means this machine's own GPU.
+        targets: architectures or cards' names; none means this machine's own GPU, and "current"
+            that the library shall compile for that very card, not for its architecture.
         max_images, max_steps: see `profiles.sizes`.
         compute: "fp32", "fp16" or "bf16"; None follows the set's precision.
         weights: "baked" into the engines or "bound" at run time; None bakes those of engines that
@@ -120,7 +122,9 @@ def compile_set(
             name = job.spec.name
             say(f"compiling {name} for {', '.join(architectures)}")
             start = time.perf_counter()
-            spec, arithmetic = job.run(builder, source, folder, bounds, architectures)
+            spec, arithmetic = job.run(
+                builder, source, folder, bounds, architectures, current=CURRENT in targets
+            )
             compiled.append(spec)
             record[name] = {
                 "seconds": round(time.perf_counter() - start, 3),
@@ -204,10 +208,17 @@ def check_targets(
         CompileError: none named and no GPU here, or one that lacks the builder or a dtype.
     """
     here = gpu.find()
-    if not targets:
+    if CURRENT in targets and len(targets) > 1:
+        raise CompileError(
+            "the target `current` is this machine's own GPU, and its engine is for no other: it "
+            f"cannot be beside {', '.join(t for t in targets if t != CURRENT)}",
+            hint="name it alone, or only architectures and cards",
+        )
+    if not targets or CURRENT in targets:
         if isinstance(here, str):
+            named = "the target is this machine's own" if targets else "None was named"
             raise CompileError(
-                f"for which GPU? None was named, and {here}",
+                f"for which GPU? {named}, and {here}",
                 hint="name one or several: --target rtx-4090,rtx-5090"
                 if builder.ahead_of_time
                 else f"{builder.title} compiles on the device itself",
@@ -274,10 +285,14 @@ class _Job:
         folder: Path,
         bounds: Sizes,
         architectures: tuple[str, ...],
+        *,
+        current: bool,
     ) -> tuple[EngineSpec, Arithmetic]:
         """Compile, and write the engine and its weights into `folder`."""
         spec, names = self.spec, {str(tensor.name) for tensor in self.weights}
-        built = builders.compile_graph(builder, self.graph, spec, bounds, architectures, names)
+        built = builders.compile_graph(
+            builder, self.graph, spec, bounds, architectures, names, current=current
+        )
         engine = f"{spec.name}.engine"
         (folder / engine).write_bytes(built.engine)
         weights = folder / f"{spec.name}.weights"
@@ -290,9 +305,15 @@ class _Job:
             builder=builder.name,
             version=builder.version,
             targets=architectures,
-            flags=(*built.flags, *(("bound_weights",) if stored else ())),
+            flags=(
+                *built.flags,
+                *(("bound_weights",) if stored else ()),
+                *(("current_gpu",) if current else ()),
+            ),
             source_sha256=manifests.sha256(source / spec.graph),
             weights=stored,
+            activation_bytes=built.activation_bytes,
+            weight_bytes=built.weight_bytes,
         )
         files = (engine, weights.name) if stored else (engine,)
         made = dataclasses.replace(

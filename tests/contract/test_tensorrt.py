@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from bifrost_rt import Generator, cache, manifest
+from bifrost_rt import Generator, cache, manifest, residency
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.cuda import Cuda
 from bifrost_rt.backends.kernels import Kernels
@@ -286,6 +286,17 @@ def test_kernels_that_cannot_be_kept_are_a_warning(
     kernels.use(double.RuntimeConfig(double.Library(double.HostDevice())))
     kernels.keep()
     assert "compiled kernels cannot be kept for the next start: " in caplog.text
+
+
+def test_the_builders_word_on_memory_counts_whatever_is_drawn(compiled_set: Path) -> None:
+    facts = manifest.read(compiled_set)
+    told = dataclasses.replace(COMPILED, activation_bytes=12345)
+    engines = tuple(dataclasses.replace(spec, compiled=told) for spec in facts.engines)
+    facts = dataclasses.replace(facts, engines=engines)
+    for images in (1, 3):
+        sizes = residency.sizes(facts, images=images)
+        needs = residency.needs(facts, STAGES, sizes, lambda spec, stored: stored)
+        assert [need.scratch for need in needs] == [12345] * len(STAGES)
 
 
 def test_a_call_outlives_another_binding_but_not_its_engine(

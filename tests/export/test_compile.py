@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnx import load, numpy_helper
 
 from bifrost_rt import Generator, backends, manifest
+from bifrost_rt.backends import gpu
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import Range
 from export import build, shipped
@@ -37,6 +38,7 @@ RECIPES = [shipped.path_of(name) for name in shipped.names()]
 
 def test_a_compiled_set_says_how_and_for_what(compiled: Path, small_set: Path) -> None:
     facts, source = manifest.read(compiled), manifest.read(small_set)
+    report = json.loads((compiled / "report.json").read_text())["compiled"]
     assert facts.backend == "tensorrt-rtx"
     assert facts.dimensions["images"] == Range(1, 2)
     assert facts.dimensions["texts"] == Range(1, 3)
@@ -47,6 +49,10 @@ def test_a_compiled_set_says_how_and_for_what(compiled: Path, small_set: Path) -
         assert about.builder == "tensorrt-rtx"
         assert about.version == builders.find("tensorrt-rtx").version
         assert about.targets == ("sm89", "sm120")
+        held = sum(report["engines"][spec.name]["weight_bytes"].values())
+        assert about.weight_bytes == pytest.approx(held, rel=0.1)
+        door = spec.outputs[0].shape
+        assert about.activation_bytes > 4 * int(door[-1])  # one row of what it gives, at least
         assert about.flags == ("strongly_typed", "decomposable_attention", "no_tf32")
         graph = source.engine(spec.name).graph
         assert about.source_sha256 == manifest.sha256(small_set / graph)
@@ -147,6 +153,34 @@ def test_int8_within_fp16_is_refused_before_anything_is_compiled(
     with pytest.raises(CompileError, match="`denoise`: int8 layers within fp16 overflow"):
         build.build(recipe)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_this_machines_own_card_is_a_target(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's word for it needs the card, so what it is asked for is looked at."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    assert hasattr(trt.ComputeCapability, "CURRENT")
+    asked: list[dict[str, Any]] = []
+    whole = builders.compile_graph
+
+    def listening(*arguments: Any, **options: Any) -> Any:
+        asked.append(options)
+        return whole(*arguments)
+
+    monkeypatch.setattr(builders, "compile_graph", listening)
+    with pytest.raises(CompileError, match=r"cannot be beside sm89"):
+        compile_set(small_set, tmp_path / "out", targets=("current", "sm89"), max_images=1)
+    monkeypatch.setattr(gpu, "find", lambda: "there is no NVIDIA driver")
+    with pytest.raises(CompileError, match="this machine's own, and there is no NVIDIA driver"):
+        compile_set(small_set, tmp_path / "out", targets=("current",), max_images=1)
+    monkeypatch.setattr(gpu, "find", lambda: gpu.Gpu("NVIDIA GeForce RTX 4090", "sm89"))
+    output = compile_set(small_set, tmp_path / "out", targets=("current",), max_images=1)
+    assert asked == [{"current": True}] * 2
+    for spec in manifest.read(output).engines:
+        assert spec.compiled is not None
+        assert spec.compiled.targets == ("sm89",)
+        assert spec.compiled.flags[-1] == "current_gpu"
 
 
 def test_files_that_are_links_of_another_sets_are_read(small_set: Path, tmp_path: Path) -> None:
