@@ -11,6 +11,7 @@ Requests therefore never meet a door that does not know their job.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from ray import serve
 from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
-from bifrost_rt import manifest
+from bifrost_rt import cache, manifest
 from bifrost_rt.generator import Generator
 from bifrost_rt.pipeline import Output
 from bifrost_rt.request import Request
@@ -59,6 +60,7 @@ class Arguments(BaseModel):
     gpus: float = Field(0, ge=0, description="of each replica; 0.5 puts two on one device")
     backend: str | None = None
     memory_budget: str | None = None
+    no_cache: bool = False
     host: str = Field("127.0.0.1", description="where Ray's proxy listens")
     token_file: str | None = None
     allow_host: Names = ()
@@ -80,7 +82,11 @@ class _StoppedError(Exception):
 class Replica:
     """An opened engine set on one device, or a part of one."""
 
-    def __init__(self, engines: str, backend: str | None, memory_budget: str | None) -> None:
+    def __init__(
+        self, engines: str, backend: str | None, memory_budget: str | None, no_cache: bool = False
+    ) -> None:
+        if no_cache:
+            os.environ[cache.OFF] = "1"  # the process is this replica's
         self._generator = Generator(engines, backend=backend, memory_budget=memory_budget)
         self._painter = Local(self._generator)
         self._thread = ThreadPoolExecutor(1)
@@ -189,5 +195,5 @@ def app(arguments: dict[str, Any]) -> Any:
     replicas = _Replica.options(
         num_replicas=given.replicas,
         ray_actor_options={"num_cpus": given.cpus, "num_gpus": given.gpus},
-    ).bind(given.engines, given.backend, given.memory_budget)
+    ).bind(given.engines, given.backend, given.memory_budget, given.no_cache)
     return _Door.bind(given, replicas)

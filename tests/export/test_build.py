@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 
-from bifrost_rt import Generator, RequestError, manifest
+from bifrost_rt import Generator, RequestError, cache, manifest
 from export import build, recipe, shipped
 from export.engine_set import written_aside
 from export.errors import BuildError, CheckpointError, ExportError, RecipeError
@@ -276,12 +276,14 @@ def test_what_killed_builds_left_is_cleaned_up_by_the_next(older: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_real_build_that_is_signalled_leaves_no_set(
-    tmp_path: Path, number: signal.Signals
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, number: signal.Signals
 ) -> None:
+    cache_folder = tmp_path_factory.mktemp("cache")
     output = tmp_path / "set"
     process = subprocess.Popen(
         [sys.executable, "-m", "export.build", *FLAGS, "--output", str(output)],
         cwd=Path(__file__).parents[2],
+        env={**os.environ, cache.VARIABLE: str(cache_folder)},  # tracing takes seconds
         stderr=subprocess.PIPE,
         text=True,
         # a shell's background jobs ignore Ctrl-C, and so would their children
