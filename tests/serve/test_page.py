@@ -11,9 +11,18 @@ import numpy as np
 import pytest
 
 from bifrost_rt import Generator
+from tests.patience import PATIENCE
 from tests.serve.conftest import Server, pixels
 
 STEPS = {"num_inference_steps": 40, "decoding_steps": 8}
+# Notes every preview that is shown, however short: asking now and then may miss them all.
+WATCH = """() => {
+  window.previews = new Set();
+  new MutationObserver(() => {
+    for (const image of document.querySelectorAll("img.preview[data-step]"))
+      window.previews.add(image.dataset.step);
+  }).observe(document.body, { subtree: true, childList: true, attributes: true });
+}"""
 
 
 @pytest.fixture
@@ -21,6 +30,7 @@ def page(
     browser: Any, server: Server, request: pytest.FixtureRequest, tmp_path: Path
 ) -> Iterator[Any]:
     context = browser.new_context(viewport={"width": 900, "height": 900})
+    context.set_default_timeout(PATIENCE * 1000)
     opened = context.new_page()
     errors: list[str] = []
     opened.on("pageerror", lambda error: errors.append(str(error)))
@@ -60,9 +70,10 @@ def test_a_picture_by_keyboard(page: Any, generator: Generator, tmp_path: Path) 
     page.keyboard.type("a red circle")
     fill_options(page, seed=5, **STEPS)
     page.locator("#prompt").focus()
+    page.evaluate(WATCH)
     page.keyboard.press("Control+Enter")
-    page.locator("img.preview[data-step]").wait_for()
     page.get_by_text("Drawn in").wait_for()
+    assert page.evaluate("() => window.previews.size") > 0
     assert page.locator("#pictures img:not(.preview)").count() == 1
     # what is shown is what the generator draws, and the file says how it was made
     with page.expect_download() as download:
