@@ -13,6 +13,7 @@ import inspect
 import json
 import platform
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,14 @@ def code_digest() -> str:
     ]
     # how tensors and their sizes are declared
     files += [Path(bifrost_rt.__file__).parent / name for name in ("dims.py", "manifest.py")]
-    return _digest(files)
+    return digest_of(files, here.parent)
 
 
-def _digest(files: list[Path]) -> str:
+def digest_of(files: Iterable[Path], root: Path) -> str:
+    """Of files below `root`, their names and their bytes."""
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -172,4 +174,4 @@ class _Describe:
             except TypeError:
                 file = None  # written in C
             if file is not None:
-                self.files.add(_digest([Path(file)]))
+                self.files.add(digest_of([Path(file)], Path(file).parent))

@@ -60,12 +60,6 @@ def shape_of(value: ir.Value | None, sizes: Mapping[str, int]) -> tuple[int, ...
     Raises:
         ValueError: the graph does not state them.
     """
-    if value is not None and value.shape is None:
-        # a graph that was not optimised does not state the shapes of its transposed weights
-        producer = value.producer()
-        if producer is not None and producer.op_type == "Transpose":
-            source = shape_of(producer.inputs[0], sizes)
-            return tuple(source[i] for i in producer.attributes.get_ints("perm", ()))
     if value is None or value.shape is None:
         raise ValueError(f"the graph does not state the shape of {value and value.name}")
     return tuple(_size(dim, sizes) for dim in value.shape)

@@ -91,10 +91,7 @@ def code_digest() -> str:
     here = Path(__file__).parent
     files = [p for p in here.rglob("*.py") if p.relative_to(here).parts[0] not in ELSEWHERE]
     files += [Path(bifrost_rt.__file__).parent / name for name in ("dims.py", "manifest.py")]
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(f"{path.relative_to(here.parent)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
+    return fingerprint.digest_of(files, here.parent)
 
 
 class StageCache:
