@@ -145,9 +145,7 @@ def stages(
     yield conditioning.stage(
         Conditioning(controlnet, of_controlnet, transformer, of_transformer), t5_length
     )
-    yield control_embed.stage(
-        ControlEmbed(controlnet), model.num_visual_tokens, model.hidden_size
-    )
+    yield control_embed.stage(ControlEmbed(controlnet), model.num_visual_tokens, model.hidden_size)
     side = math.isqrt(model.num_image_tokens)
     yield denoise.stage(
         Denoise(controlnet, of_controlnet.width, transformer, t5_length, side),

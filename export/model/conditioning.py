@@ -1,4 +1,4 @@
-"""All that no denoising step changes: what comes from the prompt, and what comes from the tokens."""
+"""All that no denoising step changes: what follows from the prompt, and what from the tokens."""
 
 from __future__ import annotations
 
