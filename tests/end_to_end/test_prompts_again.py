@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bifrost_rt import Generator, NumericsError, RequestError, manifest, request, residency
+from bifrost_rt import (
+    Generator,
+    NumericsError,
+    RequestError,
+    manifest,
+    pipeline,
+    request,
+    residency,
+)
 from bifrost_rt.backends.onnxruntime import OnnxRuntime, OnnxRuntimeEngine
 from bifrost_rt.manifest import EngineSpec, Manifest, Range
 from bifrost_rt.pipeline import Output
@@ -148,7 +156,7 @@ def test_no_engine_leaves_for_what_is_kept(alpha_set: Path, facts: Manifest) -> 
         assert not generator.reloads()
         generator.run("a cow", seed=1, **FEW)
         again = generator.run("a cow", seed=1, **FEW)
-        assert TEXT <= again.timings.keys()
+        assert again.timings.keys() >= TEXT
     assert len(driver.opened) == len(facts.engines)
 
 
@@ -220,27 +228,32 @@ def test_steps_are_told_to_whom_they_belong(alpha_set: Path, facts: Manifest) ->
     assert [name for _, name, _ in seen] == sorted((n for _, n, _ in seen), reverse=True)
 
 
+class Thrifty(Watched):
+    """One whose arithmetic takes no memory, so that the tensors decide."""
+
+    scratch_share = 0.0
+
+
 def test_what_memory_does_not_hold_together_is_drawn_in_parts(
     alpha_set: Path, facts: Manifest, uncached: Any
 ) -> None:
     """As many side by side as their tensors allow; never refused for being together."""
-    driver = Watched()
-    asked = queue(facts, num_images_per_prompt=40, num_inference_steps=1, cfg_weight=2.0)[:4]
-    sizes = residency.sizes(facts, images=40, guided=True, num_inference_steps=1, decoding_steps=6)
-    order = [spec.name for spec in facts.engines]
-    alone, together = (
-        max(
-            need.total
-            for need in residency.needs(facts, order, sizes, driver.weights_in_memory, 1.0, n)
-        )
-        for n in (1, 4)
-    )
-    budget = max(alone, small_budget(facts)) * 21 // 20
-    assert alone <= budget < together
-    with Generator(alpha_set, backend=driver, memory_budget=budget) as generator:
+    driver, images = Thrifty(), 60
+    few = {"num_images_per_prompt": images, "num_inference_steps": 1, "output_type": "latent"}
+    asked = queue(facts, **few, cfg_weight=2.0, decoding_steps=1)[:4]
+    sizes = residency.largest([pipeline.sizes(facts, one) for one in asked])
+    order = pipeline.stages(asked[0])
+
+    def largest(waiting: int) -> int:
+        in_memory = driver.weights_in_memory
+        needs = residency.needs(facts, order, sizes, in_memory, driver.scratch_share, waiting)
+        return max(need.total for need in needs)
+
+    budget = (largest(2) + largest(4)) // 2
+    with Generator(alpha_set, backend=driver, memory_budget=budget, prompt_cache=0) as generator:
+        driver.opened.clear()
         found = generator.draw_several(asked)
-    opened = driver.opened.count("denoise")
-    assert 1 < opened <= 4
+    assert driver.opened.count("denoise") == 2
     for one, of in zip(found, asked, strict=True):
         assert np.array_equal(one.latents, uncached.draw(of).latents)
 
@@ -258,7 +271,8 @@ def test_one_error_ends_all_and_leaves_the_generator_usable(
         with pytest.raises(RequestError, match="preview_every without callback"):
             generator.draw_several(asked, [None, fail], preview_every=1)
         first, second = generator.draw_several(asked)
-        assert first.images is not None and second.images is not None
+        assert first.images is not None
+        assert second.images is not None
 
 
 def test_nothing_is_nothing(generator: Generator) -> None:
