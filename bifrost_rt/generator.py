@@ -169,21 +169,34 @@ class Generator:
             tokens=tokens,
             **options,
         )
-        places = [checked.parameters.prompts.index(text) for text in checked.prompts]
-        (out,) = self._draw("run()", [checked], [callback_on_step_end], preview_every, places)
-        images: Any = out.latents if out.images is None else out.images
-        if checked.output_type == "pil":
-            images = [Image.fromarray(image) for image in images]
-        parameters = checked.parameters.as_dict()
-        passed = {"order": order, "latents": latents, "tokens": tokens}
-        if injected := {
-            name: handover.digest(getattr(checked, name))
-            for name, given in passed.items()
-            if given is not None
-        }:
-            parameters["injected"] = injected
-        seed = checked.parameters.seed
-        return Result(images, out.tokens, out.latents, out.timings, seed, parameters, out.notes)
+        (out,) = self._draw(
+            "run()", [checked], [callback_on_step_end], preview_every, [_places(checked)]
+        )
+        return _result(checked, out)
+
+    def run_several(
+        self,
+        runs: Sequence[Mapping[str, Any]],
+        callbacks: Sequence[StepCallback | None] | None = None,
+        preview_every: int | None = None,
+    ) -> list[Result]:
+        """Draw several runs, whose arguments may differ. Where engines must leave for others, each
+        is opened once for all of them, and not once for each; the images are those of `run`.
+
+        Args:
+            runs: the arguments of `run`, without callback and previews.
+            callbacks: one for each run.
+            preview_every: as in `run`.
+
+        Raises:
+            Errors as in `run`; the first ends all runs.
+        """
+        self._turns.require_open("run_several()")
+        checked = [request.check(self.manifest, **one) for one in runs]
+        callbacks = [None] * len(checked) if callbacks is None else callbacks
+        places = [_places(one) for one in checked]
+        drawn = self._draw("run_several()", checked, callbacks, preview_every, places)
+        return [_result(*one) for one in zip(checked, drawn, strict=True)]
 
     def draw(
         self,
@@ -227,13 +240,14 @@ class Generator:
         requests: Sequence[request.Request],
         callbacks: Sequence[StepCallback | None],
         preview_every: int | None,
-        places: Sequence[int] | None = None,
+        places: Sequence[Sequence[int] | None] | None = None,
     ) -> list[pipeline.Output]:
         """Args:
-        places: where the prompts of the only request stand in what the caller passed.
+        places: where the prompts of each request stand in what the caller passed.
         """
+        places = [None] * len(requests) if places is None else places
         with self._turns.turn(call):
-            said = [tuple(self._notes(checked, places)) for checked in requests]
+            said = [tuple(self._notes(*one)) for one in zip(requests, places, strict=True)]
             for note in itertools.chain(*said):
                 log.warning("%s", note)
             drawn = self._drawn(requests, callbacks, preview_every)
@@ -355,6 +369,29 @@ class Generator:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _places(checked: request.Request) -> list[int]:
+    """Where the different prompts stand first among those that were passed."""
+    return [checked.parameters.prompts.index(text) for text in checked.prompts]
+
+
+def _result(checked: request.Request, out: pipeline.Output) -> Result:
+    images: Any = out.latents if out.images is None else out.images
+    if checked.output_type == "pil":
+        images = [Image.fromarray(image) for image in images]
+    parameters = checked.parameters.as_dict()
+    given = {
+        "order": checked.given_order,
+        "latents": checked.given_latents,
+        "tokens": checked.tokens,
+    }
+    if injected := {
+        name: handover.digest(array) for name, array in given.items() if array is not None
+    }:
+        parameters["injected"] = injected
+    seed = checked.parameters.seed
+    return Result(images, out.tokens, out.latents, out.timings, seed, parameters, out.notes)
 
 
 def _replacement(name: str, returned: ArrayLike, current: NDArray[Any], step: int) -> NDArray[Any]:

@@ -29,6 +29,10 @@ from bifrost_rt.numerics import Checks
 from bifrost_rt.request import Request
 from bifrost_rt.text import Tokenizers
 
+# How many requests it is worth drawing together where engines leave for others: more save little
+# more, and the first waits for the last.
+TOGETHER = 8
+
 StepEnd = Callable[[str, int, float | None, Loop], None]
 # Yields the name of every engine before it is used; returns what was computed.
 Steps = Generator[str, None, dict[str, Buffer]]

@@ -25,7 +25,7 @@ from PIL import Image
 from bifrost_rt import notes
 from bifrost_rt import request as requests
 from bifrost_rt.errors import BifrostError, BudgetError, NumericsError, RequestError
-from bifrost_rt.pipeline import Output
+from bifrost_rt.pipeline import TOGETHER, Output
 from bifrost_rt.result import Result
 from bifrost_rt.serve.jobs import Failure, Job, Stage, State
 from bifrost_rt.serve.metrics import Metrics
@@ -35,9 +35,6 @@ from bifrost_rt.serve.settings import Limits
 log = logging.getLogger("bifrost_rt.serve")
 # How much the newest picture counts in the estimate behind Retry-After.
 NEWEST = 0.2
-# How many batches are drawn together where engines leave for others. More save little more, and the
-# first must wait for the last.
-TOGETHER = 8
 STOPPING = Failure("the server is shutting down; try again", 503)
 
 

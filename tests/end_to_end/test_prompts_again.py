@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from bifrost_rt import (
     Generator,
@@ -19,6 +20,7 @@ from bifrost_rt import (
     residency,
 )
 from bifrost_rt.backends.onnxruntime import OnnxRuntime, OnnxRuntimeEngine
+from bifrost_rt.cli import main
 from bifrost_rt.manifest import EngineSpec, Manifest, Range
 from bifrost_rt.pipeline import Output
 
@@ -273,6 +275,51 @@ def test_one_error_ends_all_and_leaves_the_generator_usable(
         first, second = generator.draw_several(asked)
         assert first.images is not None
         assert second.images is not None
+
+
+def test_several_runs_give_what_each_gives(alpha_set: Path, facts: Manifest, uncached: Any) -> None:
+    tokens = uncached.run("a cow", seed=1, **FEW).tokens
+    runs: list[dict[str, Any]] = [
+        {"prompt": ["a dog", "a cow", "a dog"], "seed": 3, **FEW},
+        {"prompt": "a cow", "seed": 4, "tokens": tokens, **FEW, "output_type": "pil"},
+        {"prompt": "a cat " * 60, "seed": 5, **FEW},
+    ]
+    with Generator(alpha_set, memory_budget=small_budget(facts)) as generator:
+        found = generator.run_several(runs)
+        assert generator.run_several([]) == []
+        with pytest.raises(RequestError, match="num_inference_steps"):
+            generator.run_several([*runs, {"prompt": "a", "num_inference_steps": 0}])
+    for one, given in zip(found, runs, strict=True):
+        alone = uncached.run(**given)
+        assert same(one, alone)
+        assert one.parameters == alone.parameters
+        assert one.warnings == alone.warnings
+    assert found[2].truncated
+    assert set(found[1].parameters["injected"]) == {"tokens"}
+
+
+def test_a_file_of_prompts_under_half_of_the_memory_opens_every_engine_once(
+    alpha_set: Path, facts: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    whole = OnnxRuntime.open
+
+    def watch(self: OnnxRuntime, folder: Path, spec: EngineSpec, sizes: Any) -> OnnxRuntimeEngine:
+        opened.append(spec.name)
+        return whole(self, folder, spec, sizes)
+
+    monkeypatch.setattr(OnnxRuntime, "open", watch)
+    (tmp_path / "prompts.txt").write_text("a cow\na dog\n")
+    for name, budget in (("whole", []), ("half", ["--memory-budget", str(small_budget(facts))])):
+        opened.clear()
+        command = ["generate", "--engines", str(alpha_set), "--backend", "onnxruntime", *budget]
+        command += ["--prompts", str(tmp_path / "prompts.txt"), "--num-inference-steps", "1"]
+        command += ["--decoding-steps", "2", "--seed", "1", "-o", str(tmp_path / f"{name}.png")]
+        assert main(command) == 0
+        assert sorted(opened) == sorted(spec.name for spec in facts.engines)
+    for i in range(2):
+        images = [Image.open(tmp_path / f"{name}-{i}.png") for name in ("whole", "half")]
+        assert images[0].tobytes() == images[1].tobytes()
 
 
 def test_nothing_is_nothing(generator: Generator) -> None:
