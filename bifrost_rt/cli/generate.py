@@ -100,12 +100,8 @@ def _draw(generator: Generator, tasks: Sequence[Task], as_json: bool) -> None:
     for task, bar, result in zip(tasks, bars, results, strict=True):
         if bar:
             bar.close(result.timings, result.seed)
-        _save(
-            dataclasses.replace(result, notes=(*task.notes, *result.notes)),
-            task,
-            generator,
-            as_json,
-        )
+        result = dataclasses.replace(result, notes=(*task.notes, *result.notes))
+        _save(result, task, generator, as_json)
 
 
 def _save(result: Result, task: Task, generator: Generator, as_json: bool) -> None:
