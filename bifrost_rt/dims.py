@@ -52,12 +52,14 @@ class Dim:
 
 IMAGES, PROMPTS, TEXTS = "images", "prompts", "texts"
 BRANCHES, TEXT_TOKENS, STEPS, REVEALED = "branches", "text_tokens", "steps", "revealed"
+WINDOWS, VISION_TOKENS = "windows", "vision_tokens"
 
 # One picture at a time, without guidance, is what an edge device does all day, and the release
 # reveals one token in a step: there engines are to be fastest. Texts are the distinct texts that
 # the MLLM reads, prompts the distinct prompts; with guidance there is one more text, the empty one,
 # and a second branch. Steps are those of the loop that an engine belongs to, and `revealed` is the
-# largest number of places that a decoding step reveals.
+# largest number of places that a decoding step reveals. Windows and vision tokens are those of one
+# image that is looked at.
 DIMS = {
     dim.name: dim
     for dim in (
@@ -68,6 +70,8 @@ DIMS = {
         Dim(TEXT_TOKENS, "text_tokens", 1, "mllm_max_length", 7, "max"),
         Dim(STEPS, "steps", 1, "max_steps", 6, "max"),
         Dim(REVEALED, "revealed", 1, "num_visual_tokens", 11, "min"),
+        Dim(WINDOWS, "windows", 1, "max_windows", 12, "max"),
+        Dim(VISION_TOKENS, "vision_tokens", 1, "max_vision_tokens", 14, "max"),
     )
 }
 
@@ -76,8 +80,8 @@ def ranges(dims: Iterable[Dim] = DIMS.values(), **limits: int | None) -> dict[st
     """The range of every size.
 
     Args:
-        limits: `max_images`, `mllm_max_length`, `num_visual_tokens` and `max_steps`; None, or a
-            limit that is not given: no limit.
+        limits: `max_images`, `mllm_max_length`, `num_visual_tokens`, `max_steps`, `max_windows` and
+            `max_vision_tokens`; None, or a limit that is not given: no limit.
     """
     return {dim.name: Range(dim.min, dim.limit(limits)) for dim in dims}
 
@@ -90,6 +94,8 @@ def of_run(
     prompts: int = 1,
     guided: bool = False,
     revealed: int = 1,
+    windows: int = 1,
+    vision_tokens: int = 1,
 ) -> dict[str, int]:
     """The value of every size in a run: one picture without guidance where nothing else is said.
 
@@ -98,10 +104,12 @@ def of_run(
         steps: of the loop.
         guided: whether classifier-free guidance is on.
         revealed: most places that one decoding step reveals.
+        windows, vision_tokens: of an image that is looked at.
     """
     facts = {
         **{"images": images, "prompts": prompts, "guided": int(guided)},
         **{"text_tokens": text_tokens, "steps": steps, "revealed": revealed},
+        **{"windows": windows, "vision_tokens": vision_tokens},
     }
     return {name: evaluate(dim.run, facts) for name, dim in DIMS.items()}
 
@@ -146,6 +154,12 @@ def decodes(spec: EngineSpec) -> bool:
     """Whether an engine belongs to the loop of decoding, because it reveals tokens; any other
     belongs to that of denoising."""
     return REVEALED in used_by(spec)
+
+
+def looks(spec: EngineSpec) -> bool:
+    """Whether an engine belongs to looking at an image, because it reads its windows; drawing does
+    not use it."""
+    return WINDOWS in used_by(spec)
 
 
 def calls(spec: EngineSpec, sizes: Mapping[str, int]) -> int:

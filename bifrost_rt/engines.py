@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from bifrost_rt import residency
+from bifrost_rt import dims, residency
 from bifrost_rt.backends.base import Backend, Buffer, Engine, output_shape, symbol_sizes
 from bifrost_rt.errors import BifrostError, BudgetError
 from bifrost_rt.manifest import EngineSpec, Manifest
@@ -65,7 +65,8 @@ class Engines:
         self._held: dict[str, int] = {}
         self._steps: dict[str, Step] = {}
         self._needs: dict[str, Need] = {}
-        order = [spec.name for spec in manifest.engines]
+        # an image to look at may never come, and takes as much memory as it has pixels
+        order = [spec.name for spec in manifest.engines if not dims.looks(spec)]
         if budget is None:
             self._enter_all(order)
             return

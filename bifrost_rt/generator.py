@@ -16,6 +16,7 @@ from PIL import Image
 
 from bifrost_rt import (
     backends,
+    dims,
     engines,
     handover,
     manifest,
@@ -232,7 +233,8 @@ class Generator:
             GeneratorStateError: the generator is closed.
         """
         self._turns.require_open("reloads()")
-        return not {spec.name for spec in self.manifest.engines} <= set(self._engines.resident)
+        drawing = {spec.name for spec in self.manifest.engines if not dims.looks(spec)}
+        return not drawing <= set(self._engines.resident)
 
     def _draw(
         self,

@@ -201,6 +201,30 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Vision:
+    """How images become the vision tower's patches.
+
+    Attributes:
+        patch_size: pixels of a patch's side; `temporal_patch_size` times the same patch are read.
+        merge_size: patches of a token's side.
+        window: tokens of a window's side, which most layers do not look beyond.
+        min_pixels, max_pixels: smaller images are made larger, larger ones smaller.
+        rescale_factor, image_mean, image_std: pixels (0 to 255) times the factor, less the mean,
+            over the deviation.
+    """
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    window: int
+    min_pixels: int
+    max_pixels: int
+    rescale_factor: float
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class File:
     """A file of the set, beside the manifest."""
 
@@ -219,9 +243,9 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Manifest:
-    """An engine set. `files` lists every file beside the manifest. `selftest` is how far the
-    self-test's picture was from the builder's when the engines were simulated on a CPU, where
-    they were."""
+    """An engine set. `files` lists every file beside the manifest. `vision` is None where the set
+    reads no images. `selftest` is how far the self-test's picture was from the builder's when the
+    engines were simulated on a CPU, where they were."""
 
     format: int
     name: str
@@ -236,6 +260,7 @@ class Manifest:
     files: dict[str, File]
     calibration: Calibration | None = None
     selftest: Deviation | None = None
+    vision: Vision | None = None
 
     def engine(self, name: str) -> EngineSpec:
         """The engine called `name`.
@@ -254,7 +279,7 @@ class Manifest:
         for engine in data["engines"]:
             if engine["compiled"] is None:
                 del engine["compiled"]
-        for optional in ("calibration", "selftest"):
+        for optional in ("calibration", "selftest", "vision"):
             if data[optional] is None:
                 del data[optional]
         return _render(data, hashlib.sha256(_render(data, None)).hexdigest())

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bifrost_rt import dims, schedules
-from bifrost_rt.dims import DIMS, REVEALED, STEPS
+from bifrost_rt import dims, image_processor, schedules
+from bifrost_rt.dims import DIMS, REVEALED, STEPS, WINDOWS
 from bifrost_rt.errors import BudgetError, RequestError, RequestTypeError
 from bifrost_rt.manifest import EngineSpec, Manifest, TensorSpec
 
@@ -179,7 +179,7 @@ def sizes(
     num_inference_steps: int | None = None,
 ) -> Sizes:
     """What a run makes of the symbols at the engines' doors: one picture where nothing else is
-    said. Texts count as long as they can be."""
+    said. Texts count as long as they can be, and images to look at as large."""
     defaults = manifest.defaults
     common = dims.of_run(
         images=images,
@@ -187,6 +187,7 @@ def sizes(
         guided=guided,
         text_tokens=manifest.text.mllm.max_length,
         steps=num_inference_steps or defaults.num_inference_steps,
+        **_largest_image(manifest),
     )
     asked = decoding_steps or defaults.decoding_steps
     tokens = manifest.model.num_visual_tokens
@@ -197,6 +198,13 @@ def sizes(
     }
     decoders = {spec.name for spec in manifest.engines if dims.decodes(spec)}
     return lambda engine: decoding if engine in decoders else common
+
+
+def _largest_image(manifest: Manifest) -> dict[str, int]:
+    if manifest.vision is None:
+        return {}
+    largest = image_processor.limits(manifest.vision)
+    return {"windows": largest.windows, "vision_tokens": largest.tokens}
 
 
 def needs(
@@ -222,6 +230,10 @@ def needs(
         spec = manifest.engine(name)
         stored = sum(manifest.files[file].size for file in spec.files)
         scratch = math.ceil(scratch_share * spec.scratch_bytes * growth(spec, at(name)))
+        if manifest.vision is not None and dims.looks(spec):
+            # stated for the largest image; what grows with the square of it falls faster
+            largest = image_processor.limits(manifest.vision).windows
+            scratch = math.ceil(scratch * min(1.0, at(name)[WINDOWS] / largest))
         if spec.compiled is not None and spec.compiled.activation_bytes:
             # the builder's word, for the largest run of its profile, whatever this one's size
             scratch = spec.compiled.activation_bytes

@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 import bifrost_rt
-from bifrost_rt import backends, command, dims, inspect, selftest
+from bifrost_rt import backends, command, dims, image_processor, inspect, selftest
 from bifrost_rt import manifest as manifests
 from bifrost_rt.generator import Generator
 from bifrost_rt.manifest import Defaults, EngineSpec, Manifest
@@ -60,7 +60,16 @@ def build(
     if recipe.backend in recipes.COMPILED:
         return _build_and_compile(recipe, progress, memory_budget)
     # torch and its company take seconds to import: not before the command line is understood
-    from export import assemble, budget, engine_files, parity, stage_cache, text
+    from export import (
+        assemble,
+        budget,
+        engine_files,
+        memory,
+        parity,
+        preprocessor,
+        stage_cache,
+        text,
+    )
     from export.checkpoint import Checkpoint
     from export.pieces import Bounded
     from export.quantize import audit
@@ -71,6 +80,9 @@ def build(
     say("reading the checkpoint")
     checkpoint = Checkpoint(Path(recipe.mllm), Path(recipe.bifrost), Path(recipe.flux), read=False)
     model = assemble.facts(checkpoint)
+    vision = preprocessor.read(checkpoint, recipe.max_image_pixels)
+    if reason := preprocessor.why_none(checkpoint):
+        say(f"the set will read no images: {reason}")
     mllm_max_length = recipe.mllm_max_length or checkpoint.max_seq_length
     with written_aside(output, finished=(stage_cache.REPORT, STATISTICS)) as folder:
         cache = stage_cache.StageCache(folder, output, keep=[STATISTICS])
@@ -78,16 +90,18 @@ def build(
         parts = {
             stage.name: stage
             for stage in assemble.stages(
-                checkpoint, model, mllm_max_length, written.clip.max_length, recipe.t5_max_length
+                *(checkpoint, model, mllm_max_length),
+                *(written.clip.max_length, recipe.t5_max_length, vision),
             )
         }
         asked = {name: recipe.precision_of(name) for name in parts}
-        sizes = parity.sizes(mllm_max_length, model.num_visual_tokens, recipe.max_images)
+        sizes = parity.sizes(mllm_max_length, model, recipe.max_images, vision)
         wanted = budget.demand(parts.values(), sizes, asked)
         share = budget.share(wanted, memory_budget)
         budget.check_disk(wanted, output, cache.bytes_there)
         say(f"at most {size_text(share.total)} of memory, {size_text(wanted.disk)} on disk")
         driver = Bounded(backends.load(recipe.backend), share.engine)
+        largest = None if vision is None else image_processor.limits(vision)
         manifest = Manifest(
             format=manifests.FORMAT,
             name=output.name,
@@ -107,20 +121,24 @@ def build(
                 max_images=recipe.max_images,
                 mllm_max_length=mllm_max_length,
                 num_visual_tokens=model.num_visual_tokens,
+                max_windows=None if largest is None else largest.windows,
+                max_vision_tokens=None if largest is None else largest.tokens,
             ),
             engines=tuple(stage.outline() for stage in parts.values()),
             files={},
+            vision=vision,
         )
         outcome = quantise(recipe, folder, manifest, parts, say, share.kept, output)
         configs = stage_cache.configs_digest(checkpoint.mllm, checkpoint.bifrost, checkpoint.flux)
+        counted = memory.one_picture(mllm_max_length, largest)
         engines: list[EngineSpec] = []
         for name, stage in parts.items():
-            key = stage_cache.key(stage, configs, outcome.rest[name], mllm_max_length)
+            key = stage_cache.key(stage, configs, outcome.rest[name], counted)
             done = cache.get(name, key)
             if done is None:
                 say(f"building {name}")
                 rest = outcome.rest[name]
-                made = engine_files.write(stage, folder, rest, mllm_max_length)
+                made = engine_files.write(stage, folder, rest, counted)
                 done = cache.put(name, key, *made)
             else:
                 say(f"{name} is there already")
@@ -304,6 +322,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mllm-max-length", type=int, metavar="N", help="tokens of a chat prompt")
     parser.add_argument("--t5-max-length", type=int, metavar="N", help="tokens of T5")
     parser.add_argument("--max-images", type=int, metavar="N", help="images per run; no limit")
+    parser.add_argument(
+        "--max-image-pixels",
+        type=int,
+        metavar="N",
+        help="of an image that is looked at; larger ones are made smaller",
+    )
     parser.add_argument(
         "--target",
         type=lambda text: tuple(text.split(",")),

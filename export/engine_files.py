@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from export.stages import Stage
 
 
 def write(
-    stage: Stage, folder: Path, rest: str, text_tokens: int
+    stage: Stage, folder: Path, rest: str, counted: Mapping[str, int]
 ) -> tuple[list[Path], dict[str, Any]]:
     """Trace a stage and write its graph and weights.
 
     Args:
         rest: the precision of what is not quantized.
-        text_tokens: of the longest text.
+        counted: the sizes for which scratch memory is stated.
 
     Returns:
         The files, the graph first; and bytes by type (`weight_bytes`, the most first), memory of
@@ -35,7 +35,7 @@ def write(
     precision.store(traced, rest)
     facts: dict[str, Any] = {
         "weight_bytes": precision.weight_bytes(traced),
-        "scratch_bytes": memory.scratch_bytes(traced, memory.one_picture(text_tokens)),
+        "scratch_bytes": memory.scratch_bytes(traced, counted),
     }
     files = graph.save(traced, folder / f"{stage.name}.onnx")
     facts["seconds"] = round(time.perf_counter() - start, 3)

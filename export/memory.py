@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from bifrost_rt import dims
+from bifrost_rt.image_processor import Limits
 from bifrost_rt.residency import COUNTED_STEPS
 from export.flops import shape_of
 
@@ -21,10 +22,15 @@ SCORES = 2 * 4  # bytes: scores and softmax, in float32
 ARENA = 1.5
 
 
-def one_picture(text_tokens: int) -> dict[str, int]:
+def one_picture(text_tokens: int, image: Limits | None = None) -> dict[str, int]:
     """The sizes for which a manifest states scratch memory: the longest prompt, the default
-    steps, no guidance."""
-    return dims.of_run(text_tokens=text_tokens, steps=COUNTED_STEPS)
+    steps, no guidance; the largest image to look at."""
+    return dims.of_run(
+        text_tokens=text_tokens,
+        steps=COUNTED_STEPS,
+        windows=1 if image is None else image.windows,
+        vision_tokens=1 if image is None else image.tokens,
+    )
 
 
 def scratch_bytes(model: ir.Model, sizes: Mapping[str, int]) -> int:

@@ -59,7 +59,7 @@ class Work:
 def of_checkpoint(
     checkpoint: Checkpoint, mllm_max_length: int, t5_length: int, steps: int
 ) -> list[Work]:
-    """The engines that `export.build` would make of a checkpoint.
+    """The engines that draw, as `export.build` would make them of a checkpoint.
 
     Args:
         checkpoint: opened with `read=False`.
@@ -85,7 +85,7 @@ def of_set(
     decoding_steps: int | None = None,
     at: residency.Sizes | None = None,
 ) -> list[Work]:
-    """The engines of a built set, from its graphs; weights are not read.
+    """The engines of a built set that draw, from its graphs; weights are not read.
 
     Args:
         steps: denoising steps.
@@ -97,6 +97,8 @@ def of_set(
     at = at or residency.sizes(manifest, decoding_steps=decoding_steps, num_inference_steps=steps)
     found = []
     for spec in manifest.engines:
+        if dims.looks(spec):
+            continue
         graph = ir.load(folder / spec.graph)
         stored = sum(
             value.const_value.nbytes
