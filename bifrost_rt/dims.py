@@ -70,7 +70,7 @@ DIMS = {
         Dim(TEXT_TOKENS, "text_tokens", 1, "mllm_max_length", 7, "max"),
         Dim(STEPS, "steps", 1, "max_steps", 6, "max"),
         Dim(REVEALED, "revealed", 1, "num_visual_tokens", 11, "min"),
-        Dim(WINDOWS, "windows", 1, "max_windows", 12, "max"),
+        Dim(WINDOWS, "windows", 1, "max_windows", 12, "max", rows="windows"),
         Dim(VISION_TOKENS, "vision_tokens", 1, "max_vision_tokens", 14, "max"),
     )
 }

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bifrost_rt import dims, image_processor, schedules
-from bifrost_rt.dims import DIMS, REVEALED, STEPS, WINDOWS
+from bifrost_rt.dims import DIMS, REVEALED, STEPS
 from bifrost_rt.errors import BudgetError, RequestError, RequestTypeError
 from bifrost_rt.manifest import EngineSpec, Manifest, TensorSpec
 
@@ -229,11 +229,9 @@ def needs(
     for i, name in enumerate(order):
         spec = manifest.engine(name)
         stored = sum(manifest.files[file].size for file in spec.files)
-        scratch = math.ceil(scratch_share * spec.scratch_bytes * growth(spec, at(name)))
-        if manifest.vision is not None and dims.looks(spec):
-            # stated for the largest image; what grows with the square of it falls faster
-            largest = image_processor.limits(manifest.vision).windows
-            scratch = math.ceil(scratch * min(1.0, at(name)[WINDOWS] / largest))
+        grown = growth(spec, at(name))
+        counted = spec.scratch_bytes * grown + spec.square_bytes * (grown**2 - grown)
+        scratch = math.ceil(scratch_share * counted)
         if spec.compiled is not None and spec.compiled.activation_bytes:
             # the builder's word, for the largest run of its profile, whatever this one's size
             scratch = spec.compiled.activation_bytes

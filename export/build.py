@@ -130,7 +130,7 @@ def build(
         )
         outcome = quantise(recipe, folder, manifest, parts, say, share.kept, output)
         configs = stage_cache.configs_digest(checkpoint.mllm, checkpoint.bifrost, checkpoint.flux)
-        counted = memory.one_picture(mllm_max_length, largest)
+        counted = memory.one_picture(mllm_max_length)
         engines: list[EngineSpec] = []
         for name, stage in parts.items():
             key = stage_cache.key(stage, configs, outcome.rest[name], counted)
@@ -138,7 +138,7 @@ def build(
             if done is None:
                 say(f"building {name}")
                 rest = outcome.rest[name]
-                made = engine_files.write(stage, folder, rest, counted)
+                made = engine_files.write(stage, folder, rest, counted, largest)
                 done = cache.put(name, key, *made)
             else:
                 say(f"{name} is there already")

@@ -34,6 +34,8 @@ class VisionAttention(nn.Module):
             cos, sin: [R, 1, S, head_dim].
             mask: bool [R, 1, 1, S], which positions are real.
         """
+        # for every query: onnxruntime does not broadcast that axis
+        mask = mask.expand(-1, -1, x.shape[1], -1)
         joined = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
         q, k, v = joined.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
