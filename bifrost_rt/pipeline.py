@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from bifrost_rt import residency, schedules
 from bifrost_rt.backends.base import Buffer
 from bifrost_rt.engines import Engines, Loop
-from bifrost_rt.manifest import Manifest
+from bifrost_rt.manifest import SetSpec
 from bifrost_rt.notes import Note
 from bifrost_rt.numerics import Checks
 from bifrost_rt.request import Request
@@ -44,13 +44,13 @@ class Output:
 
 
 # What runs a set's engines for a checked request. `generate` is the product's.
-Generate = Callable[[Engines, Tokenizers, Manifest, Request], Output]
+Generate = Callable[[Engines, Tokenizers, SetSpec, Request], Output]
 
 
 def generate(
     engines: Engines,
     tokenizers: Tokenizers,
-    manifest: Manifest,
+    manifest: SetSpec,
     request: Request,
     on_step_end: StepEnd | None = None,
 ) -> Output:
@@ -141,7 +141,7 @@ def generate(
 
 
 def denoising(
-    manifest: Manifest, request: Request
+    manifest: SetSpec, request: Request
 ) -> tuple[NDArray[np.float32], schedules.DenoisingPlan]:
     """The noise levels of the denoising steps, [steps + 1], and which steps are computed."""
     options = request.parameters
@@ -158,7 +158,7 @@ def stages(request: Request) -> tuple[str, ...]:
     return (*mllm, "clip_text", "t5_text", "conditioning", "denoise", *vae)
 
 
-def sizes(manifest: Manifest, request: Request) -> residency.Sizes:
+def sizes(manifest: SetSpec, request: Request) -> residency.Sizes:
     """What a request makes of the symbols at the engines' doors."""
     options = request.parameters
     return residency.sizes(
@@ -174,7 +174,7 @@ def sizes(manifest: Manifest, request: Request) -> residency.Sizes:
 def _decode(
     engines: Engines,
     tokenizers: Tokenizers,
-    manifest: Manifest,
+    manifest: SetSpec,
     request: Request,
     timings: dict[str, float],
     checks: Checks,
@@ -234,7 +234,7 @@ def _decode(
     return tokens
 
 
-def text_width(manifest: Manifest, longest: int) -> int:
+def text_width(manifest: SetSpec, longest: int) -> int:
     """How many tokens the texts of a run are padded to, of which the longest has `longest`.
 
     Graphs take any length. A compiled engine compiles kernels for every new one, so there it is one

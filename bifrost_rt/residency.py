@@ -19,7 +19,7 @@ from pathlib import Path
 from bifrost_rt import dims, schedules
 from bifrost_rt.dims import DIMS, REVEALED, STEPS
 from bifrost_rt.errors import BudgetError, RequestError, RequestTypeError
-from bifrost_rt.manifest import EngineSpec, Manifest
+from bifrost_rt.manifest import EngineSpec, SetSpec
 
 # Of the memory that a machine has available, what is left to everyone else.
 MARGIN = 0.1
@@ -160,7 +160,7 @@ def everything_fits(steps: Sequence[Step]) -> bool:
 
 
 def sizes(
-    manifest: Manifest,
+    manifest: SetSpec,
     *,
     images: int = 1,
     prompts: int = 1,
@@ -190,7 +190,7 @@ def sizes(
 
 
 def needs(
-    manifest: Manifest,
+    manifest: SetSpec,
     order: Sequence[str],
     at: Sizes,
     weights_in_memory: Callable[[EngineSpec, int], int],
