@@ -11,7 +11,7 @@ from bifrost_rt import schedules
 from bifrost_rt.manifest import ModelFacts
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError
-from export.model.conditioning import Conditioning
+from export.model.conditioning import Conditioning, ControlEmbed
 from export.model.decoding import TextPrefill, VisualDecode
 from export.model.denoising import Denoise
 from export.model.encoders import ClipText, T5Text
@@ -21,6 +21,7 @@ from export.stages import (
     Stage,
     clip_text,
     conditioning,
+    control_embed,
     denoise,
     t5_text,
     text_prefill,
@@ -135,7 +136,6 @@ def stages(
     visual = checkpoint.visual_branch()
     text = checkpoint.text_branch(mllm_max_length)
     checkpoint.refuse_left_overs()
-    places = model.num_visual_tokens
     yield text_prefill.stage(TextPrefill(text, visual), checkpoint.decoder)
     yield visual_decode.stage(VisualDecode(visual), checkpoint.decoder)
     yield clip_text.stage(ClipText(checkpoint.clip), clip_length)
@@ -143,11 +143,9 @@ def stages(
     controlnet, transformer = checkpoint.controlnet, checkpoint.transformer
     of_controlnet, of_transformer = hoist(controlnet), hoist(transformer)
     yield conditioning.stage(
-        Conditioning(controlnet, of_controlnet, transformer, of_transformer),
-        places,
-        model.hidden_size,
-        t5_length,
+        Conditioning(controlnet, of_controlnet, transformer, of_transformer), t5_length
     )
+    yield control_embed.stage(ControlEmbed(controlnet), model.num_visual_tokens, model.hidden_size)
     side = math.isqrt(model.num_image_tokens)
     yield denoise.stage(
         Denoise(controlnet, of_controlnet.width, transformer, t5_length, side),
