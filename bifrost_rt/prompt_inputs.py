@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bifrost_rt.manifest import Manifest
+from bifrost_rt.manifest import SetSpec
 from bifrost_rt.request import Request
 from bifrost_rt.text import Tokenizers
 
@@ -28,7 +28,7 @@ class MllmTexts:
     lengths: NDArray[np.int64]
 
 
-def mllm_texts(tokenizers: Tokenizers, manifest: Manifest, request: Request) -> MllmTexts:
+def mllm_texts(tokenizers: Tokenizers, manifest: SetSpec, request: Request) -> MllmTexts:
     """Prompts -> ids. At cfg 1 the unconditional half cancels and is not computed."""
     guided = request.parameters.cfg_weight != 1.0
     texts = list(dict.fromkeys(["", *request.prompts] if guided else request.prompts))
@@ -40,7 +40,7 @@ def mllm_texts(tokenizers: Tokenizers, manifest: Manifest, request: Request) -> 
     return MllmTexts({"input_ids": padded, "text_index": text_index}, lengths[text_index])
 
 
-def text_width(manifest: Manifest, longest: int) -> int:
+def text_width(manifest: SetSpec, longest: int) -> int:
     """How many tokens the texts of a run are padded to, of which the longest has `longest`.
 
     Graphs take any length. A compiled engine compiles kernels for every new one, so there it is one

@@ -19,7 +19,7 @@ from pathlib import Path
 from bifrost_rt import dims, image_processor, schedules
 from bifrost_rt.dims import DIMS, REVEALED, STEPS
 from bifrost_rt.errors import BudgetError, RequestError, RequestTypeError
-from bifrost_rt.manifest import EngineSpec, Manifest, TensorSpec
+from bifrost_rt.manifest import EngineSpec, SetSpec, TensorSpec
 
 # Of the memory that a machine has available, what is left to everyone else.
 MARGIN = 0.1
@@ -170,7 +170,7 @@ def everything_fits(steps: Sequence[Step]) -> bool:
 
 
 def sizes(
-    manifest: Manifest,
+    manifest: SetSpec,
     *,
     images: int = 1,
     prompts: int = 1,
@@ -200,7 +200,7 @@ def sizes(
     return lambda engine: decoding if engine in decoders else common
 
 
-def _largest_image(manifest: Manifest) -> dict[str, int]:
+def _largest_image(manifest: SetSpec) -> dict[str, int]:
     if manifest.vision is None:
         return {}
     largest = image_processor.limits(manifest.vision)
@@ -208,7 +208,7 @@ def _largest_image(manifest: Manifest) -> dict[str, int]:
 
 
 def needs(
-    manifest: Manifest,
+    manifest: SetSpec,
     order: Sequence[str],
     at: Sizes,
     weights_in_memory: Callable[[EngineSpec, int], int],
@@ -245,7 +245,7 @@ def needs(
     return found
 
 
-def _handed_on(manifest: Manifest, before: Sequence[str], after: Sequence[str], at: Sizes) -> int:
+def _handed_on(manifest: SetSpec, before: Sequence[str], after: Sequence[str], at: Sizes) -> int:
     """Bytes of what engines read that those before them have left."""
     left: set[str] = set()
     for name in before:

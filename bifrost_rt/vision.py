@@ -15,13 +15,13 @@ from bifrost_rt import dims, residency
 from bifrost_rt.engines import Engines
 from bifrost_rt.errors import RequestError
 from bifrost_rt.image_processor import Patches
-from bifrost_rt.manifest import Manifest, Vision
+from bifrost_rt.manifest import SetSpec, Vision
 from bifrost_rt.numerics import refuse_infinite
 
 NAME = "vision_encode"
 
 
-def facts(manifest: Manifest) -> Vision:
+def facts(manifest: SetSpec) -> Vision:
     """How the set reads images.
 
     Raises:
@@ -78,7 +78,7 @@ def windows(patches: Patches, vision: Vision) -> int:
 
 
 def encode(
-    engines: Engines, manifest: Manifest, patches: Patches, timings: dict[str, float]
+    engines: Engines, manifest: SetSpec, patches: Patches, timings: dict[str, float]
 ) -> NDArray[np.float32]:
     """The image's tokens, [M, D], row by row.
 

@@ -6,14 +6,14 @@ from PIL import Image
 
 from bifrost_rt import image_processor, pipeline, vision
 from bifrost_rt.engines import Engines
-from bifrost_rt.manifest import Manifest
+from bifrost_rt.manifest import SetSpec
 from bifrost_rt.pipeline import Output
 from bifrost_rt.request import Request
 from bifrost_rt.text import Tokenizers
 
 
 def draw_and_look(
-    engines: Engines, tokenizers: Tokenizers, manifest: Manifest, request: Request
+    engines: Engines, tokenizers: Tokenizers, manifest: SetSpec, request: Request
 ) -> Output:
     """Draw a checked request, and encode each image where the set reads images.
 

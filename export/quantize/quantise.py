@@ -12,7 +12,7 @@ from typing import Any
 
 from bifrost_rt import cache, pipeline
 from bifrost_rt.dims import IMAGES
-from bifrost_rt.manifest import Calibration, Manifest
+from bifrost_rt.manifest import Calibration, SetSpec
 from export import precision, stage_cache
 from export.exercise import draw_and_look
 from export.quantize import apply, calibrate, policy, sweep
@@ -57,7 +57,7 @@ class Outcome:
 def quantise(
     recipe: Recipe,
     folder: Path,
-    manifest: Manifest,
+    manifest: SetSpec,
     stages: Mapping[str, Stage],
     say: Callable[[str], None],
     kept: int | None = None,
@@ -117,7 +117,7 @@ def _prompts(recipe: Recipe) -> Path:
 def _statistics(
     recipe: Recipe,
     folder: Path,
-    manifest: Manifest,
+    manifest: SetSpec,
     stages: Mapping[str, Stage],
     say: Callable[[str], None],
     kept: int | None,
@@ -153,7 +153,7 @@ def _statistics(
     return found, Calibration(STATISTICS, checkpoint, len(found.prompts), recipe.scales)
 
 
-def _key(recipe: Recipe, manifest: Manifest, checkpoint: str, prompts: Sequence[str]) -> str:
+def _key(recipe: Recipe, manifest: SetSpec, checkpoint: str, prompts: Sequence[str]) -> str:
     """Changes with everything that decides what calibration sees."""
     facts = {
         "checkpoint": checkpoint,
