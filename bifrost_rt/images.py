@@ -112,9 +112,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _eight_bit(image: Image.Image) -> Image.Image:
     """Grey values of 16 bit, of which Pillow would keep those up to 255 alone."""
     values = np.nan_to_num(np.asarray(image))
-    if values.dtype.kind == "f":
-        most = 1.0 if values.max() <= 1 else 255.0
-    else:
-        most = 65535.0
+    whole = 1.0 if values.max() <= 1 else 255.0  # of floating point, either is usual
+    most = whole if values.dtype.kind == "f" else 65535.0
     scaled = np.clip(values.astype(np.float64) * (255.0 / most), 0, 255)
     return Image.fromarray(np.rint(scaled).astype(np.uint8))

@@ -204,6 +204,26 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Chat:
+    """How conversations are written: Qwen2.5-VL's chat template, in ids.
+
+    Attributes:
+        turn_start, turn_end: around every message; a line break follows the end.
+        vision_start, image_pad, vision_end: around an image, and each of its tokens.
+        stop_ids: tokens that end an answer.
+        default_system: what the system says where no message does; None: nothing.
+    """
+
+    turn_start: int
+    turn_end: int
+    vision_start: int
+    vision_end: int
+    image_pad: int
+    stop_ids: tuple[int, ...]
+    default_system: str | None = None
+
+
+@dataclass(frozen=True)
 class Vision:
     """How images become the vision tower's patches.
 
@@ -279,6 +299,11 @@ class SetSpec(Protocol):
         ...
 
     @property
+    def chat(self) -> Chat | None:
+        """Say how conversations are written; None where the set holds none."""
+        ...
+
+    @property
     def dimensions(self) -> Mapping[str, Range]:
         """Give the bounds of the sizes that callers choose."""
         ...
@@ -301,8 +326,8 @@ class SetSpec(Protocol):
 @dataclass(frozen=True)
 class Manifest:
     """An engine set. `files` lists every file beside the manifest. `vision` is None where the set
-    reads no images. `selftest` is how far the self-test's picture was from the builder's when the
-    engines were simulated on a CPU, where they were."""
+    reads no images, `chat` where it holds no conversations. `selftest` is how far the self-test's
+    picture was from the builder's when the engines were simulated on a CPU, where they were."""
 
     format: int
     name: str
@@ -318,6 +343,7 @@ class Manifest:
     calibration: Calibration | None = None
     selftest: Deviation | None = None
     vision: Vision | None = None
+    chat: Chat | None = None
 
     def engine(self, name: str) -> EngineSpec:
         """Find an engine by its name.
@@ -333,7 +359,7 @@ class Manifest:
         for engine in data["engines"]:
             if engine["compiled"] is None:
                 del engine["compiled"]
-        for optional in ("calibration", "selftest", "vision"):
+        for optional in ("calibration", "selftest", "vision", "chat"):
             if data[optional] is None:
                 del data[optional]
         return _render(data, hashlib.sha256(_render(data, None)).hexdigest())

@@ -81,6 +81,10 @@ class Tokenizers:
 
     def _mllm_user(self, prompt: str) -> list[int]:
         text = self._text.mllm.lead + strip_lead_in(prompt)
+        return self.mllm_ordinary(text)
+
+    def mllm_ordinary(self, text: str) -> list[int]:
+        """Ids of a text whose every character is ordinary."""
         return list(self._mllm_ordinary.encode(text, add_special_tokens=False).ids)
 
     def clip(self, prompts: Sequence[str]) -> NDArray[np.int64]:

@@ -59,6 +59,8 @@ def build(
     with written_aside(output, finished=(stage_cache.REPORT, STATISTICS)) as folder:
         cache = stage_cache.StageCache(folder, output, keep=[STATISTICS])
         plan = build_plan.draw_up(recipe, checkpoint, model, folder)
+        if plan.chat is None:
+            say(f"the set will hold no conversations: {checkpoint.mllm} has another chat template")
         share = steps.reserve(plan, cache, memory_budget, say)
         layers = quantise(recipe, folder, plan, plan.stages, say, share.kept, output)
         built = steps.write_engines(plan, layers, checkpoint, cache, folder, say)

@@ -14,11 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 import bifrost_rt
 from bifrost_rt import dims, image_processor
 from bifrost_rt import manifest as manifests
 from bifrost_rt.manifest import (
     Calibration,
+    Chat,
     Defaults,
     EngineSpec,
     File,
@@ -29,7 +32,7 @@ from bifrost_rt.manifest import (
     Text,
     Vision,
 )
-from export import assemble, budget, parity, preprocessor, text
+from export import assemble, budget, chat, parity, preprocessor, text
 from export.checkpoint import Checkpoint
 from export.recipe import Recipe
 from export.stages import Stage
@@ -62,6 +65,7 @@ class BuildPlan:
     defaults: Defaults
     text: Text
     vision: Vision | None
+    chat: Chat | None
     dimensions: Mapping[str, Range]
     mllm_max_length: int
     ignored_files: tuple[str, ...]
@@ -98,6 +102,7 @@ class BuildPlan:
             defaults=self.defaults,
             text=self.text,
             vision=self.vision,
+            chat=self.chat,
             dimensions=dict(self.dimensions),
             engines=self.engines,
             files=dict(files),
@@ -136,6 +141,7 @@ def draw_up(recipe: Recipe, checkpoint: Checkpoint, model: ModelFacts, folder: P
             *(tokenizers.clip.max_length, recipe.t5_max_length, vision),
         )
     }
+    tokenizer = Tokenizer.from_file(str(folder / tokenizers.mllm.tokenizer))
     return BuildPlan(
         recipe=recipe,
         name=Path(recipe.output).name,
@@ -151,6 +157,7 @@ def draw_up(recipe: Recipe, checkpoint: Checkpoint, model: ModelFacts, folder: P
         ),
         text=tokenizers,
         vision=vision,
+        chat=chat.read(checkpoint.mllm, tokenizer),
         dimensions=dims.ranges(
             max_images=recipe.max_images,
             mllm_max_length=length,
