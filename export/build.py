@@ -155,7 +155,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         return recipes.load(flags, "command line")
     path = DEFAULT_RECIPE if options.recipe is None else shipped.find(options.recipe)
     recipe = recipes.read(path, flags)
-    shipped.check_checkpoint(path, recipe)
+    shipped.check_checkpoint(path, recipe.folders)
     return recipe
 
 
