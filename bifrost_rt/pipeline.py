@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bifrost_rt import residency, schedules
+from bifrost_rt import mllm_text, residency, schedules
 from bifrost_rt.backends.base import Buffer
 from bifrost_rt.engines import Engines, Loop
 from bifrost_rt.manifest import Manifest
@@ -153,7 +153,7 @@ def denoising(
 
 def stages(request: Request) -> tuple[str, ...]:
     """The engines that a request uses, in this order, each once."""
-    mllm = ("text_prefill", "visual_decode") if request.tokens is None else ()
+    mllm = (mllm_text.NAME, "visual_decode") if request.tokens is None else ()
     vae = ("vae_decode",) if request.output_type != "latent" else ()
     return (*mllm, "clip_text", "t5_text", "conditioning", "denoise", *vae)
 
@@ -191,17 +191,16 @@ def _decode(
     rows = np.array([texts.index(request.prompts[i]) for i in request.prompt_index], np.int64)
     text_index = np.stack([np.full_like(rows, texts.index("")), rows] if guided else [rows])
 
-    # 2  Text -> keys and values of every layer, and the all-masked start of the visual tokens.
-    prefill = engines.run(
-        "text_prefill",
-        engines.put(
-            "text_prefill",
-            input_ids=_right_padded(ids, text_width(manifest, int(lengths.max()))),
-            text_index=text_index,
-        ),
+    # 2  Text -> keys and values of every layer, and the mask token.
+    width = text_width(manifest, int(lengths.max()))
+    read = engines.run(
+        mllm_text.NAME,
+        engines.put(mllm_text.NAME, **mllm_text.prompts(engines.spec(mllm_text.NAME), ids, width)),
         timings,
     )
-    tokens = prefill.pop("tokens")
+    cache = {name: buffer for name, buffer in read.items() if name.startswith("text_")}
+    mask_token = engines.backend.download(read["masked_token"])[:1]
+    masked = (len(rows), manifest.model.num_visual_tokens, manifest.model.hidden_size)
 
     # 3  Masked decoding. Steps that reveal nothing change nothing and are not run.
     masks = schedules.reveal_masks(request.order, options.decoding_steps)
@@ -210,12 +209,13 @@ def _decode(
     decode = engines.loop(
         "visual_decode",
         {
-            **prefill,
-            "tokens": tokens,
+            **cache,
             **engines.put(
                 "visual_decode",
+                tokens=np.broadcast_to(mask_token, masked),
                 step=np.zeros(1, np.int64),
-                text_length=lengths[text_index],
+                text_length=lengths,
+                text_index=text_index,
                 reveal_places=places,
                 token_sources=sources,
                 cfg_weight=np.array([options.cfg_weight], np.float32),
@@ -230,7 +230,7 @@ def _decode(
             on_step_end("tokens", t, None, decode)
     tokens = decode.finish("tokens")
     found = engines.backend.download(tokens)
-    checks.finite("visual_decode", "tokens", found, "image", earlier=prefill)
+    checks.finite("visual_decode", "tokens", found, "image", earlier=cache)
     return tokens
 
 
@@ -246,12 +246,3 @@ def text_width(manifest: Manifest, longest: int) -> int:
     bucket = max(SHORTEST, 1 << (longest - 1).bit_length())
     most = manifest.dimensions["text_tokens"].max
     return bucket if most is None else max(longest, min(bucket, most))
-
-
-def _right_padded(ids: list[list[int]], width: int) -> NDArray[np.int64]:
-    """[U, S]. Padding stands behind the text, where causal attention never sees it, and the visual
-    tokens see `text_length` of it; its value does not matter."""
-    padded = np.zeros((len(ids), width), np.int64)
-    for row, values in zip(padded, ids, strict=True):
-        row[: len(values)] = values
-    return padded

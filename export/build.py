@@ -107,6 +107,8 @@ def build(
                 max_images=recipe.max_images,
                 mllm_max_length=mllm_max_length,
                 num_visual_tokens=model.num_visual_tokens,
+                chunk=max(dims.CHUNK, mllm_max_length),
+                context=assemble.context_length(checkpoint, mllm_max_length),
             ),
             engines=tuple(stage.outline() for stage in parts.values()),
             files={},

@@ -33,6 +33,14 @@ class DecoderConfig:
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
+    mrope_section: tuple[int, int, int] | None = None
+
+    @property
+    def sections(self) -> tuple[int, int, int]:
+        """How many of the rotary frequencies turn with time, height and width: by `mrope_section`,
+        or divided as in the published models."""
+        half = self.head_dim // 2
+        return self.mrope_section or (half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8)
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> DecoderConfig:
@@ -72,6 +80,10 @@ class DecoderConfig:
                 f"which makes {head_dim or width // heads} values a head, expected an even number",
             )
         theta = Optional(Real(1, 1e12))
+        sections = rope.get("mrope_section", Optional(Many(Whole(0), 3, 3)), None)
+        half = (head_dim or width // heads) // 2
+        if sections is not None and sum(sections) != half:
+            raise rope.error("mrope_section", f"expected three numbers that add up to {half}")
         return cls(
             hidden_size=width,
             intermediate_size=text.get("intermediate_size", WIDTH),
@@ -84,4 +96,5 @@ class DecoderConfig:
             rope_theta=rope.get("rope_theta", theta, None)
             or text.get("rope_theta", theta, None)
             or 1e6,
+            mrope_section=None if sections is None else tuple(sections),
         )

@@ -6,8 +6,8 @@ from export.stages import (
     clip_text,
     conditioning,
     denoise,
+    mllm_text,
     t5_text,
-    text_prefill,
     vae_decode,
     visual_decode,
 )
@@ -15,7 +15,7 @@ from export.stages import (
 DEFINITIONS = {
     module.DEFINITION.name: module.DEFINITION
     for module in (
-        *(text_prefill, visual_decode),
+        *(mllm_text, visual_decode),
         *(clip_text, t5_text, conditioning),
         *(denoise, vae_decode),
     )
