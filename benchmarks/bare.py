@@ -90,7 +90,7 @@ class Bare:
         latents = self._denoise(run, request, tokens)
         images = run("vae_decode", {"latents": latents})["images"]
         timings["total"] = time.perf_counter() - start
-        return images, {**timings, "mllm": timings["text_prefill"] + timings["visual_decode"]}
+        return images, {**timings, "mllm": timings["mllm_text"] + timings["visual_decode"]}
 
     def _decode(self, run: Callable[..., Arrays], request: Mapping[str, Any]) -> NDArray[Any]:
         defaults, prompts = self._facts.defaults, _prompts(request)
@@ -104,7 +104,7 @@ class Bare:
         index = np.array([[texts.index(prompt) for prompt in prompts]])
         if guided:
             index = np.concatenate([np.full_like(index, texts.index("")), index])
-        cached = run("text_prefill", {"input_ids": padded, "text_index": index})
+        cached = run("mllm_text", {"input_ids": padded, "text_index": index})
         order = schedules.random_orders(
             request["seed"], len(prompts), self._facts.model.num_visual_tokens
         )

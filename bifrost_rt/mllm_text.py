@@ -35,7 +35,7 @@ def prompts(spec: EngineSpec, ids: Sequence[Sequence[int]], width: int) -> dict[
         **{t.name: np.zeros(dims.shape_at(t.shape, sizes), t.dtype) for t in spec.inputs},
         "input_ids": padded,
         "row_sources": np.arange(texts * width).reshape(texts, width),
-        "positions": np.broadcast_to(np.arange(width), (3, texts, width)),
+        "positions": np.tile(np.arange(width), (3, texts, 1)),
         "new_length": np.array([len(row) for row in ids], np.int64),
         "top_p": np.ones(1, np.float32),
         "repetition_penalty": np.ones(1, np.float32),

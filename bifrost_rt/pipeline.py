@@ -212,7 +212,7 @@ def _decode(
             **cache,
             **engines.put(
                 "visual_decode",
-                tokens=np.broadcast_to(mask_token, masked),
+                tokens=np.array(np.broadcast_to(mask_token, masked)),
                 step=np.zeros(1, np.int64),
                 text_length=lengths,
                 text_index=text_index,

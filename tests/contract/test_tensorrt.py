@@ -230,7 +230,7 @@ def test_the_second_context_is_checked_as_the_first_is(compiled_set: Path) -> No
     assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
 
 
-STAGES = (*("text_prefill", "visual_decode", "clip_text", "t5_text"), "conditioning", "denoise")
+STAGES = (*("mllm_text", "visual_decode", "clip_text", "t5_text"), "conditioning", "denoise")
 
 
 def one_picture(folder: Path, version: str = COMPILED.version, budget: str | None = None) -> Any:

@@ -154,7 +154,7 @@ def test_cfg_1_does_not_compute_the_unconditional_half(generator: Generator) -> 
     original = generator._engines.run
 
     def watch(name: str, inputs: dict[str, Any], timings: dict[str, float]) -> Any:
-        if name == "text_prefill":
+        if name == "mllm_text":
             rows.append(inputs["text_index"].shape)
         return original(name, inputs, timings)
 
@@ -279,7 +279,7 @@ def test_tokens_of_an_earlier_run_are_drawn_without_the_mllm(generator: Generato
     assert "injected" not in first.parameters
     again = run(generator, ["a cow", "a dog"], num_images_per_prompt=2, tokens=first.tokens)
     assert np.array_equal(again.latents, first.latents)
-    assert not {"text_prefill", "visual_decode"} & again.timings.keys()
+    assert not {"mllm_text", "visual_decode"} & again.timings.keys()
     assert again.parameters["injected"] == {"tokens": handover.digest(first.tokens)}
     with pytest.raises(RequestError, match=r"tokens must have the shape \[1, 16, 64\]"):
         run(generator, tokens=first.tokens)

@@ -13,7 +13,7 @@ from export.model.decoder_config import DecoderConfig
 from export.model.decoding import TextPrefill, VisualDecode
 from export.model.text_branch import TextBranch
 from export.model.visual_branch import VisualBranch
-from export.stages import text_prefill, visual_decode
+from export.stages import mllm_text, visual_decode
 from export.trace import trace
 
 TOKENS, STEPS, MAX_LENGTH, LAYERS = 256, 256, 300, 28
@@ -31,7 +31,7 @@ def ours(layers: int) -> int:
     c = config(layers)
     with torch.device("meta"):
         text, visual = TextBranch(c, MAX_LENGTH).eval(), VisualBranch(c, TOKENS).eval()
-    prefill = text_prefill.stage(TextPrefill(text, visual), c)
+    prefill = mllm_text.stage(TextPrefill(text, visual), c)
     once = flops.count(trace(prefill), SIZES)
     step = flops.count(trace(visual_decode.stage(VisualDecode(visual), c)), SIZES)
     return once + STEPS * step
