@@ -98,23 +98,22 @@ class Bare:
         guided = defaults.cfg_weight != 1.0
         texts = list(dict.fromkeys(["", *prompts] if guided else prompts))
         ids = [self._tokenizers.mllm_prompt(text) for text in texts]
-        padded = np.zeros((len(ids), max(map(len, ids))), np.int64)
-        for row, values in zip(padded, ids, strict=True):
-            row[: len(values)] = values
         index = np.array([[texts.index(prompt) for prompt in prompts]])
         if guided:
             index = np.concatenate([np.full_like(index, texts.index("")), index])
-        cached = run("mllm_text", {"input_ids": padded, "text_index": index})
-        order = schedules.random_orders(
-            request["seed"], len(prompts), self._facts.model.num_visual_tokens
-        )
+        spec = self._facts.engine(mllm_text.NAME)
+        read = run(spec.name, mllm_text.prompts(spec, ids, max(map(len, ids))))
+        model = self._facts.model
+        order = schedules.random_orders(request["seed"], len(prompts), model.num_visual_tokens)
         masks = schedules.reveal_masks(order, steps)
         masks = masks[[bool(mask.any()) for mask in masks]]
         places, sources = schedules.reveal_rows(masks)
         inputs = {
-            **cached,
+            **{name: array for name, array in read.items() if name.startswith("text_")},
+            "tokens": np.tile(read["masked_token"][:1], (len(prompts), model.num_visual_tokens, 1)),
             "step": np.zeros(1, np.int64),
-            "text_length": np.array([len(row) for row in ids], np.int64)[index],
+            "text_length": np.array([len(row) for row in ids], np.int64),
+            "text_index": index,
             "reveal_places": places,
             "token_sources": sources,
             "cfg_weight": np.array([defaults.cfg_weight], np.float32),

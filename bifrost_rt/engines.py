@@ -215,21 +215,36 @@ class Engines:
         return tuple(self._arriving)
 
     def run(
-        self, name: str, inputs: Mapping[str, Buffer], timings: dict[str, float]
+        self,
+        name: str,
+        inputs: Mapping[str, Buffer],
+        timings: dict[str, float],
+        into: Mapping[str, Buffer] | None = None,
     ) -> dict[str, Buffer]:
         """Run an engine once; adds its seconds to `timings[name]`. Its next run writes to the same
-        buffers: copy what must outlive that."""
+        buffers: copy what must outlive that.
+
+        Args:
+            into: buffers of the caller's for some of the outputs, such as the very ones of the
+                inputs that the engine continues.
+        """
         engine = self._enter(name)
-        outputs = _outputs(self._workspace, engine.spec, inputs)
+        outputs = _outputs(self._workspace, engine.spec, inputs, into or {})
         call = self._workspace.bind(engine, inputs, outputs)
         start = time.perf_counter()
         call()
         timings[name] = timings.get(name, 0.0) + time.perf_counter() - start
         return outputs
 
-    def loop(self, name: str, inputs: Mapping[str, Buffer], timings: dict[str, float]) -> Loop:
-        """Prepare an engine for repeated steps."""
-        return Loop(self.backend, self._enter(name), inputs, timings, self._workspace)
+    def loop(
+        self,
+        name: str,
+        inputs: Mapping[str, Buffer],
+        timings: dict[str, float],
+        into: Mapping[str, Buffer] | None = None,
+    ) -> Loop:
+        """Prepare an engine for repeated steps; `into` as in `run`."""
+        return Loop(self.backend, self._enter(name), inputs, timings, self._workspace, into)
 
     def close(self) -> None:
         """Close every engine."""
@@ -255,19 +270,23 @@ class Loop:
         inputs: Mapping[str, Buffer],
         timings: dict[str, float],
         workspace: Workspace | None = None,
+        into: Mapping[str, Buffer] | None = None,
     ) -> None:
         workspace = Workspace(backend) if workspace is None else workspace
         carry = engine.spec.carry  # output name -> input name
         ping = {carry[out]: inputs[carry[out]] for out in carry}
-        outputs = _outputs(workspace, engine.spec, inputs)
-        pong = {carry[out]: buffer for out, buffer in outputs.items()}
+        outputs = _outputs(workspace, engine.spec, inputs, into or {})
+        pong = {carry[out]: outputs[out] for out in carry}
         fixed = {name: buffer for name, buffer in inputs.items() if name not in ping}
+        beside = {name: buffer for name, buffer in outputs.items() if name not in carry}
         self._backend = backend
         self._timings = timings
         self._name = engine.spec.name
         self._now, self._next = ping, pong
         self._call, self._other = (
-            workspace.bind(engine, {**fixed, **now}, {o: after[i] for o, i in carry.items()})
+            workspace.bind(
+                engine, {**fixed, **now}, {**beside, **{o: after[i] for o, i in carry.items()}}
+            )
             for now, after in ((ping, pong), (pong, ping))
         )
 
@@ -308,10 +327,15 @@ def _finished() -> None:
 
 
 def _outputs(
-    workspace: Workspace, spec: EngineSpec, inputs: Mapping[str, Buffer]
+    workspace: Workspace,
+    spec: EngineSpec,
+    inputs: Mapping[str, Buffer],
+    into: Mapping[str, Buffer],
 ) -> dict[str, Buffer]:
     sizes = symbol_sizes(spec, inputs)
     return {
-        t.name: workspace.empty(f"{spec.name}.{t.name}", output_shape(t, sizes), t.dtype)
+        t.name: into[t.name]
+        if t.name in into
+        else workspace.empty(f"{spec.name}.{t.name}", output_shape(t, sizes), t.dtype)
         for t in spec.outputs
     }
