@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.metering import Meter
-from bifrost_rt import manifest, schedules
+from bifrost_rt import manifest, mllm_text, schedules
 from bifrost_rt.backends.choice import openvino_refuses
 from bifrost_rt.errors import BackendError, EngineSetError
 from bifrost_rt.manifest import EngineSpec
@@ -190,7 +190,10 @@ def _onnxruntime() -> Callable[[Path, EngineSpec], Call]:
 def _openvino(backend: str) -> Callable[[Path, EngineSpec], Call]:
     import openvino as ov
 
+    from bifrost_rt.backends import openvino_operators
+
     core = ov.Core()
+    openvino_operators.add_to(core)
 
     def opened(path: Path, spec: EngineSpec) -> Call:
         if refused := openvino_refuses(spec.precision.layers):

@@ -1,7 +1,7 @@
 """The MLLM's answer to a conversation: the prompt in pieces, then token by token.
 
-A step is one call on memory that was bound beforehand; the engine itself chooses the token and hands
-it to the next step. Where steps are only queued, as on a GPU, several are, before their tokens are
+A step is one call on memory that was bound beforehand; the engine itself chooses the token and
+hands it to the next step. Where steps are only queued, as on a GPU, several are, before their tokens are
 read.
 
 The keys and values of the last conversation stay. What the next one begins with in common, the same
@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -248,7 +248,7 @@ class Answer(Iterator[int]):
         self.cached_tokens = 0
         self._owner, self._asked, self._sampling = owner, asked, sampling
         self._limit, self._stop_ids, self._timings = max_new_tokens, stop_ids, timings
-        self._tokens = self._run()
+        self._tokens: Generator[int, None, None] = self._run()
 
     def __next__(self) -> int:
         return next(self._tokens)
@@ -257,7 +257,7 @@ class Answer(Iterator[int]):
         """End it before its end; what was computed stays for the next conversation."""
         self._tokens.close()
 
-    def _run(self) -> Iterator[int]:
+    def _run(self) -> Generator[int, None, None]:
         owner, asked, timings = self._owner, self._asked, self._timings
         images = _hashes(asked)
         capacity, steps = owner._capacity(len(asked.ids), self._limit)

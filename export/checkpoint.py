@@ -155,7 +155,8 @@ class Checkpoint:
                 sources.attach(head, "weight", source)
             return head.eval()
         name = f"{TRAINED_HEAD}weight"
-        place = (self.trained, name) if name in self.trained else (self.base, BASE_HEAD + "weight")
+        base = f"{BASE_HEAD}weight"
+        place = (self.trained, name) if name in self.trained else (self.base, base)
         self._fill(head, "head of the text branch", lambda _: place)
         return head
 
@@ -166,8 +167,8 @@ class Checkpoint:
         return branch
 
     def refuse_left_overs(self) -> None:
-        """After both branches and the head were read: raise for tensors that belong to neither, such as those of
-        an unsupported variant."""
+        """After both branches and the head were read: raise for tensors that belong to none of
+        them, such as those of an unsupported variant."""
         refuse_unused(self.trained, "bifrost", BIFROST_UNUSED)
         refuse_unused(self.base, "mllm", MLLM_UNUSED)
 

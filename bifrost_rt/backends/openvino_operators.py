@@ -24,8 +24,8 @@ def _tensor_scatter(node: Any) -> list[ov.Output]:
     shape = ops.shape_of(rows, "i64")
     count = ops.gather(shape, ops.constant(np.int64(axis)), zero)
     new = ops.range(zero, count, one, "i64")  # [R]
-    place = ops.add(ops.unsqueeze(at, ops.constant(np.int64([1]))), new)  # [U, R]
-    place = ops.unsqueeze(place, ops.constant(np.int64([1, 3])))  # [U, 1, R, 1]
+    place = ops.add(ops.unsqueeze(at, ops.constant(np.array([1]))), new)  # [U, R]
+    place = ops.unsqueeze(place, ops.constant(np.array([1, 3])))  # [U, 1, R, 1]
     written = ops.scatter_elements_update(
         cache, ops.broadcast(place, shape, broadcast_spec="BIDIRECTIONAL"), rows, ops.constant(axis)
     )

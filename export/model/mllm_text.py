@@ -65,7 +65,7 @@ class MllmText(nn.Module):
             repetition_penalty,
             CANDIDATES,
         )
-        place = (new_length - 1).expand(3, texts)[:, :, None]
+        place = (new_length - 1).clamp(min=0).expand(3, texts)[:, :, None]
         return (
             logits,
             chosen,

@@ -85,6 +85,7 @@ class TextBranch(nn.Module):
         rows = x.shape[1]
         cos, sin = self._rotary(self.cos, positions), self._rotary(self.sin, positions)
         mask = visible(past_length, rows, past_keys[0].shape[2])
+        last = (new_length - 1).clamp(min=0)
         keys, values = [], []
         for layer, past_k, past_v in zip(self.layers, past_keys, past_values, strict=True):
             h = layer.input_layernorm(x)
@@ -94,10 +95,10 @@ class TextBranch(nn.Module):
             keys.append(k)
             values.append(v)
             if layer is self.layers[-1]:
-                x, h = _row(x, new_length - 1), _row(h, new_length - 1)
-                place = (new_length - 1)[:, None, None, None]
+                x, h = _row(x, last), _row(h, last)
+                place = last[:, None, None, None]
                 cos, sin = (_take(table, place, 2) for table in (cos, sin))
-                mask = visible(past_length + new_length - 1, 1, past_k.shape[2])
+                mask = visible(past_length + last, 1, past_k.shape[2])
             q = rotate(layer.self_attn.query(h), cos, sin)
             x = x + layer.self_attn.attend(q, k, v, mask=mask)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
