@@ -1,8 +1,8 @@
 """The MLLM's answer to a conversation: the prompt in pieces, then token by token.
 
 A step is one call on memory that was bound beforehand; the engine itself chooses the token and
-hands it to the next step. Where steps are only queued, as on a GPU, several are, before their tokens are
-read.
+hands it to the next step. Where steps are only queued, as on a GPU, several are, before their
+tokens are read.
 
 The keys and values of the last conversation stay. What the next one begins with in common, the same
 ids and the same images, is not computed again.

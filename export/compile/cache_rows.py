@@ -1,8 +1,8 @@
 """Writing rows into a cache whose capacity is a size of the run.
 
-TensorRT makes its own layer of TensorScatter, for caches of one fixed capacity alone. Here, rows are
-scattered element by element: the same values, for a copy of the cache in every step, which is a
-hundredth of the weights that the step reads.
+TensorRT makes its own layer of TensorScatter, for caches of one fixed capacity alone. Here, rows
+are scattered element by element: the same values, for a copy of the cache in every step, which is
+a hundredth of the weights that the step reads.
 """
 
 from __future__ import annotations
@@ -41,9 +41,12 @@ def _places(graph: ir.Graph, before: ir.Node, rows: ir.Value, at: ir.Value | Non
     prefix = f"{before.name}.places"
 
     def number(name: str, values: int | list[int]) -> ir.Value:
-        tensor = ir.tensor(np.array(values, np.int64))
+        array = np.array(values, np.int64)
         value = ir.Value(
-            name=f"{prefix}.{name}", shape=tensor.shape, type=INT64, const_value=tensor
+            name=f"{prefix}.{name}",
+            shape=ir.Shape(array.shape),
+            type=INT64,
+            const_value=ir.tensor(array),
         )
         graph.register_initializer(value)
         return value
