@@ -19,7 +19,7 @@ from typing import Any
 from bifrost_rt import strict
 from bifrost_rt.errors import EngineSetError, IntegrityError
 
-FORMAT = 2
+FORMAT = 3
 FILENAME = "manifest.json"
 REBUILD = "rebuild the set with `python -m export.build`"
 # Types of tables and sizes, in which no layer computes.

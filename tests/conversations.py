@@ -92,7 +92,7 @@ class Judge:
         if not grids:
             positions = np.tile(np.arange(len(ids)), (3, 1))
             return Asked(Conversation(row[0].numpy(), positions), inputs)
-        patch = vision.in_chans * vision.temporal_patch_size * vision.patch_size**2
+        patch = int(np.prod(self.model.model.visual.patch_embed.proj.weight.shape[1:]))
         patches = sum(height * width for _, height, width in grids)
         pixels = rng.standard_normal((patches, patch)).astype(np.float32)
         inputs |= {
