@@ -108,6 +108,12 @@ class _Kept:
     positions: NDArray[np.int64]
     images: NDArray[np.int64]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        buffers = self.buffers.values()
+        return sum(math.prod(buffer.shape) * buffer.dtype.itemsize for buffer in buffers)
+
     def common(self, asked: Conversation, images: NDArray[np.int64]) -> int:
         """How many rows a conversation begins with that are here; never all of it, because its
         last row gives the first token."""
@@ -186,6 +192,7 @@ class Answering:
     def forget(self) -> None:
         """Give up the memory of the last conversation."""
         self._kept = None
+        self._engines.keep_beside(0, self.forget)
 
     @property
     def _chunk(self) -> int:
@@ -202,6 +209,7 @@ class Answering:
         """A cache of at least that capacity, whose rows are those that the conversation begins
         with."""
         kept, self._kept = self._kept, None
+        self._engines.keep_beside(0, self.forget)  # it is among the engine's tensors meanwhile
         common = 0 if kept is None else kept.common(asked, images)
         if kept is None or kept.capacity < capacity:
             kept = self._larger(kept if common else None, common, capacity)
@@ -223,7 +231,9 @@ class Answering:
         return _Kept(buffers, capacity, kept.ids, kept.positions, kept.images)
 
     def _keep(self, cache: _Kept) -> None:
-        self._kept = cache if self._reuse else None
+        if self._reuse:
+            self._kept = cache
+            self._engines.keep_beside(cache.nbytes, self.forget)
 
 
 class Answer(Iterator[int]):

@@ -168,6 +168,11 @@ def decodes(spec: EngineSpec) -> bool:
     return REVEALED in used_by(spec)
 
 
+def reads_pieces(spec: EngineSpec) -> bool:
+    """Whether an engine reads a text piece by piece, behind a cache."""
+    return {NEW_TOKENS, CACHE_TOKENS} <= used_by(spec)
+
+
 def calls(spec: EngineSpec, sizes: Mapping[str, int]) -> int:
     """How often an engine runs for a picture: once a step where a loop of drawing carries something
     from step to step, once in all where none does."""

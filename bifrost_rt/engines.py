@@ -57,6 +57,7 @@ class Engines:
         self._held: dict[str, int] = {}
         self._steps: dict[str, Step] = {}
         self._needs: dict[str, Need] = {}
+        self._beside, self._leave_beside = 0, _nothing
         order = [spec.name for spec in manifest.engines]
         if budget is None:
             self._enter_all(order)
@@ -83,8 +84,12 @@ class Engines:
         needs = residency.needs(
             self._manifest, order, at, backend.weights_in_memory, backend.scratch_share
         )
+        ahead = self._pool is not None
         try:
-            steps = residency.schedule(needs, self.budget, self._held, ahead=self._pool is not None)
+            if not self._room_beside(needs):
+                self._beside_leaves()
+            budget = self.budget - self._beside
+            steps = residency.schedule(needs, budget, self._held, ahead=ahead)
         except BudgetError as error:
             raise BudgetError(error.message, hint=self._advice(needs, order)) from None
         self._needs = {need.engine: need for need in needs}
@@ -94,9 +99,30 @@ class Engines:
         held = dict(self._held)
         for need in needs:
             held[need.engine] = max(need.held, held.get(need.engine, 0))
-        self._workspace.keep = sum(held.values()) + all_tensors <= self.budget
+        self._workspace.keep = sum(held.values()) + all_tensors <= budget
         if not self._workspace.keep:
             self._workspace.clear()
+
+    def keep_beside(self, size: int, leave: Callable[[], None]) -> None:
+        """Count memory that stays between runs where there is room for it.
+
+        Args:
+            size: bytes; 0 when there is nothing any more.
+            leave: called when a run needs the room: frees it.
+        """
+        self._beside, self._leave_beside = size, leave
+
+    def _room_beside(self, needs: Sequence[Need]) -> bool:
+        """Whether a run finds everything that it uses in memory, with what is kept beside it."""
+        assert self.budget is not None
+        held = dict(self._held) | {need.engine: need.held for need in needs}
+        tensors = max(need.tensors for need in needs)
+        return sum(held.values()) + tensors + self._beside <= self.budget
+
+    def _beside_leaves(self) -> None:
+        if self._beside:
+            self._beside = 0
+            self._leave_beside()
 
     def check_files(self) -> None:
         """Check that nobody has written to the files of the engines that this run has used: a
@@ -320,6 +346,10 @@ class Loop:
     def replace(self, name: str, array: NDArray[Any]) -> None:
         """Overwrite a carried tensor before the next step."""
         self._backend.write(self._now[name], array)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _finished() -> None:

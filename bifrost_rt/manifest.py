@@ -111,6 +111,8 @@ class EngineSpec:
     `carry` pairs an output with the input that it becomes in the next step of the engine's loop.
     `scratch_bytes` is what its arithmetic needs between its doors for one picture at the default
     steps and the longest prompt, counted from the graph; 0 in sets that do not state it.
+    `piece_scratch_bytes` is the same for `dims.CHUNK` tokens of a conversation behind
+    a cache of `residency.COUNTED_CACHE`; 0 for engines that read none.
     `compiled` is None where the file is an ONNX graph.
     """
 
@@ -122,6 +124,7 @@ class EngineSpec:
     carry: dict[str, str]
     precision: Precision
     scratch_bytes: int = 0
+    piece_scratch_bytes: int = 0
     compiled: Compiled | None = None
 
     def input(self, name: str) -> TensorSpec | None:

@@ -25,6 +25,7 @@ from bifrost_rt.manifest import EngineSpec, Manifest
 MARGIN = 0.1
 # The sizes for which a manifest states an engine's scratch memory; text is as long as it can be.
 COUNTED_STEPS = 28
+COUNTED_CACHE = 4096
 _ITEM_BYTES = {"bool": 1, "uint8": 1, "float16": 2, "float32": 4, "int64": 8}
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{kind}": base**power
@@ -208,13 +209,30 @@ def needs(
     for name in order:
         spec = manifest.engine(name)
         stored = sum(manifest.files[file].size for file in spec.files)
-        scratch = math.ceil(scratch_share * spec.scratch_bytes * growth(spec, at(name)))
+        counted = scratch_bytes(spec, at(name), manifest.text.mllm.max_length)
+        scratch = math.ceil(scratch_share * counted)
         if spec.compiled is not None and spec.compiled.activation_bytes:
             # the builder's word, for the largest run of its profile, whatever this one's size
             scratch = spec.compiled.activation_bytes
         weights = weights_in_memory(spec, stored)
         found.append(Need(name, weights, scratch, tensor_bytes(spec, at(name))))
     return found
+
+
+def scratch_bytes(spec: EngineSpec, sizes: Mapping[str, int], longest: int) -> float:
+    """Scratch memory at `sizes`, at most.
+
+    Args:
+        longest: tokens of the prompt for which the manifest states it.
+    """
+    if not spec.piece_scratch_bytes:
+        return spec.scratch_bytes * growth(spec, sizes)
+    # of a row it grows with the cache, whose every place attention has a score for
+    short, long = spec.scratch_bytes / longest, spec.piece_scratch_bytes / dims.CHUNK
+    slope = (long - short) / max(1, COUNTED_CACHE - longest)
+    cache = max(longest, sizes[dims.CACHE_TOKENS])
+    rows = growth(spec, sizes) * sizes[dims.NEW_TOKENS]
+    return rows * (short + slope * (cache - longest))
 
 
 def growth(spec: EngineSpec, sizes: Mapping[str, int]) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bifrost_rt import backends, manifest
+from bifrost_rt import backends, manifest, residency
 from bifrost_rt.answering import Answering, Conversation, Sampling
 from bifrost_rt.engines import Engines
 from bifrost_rt.errors import RequestError
@@ -130,6 +130,29 @@ def test_what_conversations_begin_with_in_common_is_not_computed_again(
         found = list(run)
         assert run.cached_tokens == common
         assert found == ask(Answering(engines, facts), second, TOKENS)
+
+
+@pytest.mark.parametrize("room", [0, -1])
+def test_what_is_kept_leaves_when_a_run_needs_its_memory(
+    room: int, alpha_set: Path, facts: Manifest, cases: dict[str, Case]
+) -> None:
+    first = cases["text"].asked.conversation
+    driver = backends.load("onnxruntime")
+    order, at = [spec.name for spec in facts.engines], residency.sizes(facts)
+    needs = residency.needs(facts, order, at, driver.weights_in_memory, driver.scratch_share)
+    picture = sum(need.held for need in needs) + max(need.tensors for need in needs)
+    layers = sum(t.name.startswith("past_keys.") for t in facts.engine("mllm_text").inputs)
+    cache = 256 * layers * 2 * 2 * 16 * 4  # places, keys and values, heads, width, bytes
+    opened = Engines(alpha_set, facts, driver, budget=picture + cache + room)
+    try:
+        answering = Answering(opened, facts)
+        ask(answering, first, 4)
+        opened.begin(order, at)
+        run = answering.answer(first, Sampling(), max_new_tokens=4, stop_ids=(), timings={})
+        next(run)
+        assert run.cached_tokens == (0 if room else len(first.ids) - 1)
+    finally:
+        opened.close()
 
 
 def test_an_answer_that_is_closed_early_leaves_what_it_computed(
