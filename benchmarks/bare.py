@@ -132,7 +132,6 @@ class Bare:
         conditioning = {
             **run("clip_text", {"input_ids": self._tokenizers.clip(distinct)}),
             **run("t5_text", {"input_ids": self._tokenizers.t5(distinct)}),
-            "tokens": tokens,
             "prompt_index": np.array([distinct.index(prompt) for prompt in prompts]),
             "timesteps": schedules.timesteps(sigmas, facts.scheduler),
         }
@@ -147,6 +146,7 @@ class Bare:
         )
         inputs = {
             **run("conditioning", conditioning),
+            **run("control_embed", {"tokens": tokens}),
             "latents": latents,
             "velocity": np.zeros_like(latents),
             "step": np.zeros(1, np.int64),

@@ -16,6 +16,7 @@ COLORS = {
     "clip_text": "#9c755f",
     "t5_text": "#76b7b2",
     "conditioning": "#59a14f",
+    "control_embed": "#86bcb6",
     "denoise": "#e15759",
     "vae_decode": "#b07aa1",
     "diffusion": "#ff9da7",

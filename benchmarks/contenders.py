@@ -105,7 +105,7 @@ class EngineSet:
         from bifrost_rt import Generator
 
         driver: Any = MeteredBackend(backends.load(spec.backend), meter)
-        self._generator = Generator(spec.engines, backend=driver)
+        self._generator = Generator(spec.engines, backend=driver, prompt_cache=0)
 
     def draw(self, request: dict[str, Any]) -> tuple[NDArray[np.uint8], dict[str, float]]:
         """One run. The total is all that a caller waits for, the check of the request included."""

@@ -41,7 +41,7 @@ EXIT_SECONDS = 300
 LEAVES = """
 import sys
 from bifrost_rt import Generator
-generator = Generator(sys.argv[1], backend=sys.argv[2])
+generator = Generator(sys.argv[1], backend=sys.argv[2], prompt_cache=0)
 generator.run("a", seed=0, decoding_steps=2, num_inference_steps=2)
 print("drawn", flush=True)
 """
@@ -74,7 +74,7 @@ class Subject:
 
     def opened(self, driver: Backend | None = None, **options: Any) -> Generator:
         """A generator on a new driver, or on the given one."""
-        return Generator(self.folder, backend=driver or self.start(), **options)
+        return Generator(self.folder, backend=driver or self.start(), prompt_cache=0, **options)
 
 
 def opening(subject: Subject) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def _stepped(generator: Generator, request: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for kind, engine, before in (
         ("tokens", "visual_decode", ("mllm_text",)),
-        ("latents", "denoise", ("clip_text", "t5_text", "conditioning")),
+        ("latents", "denoise", ("clip_text", "t5_text", "conditioning", "control_embed")),
     ):
         seconds = [end - start for start, end in marks[kind]]
         seconds[0] -= sum(timings[name] for name in before)

@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=count, help="this many prompts, evenly over the families")
     parser.add_argument("--json", type=new_file, help="write the record")
     given = parser.parse_args(arguments)
-    with Generator(given.engines, backend=given.backend) as generator:
+    with Generator(given.engines, backend=given.backend, prompt_cache=0) as generator:
         defaults = generator.manifest.defaults
         options = variants(defaults.decoding_steps, defaults.num_inference_steps)
         records = draw(generator, chosen(given.limit), options)

@@ -76,7 +76,7 @@ def picture(folder: Path, backend: str, budget: int) -> dict[str, Any]:
     """Two pictures of one generator; the second finds what the first has left."""
     driver = backends.load(backend)
     base = reset()
-    with Generator(folder, backend=driver, memory_budget=budget) as generator:
+    with Generator(folder, backend=driver, memory_budget=budget, prompt_cache=0) as generator:
         result = [generator.run("a red circle", seed=1, output_type="np", **STEPS) for _ in "ab"]
         peak = status()[1] - base
     digests = {

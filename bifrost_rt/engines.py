@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from bifrost_rt.backends.base import Backend, Buffer, Engine, output_shape, symb
 from bifrost_rt.errors import BifrostError, BudgetError
 from bifrost_rt.manifest import EngineSpec, Manifest
 from bifrost_rt.opened import OpenedFiles, files_of
+from bifrost_rt.prompt_cache import Outputs, PromptCache
 from bifrost_rt.residency import Need, Sizes, Step
 from bifrost_rt.workspace import Workspace
 
@@ -31,6 +32,10 @@ class Engines:
         budget: bytes that engines and their tensors may take together. None opens everything now
             and keeps it.
         files: the set's files, compared whenever an engine comes back. None compares nothing.
+        prompts: bytes for what text engines gave, for prompts that come again; part of the budget.
+
+    Attributes:
+        prompts: these outputs.
 
     Raises:
         BudgetError: not even one picture can be drawn within the budget.
@@ -44,12 +49,15 @@ class Engines:
         backend: Backend,
         budget: int | None = None,
         files: OpenedFiles | None = None,
+        prompts: int = 0,
     ) -> None:
+        self.prompts = PromptCache(prompts)
         self.backend = backend
         self.budget = budget
         self._folder, self._manifest = folder, manifest
         self._files = files
         self._used: set[str] = set()
+        self._entered: set[str] = set()
         self._open: dict[str, Engine] = {}
         self._arriving: dict[str, Future[Engine]] = {}
         self._pool = ThreadPoolExecutor(os.cpu_count()) if backend.opens_in_threads else None
@@ -66,30 +74,43 @@ class Engines:
         if residency.everything_fits(tuple(self._steps.values())):
             self._enter_all(order)
 
-    def begin(self, order: Sequence[str], at: Sizes) -> None:
-        """Draw up the schedule of a run that uses the engines in this order, each once.
+    def begin(
+        self,
+        order: Sequence[str],
+        at: Sizes,
+        *,
+        waiting: int = 1,
+        without: Callable[[], Collection[str]] = tuple,
+    ) -> bool:
+        """Draw up the schedule of a run that uses the engines in this order, each once; or of
+        several runs, of which each uses an engine before any uses the next.
 
         Args:
             at: engine -> a number for every symbol of its doors.
+            waiting: how many runs there are.
+            without: gives the engines that need not run because their outputs are kept; asked when
+                it is known how many may stay.
+
+        Returns:
+            Whether engines must leave for others.
 
         Raises:
             BudgetError: a stage cannot run within the budget.
             EngineSetError: the file of an engine in memory was overwritten.
         """
-        self._used = set(self._open)
+        self._used, self._entered = set(self._open), set()
         self.check_files()
         if self.budget is None:
-            return
-        backend = self.backend
-        needs = residency.needs(
-            self._manifest, order, at, backend.weights_in_memory, backend.scratch_share
-        )
-        ahead = self._pool is not None
+            return False
+        self.prompts.limit(self._room_for_prompts(self._required(order, at, waiting)))
+        skipped = without()
+        needs = self._required([name for name in order if name not in skipped], at, waiting)
+        budget = self.budget - self.prompts.room
+        if not self._room_beside(needs, budget):
+            self._beside_leaves()
+        budget -= self._beside
         try:
-            if not self._room_beside(needs):
-                self._beside_leaves()
-            budget = self.budget - self._beside
-            steps = residency.schedule(needs, budget, self._held, ahead=ahead)
+            steps = self._schedule(needs, budget)
         except BudgetError as error:
             raise BudgetError(error.message, hint=self._advice(needs, order)) from None
         self._needs = {need.engine: need for need in needs}
@@ -100,8 +121,33 @@ class Engines:
         for need in needs:
             held[need.engine] = max(need.held, held.get(need.engine, 0))
         self._workspace.keep = sum(held.values()) + all_tensors <= budget
+        reloads = not residency.everything_fits(steps)
+        if waiting > 1 and reloads:
+            self._workspace.keep = False  # every run has buffers of its own
         if not self._workspace.keep:
             self._workspace.clear()
+        return reloads
+
+    def _required(self, order: Sequence[str], at: Sizes, waiting: int = 1) -> list[Need]:
+        backend = self.backend
+        weights, share = backend.weights_in_memory, backend.scratch_share
+        return residency.needs(self._manifest, order, at, weights, share, waiting)
+
+    def _schedule(self, needs: Sequence[Need], budget: int) -> tuple[Step, ...]:
+        return residency.schedule(needs, budget, self._held, ahead=self._pool is not None)
+
+    def _room_for_prompts(self, needs: Sequence[Need]) -> int:
+        """How many bytes of text outputs may stay in this run: none where a stage would not fit or
+        an engine would leave for them alone."""
+        assert self.budget is not None
+        room = self.prompts.capacity
+        try:
+            steps = self._schedule(needs, self.budget - room)
+        except BudgetError:
+            return 0
+        if residency.everything_fits(steps):
+            return room
+        return 0 if residency.everything_fits(self._schedule(needs, self.budget)) else room
 
     def keep_beside(self, size: int, leave: Callable[[], None]) -> None:
         """Count memory that stays between runs where there is room for it.
@@ -112,12 +158,11 @@ class Engines:
         """
         self._beside, self._leave_beside = size, leave
 
-    def _room_beside(self, needs: Sequence[Need]) -> bool:
+    def _room_beside(self, needs: Sequence[Need], budget: int) -> bool:
         """Whether a run finds everything that it uses in memory, with what is kept beside it."""
-        assert self.budget is not None
         held = dict(self._held) | {need.engine: need.held for need in needs}
-        tensors = max(need.tensors for need in needs)
-        return sum(held.values()) + tensors + self._beside <= self.budget
+        tensors = max((need.tensors for need in needs), default=0)
+        return sum(held.values()) + tensors + self._beside <= budget
 
     def _beside_leaves(self) -> None:
         if self._beside:
@@ -167,7 +212,8 @@ class Engines:
     def _enter(self, name: str) -> Engine:
         """The engine, opened; what the schedule wants gone has left before, and what it wants
         opened meanwhile has begun to."""
-        step = self._steps.get(name)
+        step = None if name in self._entered else self._steps.get(name)
+        self._entered.add(name)
         for leaving in step.evict if step else ():
             self._leave(leaving)
         if name not in self._open:
@@ -230,6 +276,13 @@ class Engines:
             for tensor, array in arrays.items()
         }
 
+    def put_kept(self, name: str, outputs: Outputs) -> dict[str, Buffer]:
+        """Outputs of the engine `name` that were kept, where it would have left them."""
+        return {
+            tensor: self._workspace.put(f"{name}.{tensor}", array, lent=True)
+            for tensor, array in outputs.items()
+        }
+
     @property
     def resident(self) -> tuple[str, ...]:
         """The engines that are in memory now."""
@@ -274,6 +327,7 @@ class Engines:
 
     def close(self) -> None:
         """Close every engine."""
+        self.prompts.limit(0)
         self._workspace.clear()
         for name in (*self._arriving, *self._open):
             self._leave(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from bifrost_rt.errors import BudgetError, EngineSetError, RequestError, Request
 from bifrost_rt.opened import OpenedFiles
 from bifrost_rt.params import Options, names_options
 from bifrost_rt.previews import Previews
+from bifrost_rt.prompt_cache import default_bytes
 from bifrost_rt.result import Result
 from bifrost_rt.text import Tokenizers
 from bifrost_rt.turns import Turns, lock_of
@@ -58,6 +60,9 @@ class Generator:
             ("8GiB"); the Python process itself comes on top. Engines leave and come back as it
             demands, and the pictures stay the same. Default: what the device has free when the
             set is opened, less a tenth. Where everything fits, everything stays open.
+        prompt_cache: how much of the budget may hold what the text models gave for earlier prompts,
+            as bytes or as text; 0 keeps nothing. A prompt that comes again is then not read again,
+            and its pictures are the same bits. Default: 256 MiB, at most a sixteenth of the budget.
 
     Attributes:
         backend: the driver's name, and why it was taken.
@@ -75,8 +80,10 @@ class Generator:
         *,
         backend: str | Backend | None = None,
         memory_budget: int | str | None = None,
+        prompt_cache: int | str | None = None,
     ) -> None:
         given = None if memory_budget is None else residency.parse(memory_budget)
+        prompts = None if prompt_cache is None else residency.parse(prompt_cache, "prompt_cache", 0)
         self.path = default_set() if path is None else Path(path)
         folder = self.path.resolve()
         self.manifest = manifest.read(folder)
@@ -94,9 +101,11 @@ class Generator:
         asked = self.backend.name if backend is None else backend
         started = backends.load(asked) if isinstance(asked, str) else asked
         budget = residency.default_budget(started.free_memory()) if given is None else given
+        if prompts is None:
+            prompts = default_bytes(budget)
         lock = lock_of(started)
         with lock:
-            self._engines = engines.Engines(folder, self.manifest, started, budget, files)
+            self._engines = engines.Engines(folder, self.manifest, started, budget, files, prompts)
         self._turns = Turns(lock)
 
     @names_options
@@ -160,21 +169,34 @@ class Generator:
             tokens=tokens,
             **options,
         )
-        places = [checked.parameters.prompts.index(text) for text in checked.prompts]
-        out = self._draw("run()", checked, callback_on_step_end, preview_every, places)
-        images: Any = out.latents if out.images is None else out.images
-        if checked.output_type == "pil":
-            images = [Image.fromarray(image) for image in images]
-        parameters = checked.parameters.as_dict()
-        passed = {"order": order, "latents": latents, "tokens": tokens}
-        if injected := {
-            name: handover.digest(getattr(checked, name))
-            for name, given in passed.items()
-            if given is not None
-        }:
-            parameters["injected"] = injected
-        seed = checked.parameters.seed
-        return Result(images, out.tokens, out.latents, out.timings, seed, parameters, out.notes)
+        (out,) = self._draw(
+            "run()", [checked], [callback_on_step_end], preview_every, [_places(checked)]
+        )
+        return _result(checked, out)
+
+    def run_several(
+        self,
+        runs: Sequence[Mapping[str, Any]],
+        callbacks: Sequence[StepCallback | None] | None = None,
+        preview_every: int | None = None,
+    ) -> list[Result]:
+        """Draw several runs, whose arguments may differ. Where engines must leave for others, each
+        is opened once for all of them, and not once for each; the images are those of `run`.
+
+        Args:
+            runs: the arguments of `run`, without callback and previews.
+            callbacks: one for each run.
+            preview_every: as in `run`.
+
+        Raises:
+            Errors as in `run`; the first ends all runs.
+        """
+        self._turns.require_open("run_several()")
+        checked = [request.check(self.manifest, **one) for one in runs]
+        callbacks = [None] * len(checked) if callbacks is None else callbacks
+        places = [_places(one) for one in checked]
+        drawn = self._draw("run_several()", checked, callbacks, preview_every, places)
+        return [_result(*one) for one in zip(checked, drawn, strict=True)]
 
     def draw(
         self,
@@ -183,24 +205,58 @@ class Generator:
         preview_every: int | None = None,
     ) -> pipeline.Output:
         """Draw a request that `request.check` or `request.merge` made; the rest is as in `run`."""
-        return self._draw("draw()", checked, callback_on_step_end, preview_every)
+        (out,) = self._draw("draw()", [checked], [callback_on_step_end], preview_every)
+        return out
+
+    def draw_several(
+        self,
+        requests: Sequence[request.Request],
+        callbacks: Sequence[StepCallback | None] | None = None,
+        preview_every: int | None = None,
+    ) -> list[pipeline.Output]:
+        """Draw requests whose settings may differ. Where engines must leave for others, each is
+        opened once for all of them, and not once for each; the pictures stay the same.
+
+        Args:
+            callbacks: one for each request; the rest is as in `run`, and so are the errors. The
+                first error ends all.
+        """
+        callbacks = [None] * len(requests) if callbacks is None else callbacks
+        return self._draw("draw_several()", requests, callbacks, preview_every)
+
+    def reloads(self) -> bool:
+        """Whether engines leave for others during a run, so that drawing several requests together
+        is faster.
+
+        Raises:
+            GeneratorStateError: the generator is closed.
+        """
+        self._turns.require_open("reloads()")
+        return not {spec.name for spec in self.manifest.engines} <= set(self._engines.resident)
 
     def _draw(
         self,
         call: str,
-        checked: request.Request,
-        callback_on_step_end: StepCallback | None,
+        requests: Sequence[request.Request],
+        callbacks: Sequence[StepCallback | None],
         preview_every: int | None,
-        places: Sequence[int] | None = None,
-    ) -> pipeline.Output:
+        places: Sequence[Sequence[int] | None] | None = None,
+    ) -> list[pipeline.Output]:
         """Args:
-        places: where the request's prompts stand in what the caller passed.
+        places: where the prompts of each request stand in what the caller passed.
         """
+        places = [None] * len(requests) if places is None else places
         with self._turns.turn(call):
-            said = tuple(self._notes(checked, places))
-            for note in said:
+            said = [tuple(self._notes(*one)) for one in zip(requests, places, strict=True)]
+            for note in itertools.chain(*said):
                 log.warning("%s", note)
-            out = self._drawn(checked, callback_on_step_end, preview_every)
+            drawn = self._drawn(requests, callbacks, preview_every)
+        return [self._noted(*one) for one in zip(requests, drawn, said, strict=True)]
+
+    def _noted(
+        self, checked: request.Request, out: pipeline.Output, said: tuple[notes.Note, ...]
+    ) -> pipeline.Output:
+        """The output with its notes, those on its images among them."""
         if out.images is not None:
             last = self.manifest.engine(pipeline.stages(checked)[-1])
             for note in (seen := tuple(notes.one_value(out.images, last))):
@@ -218,22 +274,27 @@ class Generator:
 
     def _drawn(
         self,
-        checked: request.Request,
-        callback_on_step_end: StepCallback | None,
+        requests: Sequence[request.Request],
+        callbacks: Sequence[StepCallback | None],
         preview_every: int | None,
-    ) -> pipeline.Output:
-        previews = on_step_end = None
-        if callback_on_step_end:
-            previews = None if preview_every is None else self._previews(checked, preview_every)
-            on_step_end = self._adapter(callback_on_step_end, previews)
-        elif preview_every is not None:
+    ) -> list[pipeline.Output]:
+        if preview_every is not None and None in callbacks:
             raise RequestError("preview_every without callback_on_step_end: nobody would see them")
-        out = pipeline.generate(
-            self._engines, self._tokenizers, self.manifest, checked, on_step_end
+        previews = [
+            None if preview_every is None else self._previews(checked, preview_every)
+            for checked in requests
+        ]
+        ends = [
+            callback and self._adapter(callback, seen)
+            for callback, seen in zip(callbacks, previews, strict=True)
+        ]
+        drawn = pipeline.generate_several(
+            self._engines, self._tokenizers, self.manifest, requests, ends
         )
-        if previews is not None:
-            out.timings["preview"] = previews.seconds
-        return out
+        for out, seen in zip(drawn, previews, strict=True):
+            if seen is not None:
+                out.timings["preview"] = seen.seconds
+        return drawn
 
     def _previews(self, checked: request.Request, every: int) -> Previews:
         if reason := self.no_previews():
@@ -249,7 +310,7 @@ class Generator:
             GeneratorStateError: the generator is closed.
         """
         self._turns.require_open("no_previews()")
-        if {spec.name for spec in self.manifest.engines} <= set(self._engines.resident):
+        if not self.reloads():
             return None
         return "previews need every engine in memory at once, and the memory budget is smaller"
 
@@ -308,6 +369,29 @@ class Generator:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _places(checked: request.Request) -> list[int]:
+    """Where the different prompts stand first among those that were passed."""
+    return [checked.parameters.prompts.index(text) for text in checked.prompts]
+
+
+def _result(checked: request.Request, out: pipeline.Output) -> Result:
+    images: Any = out.latents if out.images is None else out.images
+    if checked.output_type == "pil":
+        images = [Image.fromarray(image) for image in images]
+    parameters = checked.parameters.as_dict()
+    given = {
+        "order": checked.given_order,
+        "latents": checked.given_latents,
+        "tokens": checked.tokens,
+    }
+    if injected := {
+        name: handover.digest(array) for name, array in given.items() if array is not None
+    }:
+        parameters["injected"] = injected
+    seed = checked.parameters.seed
+    return Result(images, out.tokens, out.latents, out.timings, seed, parameters, out.notes)
 
 
 def _replacement(name: str, returned: ArrayLike, current: NDArray[Any], step: int) -> NDArray[Any]:

@@ -44,6 +44,12 @@ def prompts(spec: EngineSpec, ids: Sequence[Sequence[int]], width: int) -> Array
     }
 
 
+def of_drawing(outputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
+    """What drawing reads: keys and values, and the mask token."""
+    wanted = ("text_keys.", "text_values.", "masked_token")
+    return {name: buffer for name, buffer in outputs.items() if name.startswith(wanted)}
+
+
 def rows(
     ids: NDArray[np.int64],
     positions: NDArray[np.int64],

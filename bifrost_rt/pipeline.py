@@ -11,25 +11,31 @@ once instead of nine times (`docs/benchmarks.md`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bifrost_rt import mllm_text, residency, schedules
+from bifrost_rt import mllm_text, prompt_cache, prompt_inputs, residency, schedules
 from bifrost_rt.backends.base import Buffer
 from bifrost_rt.engines import Engines, Loop
+from bifrost_rt.errors import BudgetError
 from bifrost_rt.manifest import Manifest
 from bifrost_rt.notes import Note
 from bifrost_rt.numerics import Checks
 from bifrost_rt.request import Request
 from bifrost_rt.text import Tokenizers
 
-SHORTEST = 32  # tokens that a text is padded to for compiled engines
+# How many requests it is worth drawing together where engines leave for others: more save little
+# more, and the first waits for the last.
+TOGETHER = 8
 
 StepEnd = Callable[[str, int, float | None, Loop], None]
+# Yields the name of every engine before it is used; returns what was computed.
+Steps = Generator[str, None, dict[str, Buffer]]
 
 
 @dataclass(frozen=True)
@@ -64,80 +70,308 @@ def generate(
         NumericsError: what a stage has left is not finite. Looked at between stages, never inside a
             loop.
     """
-    start = time.perf_counter()
-    options = request.parameters
-    timings: dict[str, float] = {}
-    down = engines.backend.download
-    checks = Checks(manifest, request, down, replaced=on_step_end is not None)
+    run = Run(engines, tokenizers, manifest, request, on_step_end)
+    engines.begin(stages(request), sizes(manifest, request), without=run.kept)
+    return _finished(run)
 
-    # 0  Which engines are in memory when.
-    engines.begin(stages(request), sizes(manifest, request))
 
-    # 1-3  Prompt -> CLIP latents, unless they were made before.
-    if request.tokens is None:
-        tokens = _decode(engines, tokenizers, manifest, request, timings, checks, on_step_end)
-    else:
-        tokens = engines.put("conditioning", tokens=request.tokens)["tokens"]
-    final_tokens = down(tokens).copy()
+def generate_several(
+    engines: Engines,
+    tokenizers: Tokenizers,
+    manifest: Manifest,
+    requests: Sequence[Request],
+    on_step_ends: Sequence[StepEnd | None],
+) -> list[Output]:
+    """Run checked requests, whose images are those that each would get alone.
 
-    # 4  The raw prompt -> text embeddings of the diffusion networks.
-    prompts = request.prompts
-    clip_ids = engines.put("clip_text", input_ids=tokenizers.clip(prompts))
-    pooled = engines.run("clip_text", clip_ids, timings)
-    t5_ids = engines.put("t5_text", input_ids=tokenizers.t5(prompts))
-    embeds = engines.run("t5_text", t5_ids, timings)
-    for stage, outputs in (("clip_text", pooled), ("t5_text", embeds)):
-        for name, buffer in outputs.items():
-            checks.finite(stage, name, down(buffer), "prompt")
+    Where engines must leave, the runs go through them side by side: every engine is opened once for
+    all of them, as far as memory holds what each run has computed. Where everything stays, one run
+    follows the other.
 
-    # 5  Everything about the image that no denoising step changes.
-    sigmas, plan = denoising(manifest, request)
-    timesteps = schedules.timesteps(sigmas, manifest.scheduler)
-    facts: dict[str, NDArray[Any]] = {
-        "prompt_index": request.prompt_index,
-        "timesteps": timesteps[list(plan.computed)],
-    }
-    if manifest.model.guidance_embeds:
-        facts["guidance_scale"] = np.array([options.guidance_scale], np.float32)
-    inputs = {**pooled, **embeds, "tokens": tokens, **engines.put("conditioning", **facts)}
-    conditions = engines.run("conditioning", inputs, timings)
-    del inputs, embeds
+    Raises:
+        BudgetError, NumericsError: as `generate` does, for the first request that raises.
+    """
+    if len(requests) > 1:
+        runs = [
+            Run(engines, tokenizers, manifest, request, on_step_end)
+            for request, on_step_end in zip(requests, on_step_ends, strict=True)
+        ]
+        used = {name for request in requests for name in stages(request)}
+        order = [spec.name for spec in manifest.engines if spec.name in used]
+        largest = residency.largest([sizes(manifest, request) for request in requests])
+        try:
+            reloads = engines.begin(
+                order,
+                largest,
+                waiting=len(runs),
+                without=lambda: set.intersection(*[run.kept() for run in runs]),
+            )
+        except BudgetError:
+            half = len(requests) // 2
+            parts = (slice(0, half), slice(half, None))
+            return [
+                output
+                for part in parts
+                for output in generate_several(
+                    engines, tokenizers, manifest, requests[part], on_step_ends[part]
+                )
+            ]
+        if reloads:
+            return _side_by_side(order, runs)
+    return [
+        generate(engines, tokenizers, manifest, request, on_step_end)
+        for request, on_step_end in zip(requests, on_step_ends, strict=True)
+    ]
 
-    # 6  Denoising.
-    scale = np.array([options.controlnet_conditioning_scale], np.float32)
-    denoise = engines.loop(
-        "denoise",
-        {
-            **conditions,
-            **engines.put(
-                "denoise",
-                latents=request.latents.copy(),
-                velocity=np.zeros_like(request.latents),
-                step=np.zeros(1, np.int64),
-                step_weights=plan.weights,
-                controlnet_conditioning_scale=scale,
-            ),
-        },
-        timings,
-    )
-    for t in range(options.num_inference_steps):
-        if plan.computed[t]:
-            denoise.step()  # 6.t
-        if on_step_end:
-            on_step_end("latents", t, float(timesteps[t]), denoise)
-    latents = denoise.finish("latents")
-    final_latents = down(latents).copy()
-    checks.finite("denoise", "latents", final_latents, "image", earlier=conditions)
-    del conditions
 
-    # 7  Latents -> pixels.
-    images = None
-    if request.output_type != "latent":
-        decoded = engines.run("vae_decode", {"latents": latents}, timings)
-        images = down(decoded["images"]).copy()
-    engines.check_files()
-    timings["total"] = time.perf_counter() - start
-    return Output(final_tokens, final_latents, images, timings)
+class Run:
+    """A request on its way through the engines."""
+
+    def __init__(
+        self,
+        engines: Engines,
+        tokenizers: Tokenizers,
+        manifest: Manifest,
+        request: Request,
+        on_step_end: StepEnd | None = None,
+    ) -> None:
+        self.timings: dict[str, float] = {}
+        self._start = time.perf_counter()
+        self._engines, self._tokenizers = engines, tokenizers
+        self._manifest, self._request = manifest, request
+        self._on_step_end = on_step_end
+        self._known: dict[str, prompt_cache.Outputs] = {}
+        download = engines.backend.download
+        self._checks = Checks(manifest, request, download, replaced=on_step_end is not None)
+
+    def kept(self) -> set[str]:
+        """The engines that it need not run, because their outputs are kept. From now on it holds
+        on to these."""
+        known = {name: outputs for name in self._text if (outputs := self._kept(name)) is not None}
+        self._known = known
+        return set(known) | ({"clip_text", "t5_text"} if "conditioning" in known else set())
+
+    def steps(self) -> Generator[str, None, Output]:
+        """Go through the engines; yields the name of each before it is used."""
+        request, options = self._request, self._request.parameters
+        engines, down = self._engines, self._engines.backend.download
+
+        # 1-3  Prompt -> CLIP latents, unless they were made before.
+        if request.tokens is None:
+            tokens = yield from self._decode()
+        else:
+            tokens = engines.put("control_embed", tokens=request.tokens)
+        final_tokens = down(tokens["tokens"]).copy()
+
+        # 4-5  The raw prompt -> all of it that the denoising steps read.
+        conditions = yield from self._condition()
+
+        # 6  CLIP latents -> the ControlNet's condition.
+        yield "control_embed"
+        conditions |= engines.run("control_embed", tokens, self.timings)
+        del tokens
+
+        # 7  Denoising.
+        yield "denoise"
+        scale = np.array([options.controlnet_conditioning_scale], np.float32)
+        denoise = engines.loop(
+            "denoise",
+            {
+                **conditions,
+                **engines.put(
+                    "denoise",
+                    latents=request.latents.copy(),
+                    velocity=np.zeros_like(request.latents),
+                    step=np.zeros(1, np.int64),
+                    step_weights=self._denoising.weights,
+                    controlnet_conditioning_scale=scale,
+                ),
+            },
+            self.timings,
+        )
+        for t in range(options.num_inference_steps):
+            if self._denoising.computed[t]:
+                denoise.step()  # 7.t
+            if self._on_step_end:
+                self._on_step_end("latents", t, float(self._timesteps[t]), denoise)
+        latents = denoise.finish("latents")
+        final_latents = down(latents).copy()
+        self._checks.finite("denoise", "latents", final_latents, "image", earlier=conditions)
+        del conditions
+
+        # 8  Latents -> pixels.
+        images = None
+        if request.output_type != "latent":
+            yield "vae_decode"
+            decoded = engines.run("vae_decode", {"latents": latents}, self.timings)
+            images = down(decoded["images"]).copy()
+        engines.check_files()
+        self.timings["total"] = time.perf_counter() - self._start
+        return Output(final_tokens, final_latents, images, self.timings)
+
+    def _decode(self) -> Steps:
+        """The MLLM's part: the final visual tokens [B, N, D]."""
+        request, options, engines = self._request, self._request.parameters, self._engines
+
+        # 1-2  Text -> keys and values of every layer, and the mask token.
+        texts, spec = self._mllm_texts, engines.spec(mllm_text.NAME)
+        cache = yield from self._text_outputs(
+            spec.name, mllm_text.prompts(spec, texts.ids, texts.width)
+        )
+        mask_token = engines.backend.download(cache.pop("masked_token"))[:1]
+        model = self._manifest.model
+        masked = (request.images, model.num_visual_tokens, model.hidden_size)
+
+        # 3  Masked decoding. Steps that reveal nothing change nothing and are not run.
+        yield "visual_decode"
+        masks = schedules.reveal_masks(request.order, options.decoding_steps)
+        active = [bool(mask.any()) for mask in masks]
+        places, sources = schedules.reveal_rows(masks[active])
+        decode = engines.loop(
+            "visual_decode",
+            {
+                **cache,
+                **engines.put(
+                    "visual_decode",
+                    tokens=np.array(np.broadcast_to(mask_token, masked)),
+                    step=np.zeros(1, np.int64),
+                    text_length=texts.lengths,
+                    text_index=texts.index,
+                    reveal_places=places,
+                    token_sources=sources,
+                    cfg_weight=np.array([options.cfg_weight], np.float32),
+                ),
+            },
+            self.timings,
+        )
+        for t in range(options.decoding_steps):
+            if active[t]:
+                decode.step()  # 3.t
+            if self._on_step_end:
+                self._on_step_end("tokens", t, None, decode)
+        tokens = decode.finish("tokens")
+        found = engines.backend.download(tokens)
+        self._checks.finite("visual_decode", "tokens", found, "image", earlier=cache)
+        return {"tokens": tokens}
+
+    def _condition(self) -> Steps:
+        """What the denoising steps read of the prompt: contexts and modulations."""
+        if (kept := self._kept("conditioning")) is not None:
+            return self._engines.put_kept("conditioning", kept)
+
+        # 4  Text embeddings of the diffusion networks.
+        embeds: dict[str, Buffer] = {}
+        for name in ("clip_text", "t5_text"):
+            outputs = yield from self._text_outputs(name, self._text[name])
+            for tensor, buffer in outputs.items():
+                found = self._engines.backend.download(buffer)
+                self._checks.finite(name, tensor, found, "prompt")
+            embeds |= outputs
+
+        # 5  Everything that no denoising step changes.
+        return (yield from self._text_outputs("conditioning", self._conditioning, embeds))
+
+    def _text_outputs(
+        self,
+        name: str,
+        inputs: Mapping[str, NDArray[Any]],
+        computed: Mapping[str, Buffer] | None = None,
+    ) -> Steps:
+        """What an engine gives for this text, computed once as long as it is kept.
+
+        Args:
+            computed: inputs that other engines gave.
+        """
+        engines = self._engines
+        if self._kept(name) is None:
+            yield name
+        if (kept := self._kept(name)) is not None:  # maybe of a run beside this one
+            return engines.put_kept(name, kept)
+        given = {**(computed or {}), **engines.put(name, **inputs)}
+        outputs = engines.run(name, given, self.timings)
+        if name == mllm_text.NAME:
+            outputs = mllm_text.of_drawing(outputs)
+        found = {tensor: engines.backend.download(buffer) for tensor, buffer in outputs.items()}
+        engines.prompts.keep(self._key(name), found)
+        return outputs
+
+    def _kept(self, name: str) -> prompt_cache.Outputs | None:
+        return self._known.get(name) or self._engines.prompts.get(self._key(name))
+
+    def _key(self, name: str) -> bytes:
+        return prompt_cache.key(name, self._text[name])
+
+    @cached_property
+    def _text(self) -> dict[str, dict[str, NDArray[Any]]]:
+        """Engine that reads a text -> all that its outputs follow from."""
+        prompts = self._request.prompts
+        texts = {
+            "clip_text": {"input_ids": self._tokenizers.clip(prompts)},
+            "t5_text": {"input_ids": self._tokenizers.t5(prompts)},
+        }
+        given = {f"{name}.{tensor}": ids for name in texts for tensor, ids in texts[name].items()}
+        texts["conditioning"] = {**given, **self._conditioning}
+        if self._request.tokens is None:
+            texts[mllm_text.NAME] = self._mllm_texts.arrays
+        return texts
+
+    @cached_property
+    def _mllm_texts(self) -> prompt_inputs.MllmTexts:
+        return prompt_inputs.mllm_texts(self._tokenizers, self._manifest, self._request)
+
+    @cached_property
+    def _conditioning(self) -> dict[str, NDArray[Any]]:
+        """What `conditioning` is given beside the text embeddings."""
+        facts: dict[str, NDArray[Any]] = {
+            "prompt_index": self._request.prompt_index,
+            "timesteps": self._timesteps[list(self._denoising.computed)],
+        }
+        if self._manifest.model.guidance_embeds:
+            scale = self._request.parameters.guidance_scale
+            facts["guidance_scale"] = np.array([scale], np.float32)
+        return facts
+
+    @cached_property
+    def _timesteps(self) -> NDArray[np.float32]:
+        sigmas, _ = denoising(self._manifest, self._request)
+        return schedules.timesteps(sigmas, self._manifest.scheduler)
+
+    @cached_property
+    def _denoising(self) -> schedules.DenoisingPlan:
+        return denoising(self._manifest, self._request)[1]
+
+
+def _finished(run: Run) -> Output:
+    """The output of a run that goes on alone."""
+    steps = run.steps()
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            output: Output = end.value
+            return output
+
+
+def _side_by_side(order: Sequence[str], runs: Sequence[Run]) -> list[Output]:
+    """The outputs of runs that use every engine one after another before any uses the next."""
+    outputs: dict[int, Output] = {}
+    going = [run.steps() for run in runs]
+    ahead: dict[int, str] = {}  # the engine that each run is about to use
+
+    def go_on(i: int) -> None:
+        try:
+            ahead[i] = next(going[i])
+        except StopIteration as end:
+            ahead.pop(i, None)
+            outputs[i] = end.value
+
+    for i in range(len(runs)):
+        go_on(i)
+    for name in order:
+        for i in range(len(runs)):
+            if ahead.get(i) == name:
+                go_on(i)
+    return [outputs[i] for i in range(len(runs))]
 
 
 def denoising(
@@ -154,8 +388,9 @@ def denoising(
 def stages(request: Request) -> tuple[str, ...]:
     """The engines that a request uses, in this order, each once."""
     mllm = (mllm_text.NAME, "visual_decode") if request.tokens is None else ()
+    text = ("clip_text", "t5_text", "conditioning")
     vae = ("vae_decode",) if request.output_type != "latent" else ()
-    return (*mllm, "clip_text", "t5_text", "conditioning", "denoise", *vae)
+    return (*mllm, *text, "control_embed", "denoise", *vae)
 
 
 def sizes(manifest: Manifest, request: Request) -> residency.Sizes:
@@ -169,80 +404,3 @@ def sizes(manifest: Manifest, request: Request) -> residency.Sizes:
         decoding_steps=options.decoding_steps,
         num_inference_steps=options.num_inference_steps,
     )
-
-
-def _decode(
-    engines: Engines,
-    tokenizers: Tokenizers,
-    manifest: Manifest,
-    request: Request,
-    timings: dict[str, float],
-    checks: Checks,
-    on_step_end: StepEnd | None,
-) -> Buffer:
-    """The MLLM's part: the final visual tokens [B, N, D]."""
-    options = request.parameters
-
-    # 1  Prompt -> ids. At cfg 1 the unconditional half cancels and is not computed.
-    guided = options.cfg_weight != 1.0
-    texts = list(dict.fromkeys(["", *request.prompts] if guided else request.prompts))
-    ids = [tokenizers.mllm_prompt(text) for text in texts]
-    lengths = np.array([len(row) for row in ids], np.int64)
-    rows = np.array([texts.index(request.prompts[i]) for i in request.prompt_index], np.int64)
-    text_index = np.stack([np.full_like(rows, texts.index("")), rows] if guided else [rows])
-
-    # 2  Text -> keys and values of every layer, and the mask token.
-    width = text_width(manifest, int(lengths.max()))
-    read = engines.run(
-        mllm_text.NAME,
-        engines.put(mllm_text.NAME, **mllm_text.prompts(engines.spec(mllm_text.NAME), ids, width)),
-        timings,
-    )
-    cache = {name: buffer for name, buffer in read.items() if name.startswith("text_")}
-    mask_token = engines.backend.download(read["masked_token"])[:1]
-    masked = (len(rows), manifest.model.num_visual_tokens, manifest.model.hidden_size)
-
-    # 3  Masked decoding. Steps that reveal nothing change nothing and are not run.
-    masks = schedules.reveal_masks(request.order, options.decoding_steps)
-    active = [bool(mask.any()) for mask in masks]
-    places, sources = schedules.reveal_rows(masks[active])
-    decode = engines.loop(
-        "visual_decode",
-        {
-            **cache,
-            **engines.put(
-                "visual_decode",
-                tokens=np.array(np.broadcast_to(mask_token, masked)),
-                step=np.zeros(1, np.int64),
-                text_length=lengths,
-                text_index=text_index,
-                reveal_places=places,
-                token_sources=sources,
-                cfg_weight=np.array([options.cfg_weight], np.float32),
-            ),
-        },
-        timings,
-    )
-    for t in range(options.decoding_steps):
-        if active[t]:
-            decode.step()  # 3.t
-        if on_step_end:
-            on_step_end("tokens", t, None, decode)
-    tokens = decode.finish("tokens")
-    found = engines.backend.download(tokens)
-    checks.finite("visual_decode", "tokens", found, "image", earlier=cache)
-    return tokens
-
-
-def text_width(manifest: Manifest, longest: int) -> int:
-    """How many tokens the texts of a run are padded to, of which the longest has `longest`.
-
-    Graphs take any length. A compiled engine compiles kernels for every new one, so there it is one
-    of a few: powers of two from `SHORTEST`, up to what the set takes.
-    """
-    compiled = any(spec.compiled is not None for spec in manifest.engines)
-    if not compiled:
-        return longest
-    bucket = max(SHORTEST, 1 << (longest - 1).bit_length())
-    most = manifest.dimensions["text_tokens"].max
-    return bucket if most is None else max(longest, min(bucket, most))

@@ -19,7 +19,7 @@ from pathlib import Path
 from bifrost_rt import dims, schedules
 from bifrost_rt.dims import DIMS, REVEALED, STEPS
 from bifrost_rt.errors import BudgetError, RequestError, RequestTypeError
-from bifrost_rt.manifest import EngineSpec, Manifest
+from bifrost_rt.manifest import EngineSpec, Manifest, TensorSpec
 
 # Of the memory that a machine has available, what is left to everyone else.
 MARGIN = 0.1
@@ -155,6 +155,16 @@ def schedules_of(
     return first, schedule(needs, budget, left, ahead=ahead)
 
 
+def largest(of: Sequence[Sizes]) -> Sizes:
+    """Every symbol at its largest among several runs."""
+
+    def at(engine: str) -> Mapping[str, int]:
+        every = [sizes(engine) for sizes in of]
+        return {symbol: max(sizes[symbol] for sizes in every) for symbol in every[0]}
+
+    return at
+
+
 def everything_fits(steps: Sequence[Step]) -> bool:
     """Whether no engine ever leaves."""
     return not any(step.evict for step in steps)
@@ -196,17 +206,20 @@ def needs(
     at: Sizes,
     weights_in_memory: Callable[[EngineSpec, int], int],
     scratch_share: float = 1.0,
+    waiting: int = 1,
 ) -> list[Need]:
-    """What each stage of a run takes.
+    """What each stage of a run takes, or of several that go through the engines side by side.
 
     Args:
         order: engines, in the order of use.
         at: engine -> a number for every symbol of its doors.
         weights_in_memory: (engine, bytes of its files) -> bytes once its driver has opened it.
         scratch_share: what the driver takes of the scratch memory that the manifest states.
+        waiting: how many runs there are. All but the one that an engine works for keep what earlier
+            engines have left for later ones.
     """
     found = []
-    for name in order:
+    for i, name in enumerate(order):
         spec = manifest.engine(name)
         stored = sum(manifest.files[file].size for file in spec.files)
         counted = scratch_bytes(spec, at(name), manifest.text.mllm.max_length)
@@ -215,7 +228,12 @@ def needs(
             # the builder's word, for the largest run of its profile, whatever this one's size
             scratch = spec.compiled.activation_bytes
         weights = weights_in_memory(spec, stored)
-        found.append(Need(name, weights, scratch, tensor_bytes(spec, at(name))))
+        tensors = tensor_bytes(spec, at(name))
+        if waiting > 1:
+            # a run waits before the engine or behind it
+            beside = max(_handed_on(manifest, order[:j], order[j:], at) for j in (i, i + 1))
+            tensors += (waiting - 1) * beside
+        found.append(Need(name, weights, scratch, tensors))
     return found
 
 
@@ -235,6 +253,18 @@ def scratch_bytes(spec: EngineSpec, sizes: Mapping[str, int], longest: int) -> f
     return rows * (short + slope * (cache - longest))
 
 
+def _handed_on(manifest: Manifest, before: Sequence[str], after: Sequence[str], at: Sizes) -> int:
+    """Bytes of what engines read that those before them have left."""
+    left: set[str] = set()
+    for name in before:
+        spec = manifest.engine(name)
+        left |= {tensor.name for tensor in spec.outputs} | set(spec.carry.values())
+    read = {
+        t.name: tensor_size(t, at(name)) for name in after for t in manifest.engine(name).inputs
+    }
+    return sum(size for tensor, size in read.items() if tensor in left)
+
+
 def growth(spec: EngineSpec, sizes: Mapping[str, int]) -> float:
     """By how much scratch memory grows, at most, from one picture to `sizes`: with the pictures,
     with both branches of guidance, and with the steps where the engine computes all at once."""
@@ -246,30 +276,37 @@ def growth(spec: EngineSpec, sizes: Mapping[str, int]) -> float:
 
 def tensor_bytes(spec: EngineSpec, sizes: Mapping[str, int]) -> int:
     """Bytes of the tensors at an engine's door."""
-    return sum(
-        _ITEM_BYTES[t.dtype] * math.prod(dims.shape_at(t.shape, sizes))
-        for t in (*spec.inputs, *spec.outputs)
-    )
+    return sum(tensor_size(tensor, sizes) for tensor in (*spec.inputs, *spec.outputs))
 
 
-def parse(budget: int | str) -> int:
+def tensor_size(tensor: TensorSpec, sizes: Mapping[str, int]) -> int:
+    """Bytes of a tensor."""
+    return _ITEM_BYTES[tensor.dtype] * math.prod(dims.shape_at(tensor.shape, sizes))
+
+
+def parse(budget: int | str, name: str = "memory_budget", least: int = 1) -> int:
     """Bytes of a number or of a text such as "8GiB", "7.5 GB" or "900M".
+
+    Args:
+        name: of the argument, for the error.
 
     Raises:
         RequestError, RequestTypeError: not a size, or none at all.
     """
     if isinstance(budget, bool) or not isinstance(budget, (int, str)):
-        raise RequestTypeError(f"memory_budget must be bytes or a text like '8GiB', got {budget!r}")
+        raise RequestTypeError(f"{name} must be bytes or a text like '8GiB', got {budget!r}")
     if isinstance(budget, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", budget)
         units = {unit.lower(): scale for unit, scale in _UNITS.items()}
         if match is None or match[2].lower() not in units:
             raise RequestError(
-                f"memory_budget {budget!r} is not a size", hint="write it like 8GiB, 7.5GB or 900M"
+                f"{name} {budget!r} is not a size", hint="write it like 8GiB, 7.5GB or 900M"
             )
         budget = int(float(match[1]) * units[match[2].lower()])
-    if budget < 1:
-        raise RequestError(f"memory_budget must be at least 1 byte, got {budget}")
+    if budget < least:
+        raise RequestError(
+            f"{name} must be at least {least} byte{'' if least == 1 else 's'}, got {budget}"
+        )
     return budget
 
 

@@ -44,10 +44,14 @@ class Workspace:
             self._buffers[name] = made
         return made
 
-    def put(self, name: str, array: NDArray[Any]) -> Buffer:
-        """A host array in the buffer called `name`."""
+    def put(self, name: str, array: NDArray[Any], *, lent: bool = False) -> Buffer:
+        """A host array in the buffer called `name`.
+
+        Args:
+            lent: the buffer must not share the array's memory.
+        """
         if not self.keep:
-            return self._backend.upload(array)
+            return self._backend.upload(array.copy() if lent else array)
         buffer = self.empty(name, array.shape, array.dtype)
         self._backend.write(buffer, array)
         return buffer

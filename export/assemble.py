@@ -11,7 +11,7 @@ from bifrost_rt import schedules
 from bifrost_rt.manifest import ModelFacts
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError
-from export.model.conditioning import Conditioning
+from export.model.conditioning import Conditioning, ControlEmbed
 from export.model.decoding import VisualDecode
 from export.model.denoising import Denoise
 from export.model.encoders import ClipText, T5Text
@@ -22,6 +22,7 @@ from export.stages import (
     Stage,
     clip_text,
     conditioning,
+    control_embed,
     denoise,
     mllm_text,
     t5_text,
@@ -146,7 +147,6 @@ def stages(
     text = checkpoint.text_branch(context_length(checkpoint, mllm_max_length))
     head = checkpoint.text_head(text)
     checkpoint.refuse_left_overs()
-    places = model.num_visual_tokens
     yield mllm_text.stage(MllmText(text, head, visual), checkpoint.decoder)
     yield visual_decode.stage(VisualDecode(visual), checkpoint.decoder)
     yield clip_text.stage(ClipText(checkpoint.clip), clip_length)
@@ -154,11 +154,9 @@ def stages(
     controlnet, transformer = checkpoint.controlnet, checkpoint.transformer
     of_controlnet, of_transformer = hoist(controlnet), hoist(transformer)
     yield conditioning.stage(
-        Conditioning(controlnet, of_controlnet, transformer, of_transformer),
-        places,
-        model.hidden_size,
-        t5_length,
+        Conditioning(controlnet, of_controlnet, transformer, of_transformer), t5_length
     )
+    yield control_embed.stage(ControlEmbed(controlnet), model.num_visual_tokens, model.hidden_size)
     side = math.isqrt(model.num_image_tokens)
     yield denoise.stage(
         Denoise(controlnet, of_controlnet.width, transformer, t5_length, side),

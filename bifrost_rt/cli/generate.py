@@ -16,11 +16,12 @@ from bifrost_rt import handover, manifest
 from bifrost_rt import request as requests
 from bifrost_rt.cli.options import long_flag
 from bifrost_rt.cli.progress import Progress
-from bifrost_rt.errors import RequestError, TextFileError
+from bifrost_rt.errors import NumericsError, RequestError, TextFileError
 from bifrost_rt.files import MARK, decode_text, read_text, written_aside
 from bifrost_rt.generator import Generator, default_set
 from bifrost_rt.notes import Note
 from bifrost_rt.params import OPTIONS
+from bifrost_rt.pipeline import TOGETHER
 from bifrost_rt.result import Result, numbered, picture_path, picture_paths, read_parameters
 
 log = logging.getLogger("bifrost_rt")
@@ -50,8 +51,9 @@ def run(options: argparse.Namespace) -> int:
     ) as generator:
         if sys.stderr.isatty():
             print(f"{generator.backend.name}: {generator.backend.reason}", file=sys.stderr)
-        for task in tasks:
-            _draw(generator, task, options.json)
+        together = TOGETHER if generator.reloads() else 1
+        for group in (tasks[i : i + together] for i in range(0, len(tasks), together)):
+            _draw(generator, group, options.json)
     return 0
 
 
@@ -80,16 +82,29 @@ def _check(tasks: Sequence[Task], facts: manifest.Manifest) -> None:
                 )
 
 
-def _draw(generator: Generator, task: Task, as_json: bool) -> None:
-    for note in task.notes:
+def _draw(generator: Generator, tasks: Sequence[Task], as_json: bool) -> None:
+    for note in (note for task in tasks for note in task.notes):
         log.warning("%s", note)
-    progress = None
+    bars: list[Progress | None] = [None] * len(tasks)
     if sys.stderr.isatty():
-        progress = Progress(task.request, generator.manifest.defaults, task.prefix)
-    result = generator.run(**task.request, callback_on_step_end=progress)
-    result = dataclasses.replace(result, notes=(*task.notes, *result.notes))
-    if progress:
-        progress.close(result.timings, result.seed)
+        facts = generator.manifest.defaults
+        bars = [Progress(task.request, facts, task.prefix) for task in tasks]
+    try:
+        results = generator.run_several([task.request for task in tasks], bars)
+    except NumericsError:
+        if len(tasks) == 1:
+            raise
+        for task in tasks:  # one spoils the run of all: those before it are drawn
+            _draw(generator, [task], as_json)
+        return
+    for task, bar, result in zip(tasks, bars, results, strict=True):
+        if bar:
+            bar.close(result.timings, result.seed)
+        result = dataclasses.replace(result, notes=(*task.notes, *result.notes))
+        _save(result, task, generator, as_json)
+
+
+def _save(result: Result, task: Task, generator: Generator, as_json: bool) -> None:
     try:
         _write(result, task, generator.backend.name, as_json)
     finally:  # where a disk is full, one of the two may still have a place

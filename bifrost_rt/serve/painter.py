@@ -1,27 +1,34 @@
-"""The seam between waiting and drawing: a painter draws one request after another."""
+"""The seam between waiting and drawing: a painter draws a few requests at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bifrost_rt.generator import Generator
+from bifrost_rt.generator import Generator, StepCallback
 from bifrost_rt.pipeline import Output
 from bifrost_rt.request import Request
 from bifrost_rt.serve.jobs import Stage
 
-# (stage, steps done, preview uint8 [n, H, W, 3] or None); raises to end the run.
-OnStep = Callable[[Stage, int, NDArray[np.uint8] | None], None]
+# (which request, stage, steps done, preview uint8 [n, H, W, 3] or None); raises to end the run.
+OnStep = Callable[[int, Stage, int, NDArray[np.uint8] | None], None]
 
 
 class Painter(Protocol):
-    """Draws one request at a time, in the thread that asks."""
+    """Draws a few requests at a time, in the thread that asks."""
 
-    def paint(self, request: Request, on_step: OnStep, preview_every: int | None) -> Output:
-        """Draw. What `on_step` raises ends the run, frees what it held, and comes out again."""
+    def paint(
+        self, requests: Sequence[Request], on_step: OnStep, preview_every: int | None
+    ) -> list[Output]:
+        """Draw them all. What `on_step` raises ends the run, frees what it held, and comes out
+        again."""
+
+    def reloads(self) -> bool:
+        """Whether engines leave for others while it draws, so that several requests together are
+        faster."""
 
     def no_previews(self) -> str | None:
         """Why it cannot show pictures as they become, or None where it can."""
@@ -36,16 +43,26 @@ class Local:
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
 
-    def paint(self, request: Request, on_step: OnStep, preview_every: int | None) -> Output:
+    def paint(
+        self, requests: Sequence[Request], on_step: OnStep, preview_every: int | None
+    ) -> list[Output]:
         """Draw with the generator."""
 
-        def after_step(
-            generator: Generator, step: int, timestep: float | None, tensors: dict[str, Any]
-        ) -> None:
-            stage: Stage = "decoding" if "tokens" in tensors else "denoising"
-            on_step(stage, step + 1, tensors.get("preview"))
+        def after_step_of(which: int) -> StepCallback:
+            def after_step(
+                generator: Generator, step: int, timestep: float | None, tensors: dict[str, Any]
+            ) -> None:
+                stage: Stage = "decoding" if "tokens" in tensors else "denoising"
+                on_step(which, stage, step + 1, tensors.get("preview"))
 
-        return self._generator.draw(request, after_step, preview_every)
+            return after_step
+
+        callbacks = [after_step_of(i) for i in range(len(requests))]
+        return self._generator.draw_several(requests, callbacks, preview_every)
+
+    def reloads(self) -> bool:
+        """The generator's answer."""
+        return self._generator.reloads()
 
     def no_previews(self) -> str | None:
         """The generator's own reason."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,7 +38,7 @@ from bifrost_rt.serve.painter import Local, OnStep
 from bifrost_rt.serve.settings import Limits, Settings
 from bifrost_rt.serve.studio import Studio
 
-Step = tuple[Stage, int, NDArray[np.uint8] | None]
+Step = tuple[int, Stage, int, NDArray[np.uint8] | None]
 
 
 # a list in YAML; `serve run` has texts alone
@@ -95,10 +95,14 @@ class Replica:
         """The generator's own reason."""
         return self._painter.no_previews()
 
+    def reloads(self) -> bool:
+        """The generator's answer."""
+        return self._painter.reloads()
+
     async def paint(
-        self, request: Request, preview_every: int | None
-    ) -> AsyncIterator[Step | Output]:
-        """Draw: every step as it is done, and the output at last. Ends when nobody listens."""
+        self, requests: Sequence[Request], preview_every: int | None
+    ) -> AsyncIterator[Step | list[Output]]:
+        """Draw: every step as it is done, and the outputs at last. Ends when nobody listens."""
         loop, steps = asyncio.get_running_loop(), asyncio.Queue[Step | None]()
         stopped = threading.Event()
 
@@ -107,9 +111,9 @@ class Replica:
                 raise _StoppedError
             loop.call_soon_threadsafe(steps.put_nowait, step)
 
-        def draw() -> Output:
+        def draw() -> list[Output]:
             try:
-                return self._painter.paint(request, on_step, preview_every)
+                return self._painter.paint(requests, on_step, preview_every)
             finally:
                 loop.call_soon_threadsafe(steps.put_nowait, None)
 
@@ -130,12 +134,14 @@ class Remote:
     def __init__(self, replicas: DeploymentHandle[Any]) -> None:
         self._replicas = replicas
 
-    def paint(self, request: Request, on_step: OnStep, preview_every: int | None) -> Output:
-        """Have it drawn."""
-        answers: Any = self._replicas.options(stream=True).paint.remote(request, preview_every)
+    def paint(
+        self, requests: Sequence[Request], on_step: OnStep, preview_every: int | None
+    ) -> list[Output]:
+        """Have them drawn."""
+        answers: Any = self._replicas.options(stream=True).paint.remote(requests, preview_every)
         try:
             for answer in answers:
-                if isinstance(answer, Output):
+                if isinstance(answer, list):
                     return answer
                 on_step(*answer)
         except RayTaskError as error:
@@ -143,6 +149,11 @@ class Remote:
         finally:
             answers.cancel()  # without effect where it has ended
         raise AssertionError("a replica ended without pictures")
+
+    def reloads(self) -> bool:
+        """A replica's answer: all have the same set and budget."""
+        answer: bool = self._replicas.reloads.remote().result()
+        return answer
 
     def no_previews(self) -> str | None:
         """A replica's reason: all have the same set and budget."""

@@ -2,18 +2,21 @@
 
 Every painter has a thread. It takes the job that has waited longest, and with it the next ones that
 share its settings, as many as a batch may hold: their pictures come out of one run and are those
-that each would have got alone.
+that each would have got alone. Where a painter's engines leave for others, it takes several such
+batches, so that each engine is loaded once for all of them.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import math
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +25,7 @@ from PIL import Image
 from bifrost_rt import notes
 from bifrost_rt import request as requests
 from bifrost_rt.errors import BifrostError, BudgetError, NumericsError, RequestError
-from bifrost_rt.pipeline import Output
+from bifrost_rt.pipeline import TOGETHER, Output
 from bifrost_rt.result import Result
 from bifrost_rt.serve.jobs import Failure, Job, Stage, State
 from bifrost_rt.serve.metrics import Metrics
@@ -48,6 +51,14 @@ class StoppingError(BifrostError):
 
     def __init__(self) -> None:
         super().__init__(STOPPING.message)
+
+
+class _AccidentError(Exception):
+    """A run of several batches has failed."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
 
 
 class _CancelledError(Exception):
@@ -152,89 +163,108 @@ class Studio:
         return max(1, math.ceil(waiting * self._seconds_per_picture / len(self._painters)))
 
     def _work(self, painter: Painter) -> None:
-        while batch := self._next_batch():
+        together = TOGETHER if painter.reloads() else 1
+        while batches := self._next_batches(together):
             try:
-                self._draw(painter, batch)
-            except (BudgetError, NumericsError) as error:
-                if len(batch) == 1:
-                    self._refuse(batch[0], error)
+                self._draw(painter, batches)
+            except (BudgetError, NumericsError, _AccidentError) as error:
+                if len(batches) == len(batches[0]) == 1:
+                    self._refuse(batches[0][0], error)
                     continue
                 # together they are too large, or one spoils the run of all; alone each is told so
-                for job in batch:
+                for job in itertools.chain(*batches):
                     if not job.finished:
                         self._draw_alone(painter, job)
 
-    def _next_batch(self) -> list[Job]:
-        """Wait for work. Empty when there will be none."""
+    def _next_batches(self, together: int) -> list[list[Job]]:
+        """Wait for work: at most so many batches, whose settings differ. Empty when there will be
+        none."""
         with self._changed:
             while not self._waiting:
                 if self.stopping:
                     return []
                 self._changed.wait()
-            batch, pictures = [self._waiting[0]], self._waiting[0].request.images
-            for job in self._waiting[1:]:
-                images = job.request.images
-                same = job.request.settings == batch[0].request.settings
-                if same and pictures + images <= self.limits.batch:
-                    batch.append(job)
-                    pictures += images
-            self._waiting = [job for job in self._waiting if job not in batch]
+            batches: list[list[Job]] = []
+            while self._waiting and len(batches) < together:
+                batches.append(self._take_batch())
+        for batch in batches:
             for job in batch:
-                job.state = "running"
-                self._running.add(job.id)
+                job.changed()
+            self.metrics.batch(sum(job.request.images for job in batch))
+        return batches
+
+    def _take_batch(self) -> list[Job]:
+        """The job that has waited longest, and those that can be drawn in one run with it."""
+        batch, pictures = [self._waiting[0]], self._waiting[0].request.images
+        for job in self._waiting[1:]:
+            images = job.request.images
+            same = job.request.settings == batch[0].request.settings
+            if same and pictures + images <= self.limits.batch:
+                batch.append(job)
+                pictures += images
+        self._waiting = [job for job in self._waiting if job not in batch]
         for job in batch:
-            job.changed()
-        self.metrics.batch(pictures)
+            job.state = "running"
+            self._running.add(job.id)
         return batch
 
     def _draw_alone(self, painter: Painter, job: Job) -> None:
         try:
-            self._draw(painter, [job])
-        except (BudgetError, NumericsError) as error:
+            self._draw(painter, [[job]])
+        except (BudgetError, NumericsError, _AccidentError) as error:
             self._refuse(job, error)
 
-    def _refuse(self, job: Job, error: BudgetError | NumericsError) -> None:
+    def _refuse(self, job: Job, error: BudgetError | NumericsError | _AccidentError) -> None:
         if isinstance(error, BudgetError):
             self._finish(job, "failed", Failure(str(error), 400))
-        else:
+        elif isinstance(error, NumericsError):
             log.error("%s", error)
             self._finish(job, "failed", Failure(str(error), 500, "not_finite"))
+        else:
+            self._finish(job, "failed", error.failure)
 
-    def _draw(self, painter: Painter, batch: list[Job]) -> None:
-        """Draw jobs in one run.
+    def _draw(self, painter: Painter, batches: list[list[Job]]) -> None:
+        """Draw the jobs of every batch in one run of its own, and the runs together.
 
         Raises:
             BudgetError: they do not fit into the memory budget.
             NumericsError: there is no picture of one of them.
+            _AccidentError: anything else happened to one of several batches.
         """
-        merged = requests.merge([job.request for job in batch])
-        wanted = self.no_previews is None and any(job.previews for job in batch)
+        jobs = list(itertools.chain(*batches))
+        merged = [requests.merge([job.request for job in batch]) for batch in batches]
+        wanted = self.no_previews is None and any(job.previews for job in jobs)
         every = self.limits.preview_every if wanted else None
         began = time.monotonic()
+
+        def on_step(which: int, *step: Any) -> None:
+            if all(job.finished for job in jobs):
+                raise _CancelledError
+            self._step(batches[which], *step)
+
         try:
-            out = painter.paint(merged, lambda *step: self._step(batch, *step), every)
-            self._deliver(batch, merged, out)
+            outs = painter.paint(merged, on_step, every)
+            for batch, whole, out in zip(batches, merged, outs, strict=True):
+                self._deliver(batch, whole, out)
         except _CancelledError:
             return
         except (BudgetError, NumericsError):
             raise
         except RequestError as error:
-            self._fail(batch, Failure(str(error), 400))
+            self._fail(batches, Failure(str(error), 400))
         except BifrostError as error:
             log.error("%s", error)
-            self._fail(batch, Failure(str(error), 500))
+            self._fail(batches, Failure(str(error), 500))
         except Exception:  # a client never sees the trace, and the next job gets its chance
             log.exception("drawing failed")
-            self._fail(batch, Failure("internal error; the server's log says more", 500))
+            self._fail(batches, Failure("internal error; the server's log says more", 500))
         else:
-            each = (time.monotonic() - began) / merged.images
+            each = (time.monotonic() - began) / sum(whole.images for whole in merged)
             self._seconds_per_picture += NEWEST * (each - self._seconds_per_picture)
 
     def _step(
         self, batch: list[Job], stage: Stage, step: int, preview: NDArray[np.uint8] | None
     ) -> None:
-        if all(job.finished for job in batch):
-            raise _CancelledError
         first = 0
         for job in batch:
             if not job.finished:
@@ -268,8 +298,15 @@ class Studio:
             pictures = [result.encode(i, job.file_format) for i in range(job.request.images)]
             self._finish(job, "done", pictures=pictures, seconds=out.timings)
 
-    def _fail(self, batch: list[Job], failure: Failure) -> None:
-        for job in batch:
+    def _fail(self, batches: list[list[Job]], failure: Failure) -> None:
+        """End the jobs of one batch. Where there are several, nobody knows whose fault it was.
+
+        Raises:
+            _AccidentError: there are several.
+        """
+        if len(batches) > 1:
+            raise _AccidentError(failure)
+        for job in batches[0]:
             self._finish(job, "failed", failure)
 
     def _finish(

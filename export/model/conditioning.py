@@ -1,4 +1,4 @@
-"""All that no denoising step changes, for all steps at once."""
+"""All that no denoising step changes: what follows from the prompt, and what from the tokens."""
 
 from __future__ import annotations
 
@@ -10,8 +10,23 @@ from export.model.controlnet import LatentControlNet
 from export.model.hoist import Modulation, StepEmbedding
 
 
+class ControlEmbed(nn.Module):
+    """What the ControlNet makes of the tokens before its first block."""
+
+    def __init__(self, controlnet: LatentControlNet) -> None:
+        super().__init__()
+        controlnet.up_sampling_block.spell_out_norms()
+        self.up_sampling_block = controlnet.up_sampling_block
+        self.controlnet_x_embedder = controlnet.controlnet_x_embedder
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [B, N, D] -> condition [B, 4N, inner]"""
+        condition: Tensor = self.controlnet_x_embedder(self.up_sampling_block(tokens))
+        return condition
+
+
 class Conditioning(nn.Module):
-    """Context of both networks, the ControlNet's condition, and every modulation of every step."""
+    """Context of both networks, and every modulation of every step."""
 
     def __init__(
         self,
@@ -21,9 +36,6 @@ class Conditioning(nn.Module):
         transformer_modulation: Modulation,
     ) -> None:
         super().__init__()
-        controlnet.up_sampling_block.spell_out_norms()
-        self.up_sampling_block = controlnet.up_sampling_block
-        self.controlnet_x_embedder = controlnet.controlnet_x_embedder
         self.controlnet_context_embedder = controlnet.context_embedder
         self.transformer_context_embedder = transformer.context_embedder
         self.controlnet_embedding = StepEmbedding(controlnet)
@@ -33,7 +45,6 @@ class Conditioning(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
         prompt_embeds: Tensor,
         pooled_prompt_embeds: Tensor,
         prompt_index: Tensor,
@@ -49,7 +60,6 @@ class Conditioning(nn.Module):
             temb = embedding(timesteps, guidance_scale, pooled_prompt_embeds)  # [T, P, inner]
             rows.append(modulation(temb.index_select(1, prompt_index)))
         return (
-            self.controlnet_x_embedder(self.up_sampling_block(tokens)),
             self.controlnet_context_embedder(prompt_embeds).index_select(0, prompt_index),
             self.transformer_context_embedder(prompt_embeds).index_select(0, prompt_index),
             torch.cat(rows, dim=-1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from export.stages import (
     clip_text,
     conditioning,
+    control_embed,
     denoise,
     mllm_text,
     t5_text,
@@ -17,6 +18,6 @@ DEFINITIONS = {
     for module in (
         *(mllm_text, visual_decode),
         *(clip_text, t5_text, conditioning),
-        *(denoise, vae_decode),
+        *(control_embed, denoise, vae_decode),
     )
 }

@@ -1,4 +1,4 @@
-"""`conditioning`: all that no denoising step changes, for all steps at once."""
+"""`conditioning`: what every denoising step takes from the prompt, for all steps at once."""
 
 from __future__ import annotations
 
@@ -23,20 +23,17 @@ DEFINITION = Definition(
 )
 
 
-def output_specs(
-    inner: int, text_tokens: int, image_tokens: int, modulation: int
-) -> tuple[TensorSpec, ...]:
-    """What every denoising step reads."""
+def output_specs(inner: int, text_tokens: int, modulation: int) -> tuple[TensorSpec, ...]:
+    """What every denoising step reads of the prompt."""
     return (
-        TensorSpec("control_condition", "float32", (IMAGES, image_tokens, inner)),
         TensorSpec("controlnet_context", "float32", (IMAGES, text_tokens, inner)),
         TensorSpec("transformer_context", "float32", (IMAGES, text_tokens, inner)),
         TensorSpec("modulation", "float32", (STEPS, IMAGES, modulation)),
     )
 
 
-def stage(module: Conditioning, num_tokens: int, hidden: int, text_tokens: int) -> Stage:
-    """tokens, prompt embeddings, timesteps -> condition, contexts, modulations"""
+def stage(module: Conditioning, text_tokens: int) -> Stage:
+    """prompt embeddings, timesteps -> contexts, modulations"""
     context = module.transformer_context_embedder
     pooled = module.transformer_embedding.embed.text_embedder.linear_1.in_features
     guided = module.controlnet_embedding.guided or module.transformer_embedding.guided
@@ -44,7 +41,6 @@ def stage(module: Conditioning, num_tokens: int, hidden: int, text_tokens: int) 
         definition=DEFINITION,
         module=module,
         inputs=(
-            TensorSpec("tokens", "float32", (IMAGES, num_tokens, hidden)),
             TensorSpec("prompt_embeds", "float32", (PROMPTS, text_tokens, context.in_features)),
             TensorSpec("pooled_prompt_embeds", "float32", (PROMPTS, pooled)),
             TensorSpec("prompt_index", "int64", (IMAGES,)),
@@ -54,7 +50,6 @@ def stage(module: Conditioning, num_tokens: int, hidden: int, text_tokens: int) 
         outputs=output_specs(
             context.out_features,
             text_tokens,
-            4 * num_tokens,
             module.controlnet_modulation.width + module.transformer_modulation.width,
         ),
     )

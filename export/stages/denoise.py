@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from bifrost_rt.dims import IMAGES, STEPS
 from bifrost_rt.manifest import TensorSpec
-from export.stages import Definition, Stage
-from export.stages.conditioning import output_specs
+from export.stages import Definition, Stage, conditioning, control_embed
 
 if TYPE_CHECKING:
     from export.model.denoising import Denoise
@@ -42,7 +41,8 @@ def stage(module: Denoise, inner: int, text_tokens: int, modulation: int) -> Sta
             TensorSpec("step", "int64", (1,)),
             TensorSpec("step_weights", "float32", (STEPS, 2)),
             TensorSpec("controlnet_conditioning_scale", "float32", (1,)),
-            *output_specs(inner, text_tokens, image_tokens, modulation),
+            *control_embed.output_specs(inner, image_tokens),
+            *conditioning.output_specs(inner, text_tokens, modulation),
         ),
         outputs=(
             TensorSpec("next_latents", "float32", latents),

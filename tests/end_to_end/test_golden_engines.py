@@ -94,10 +94,9 @@ def test_text_encoders(engines: Engines, case: Case) -> None:
 def conditions(engines: Engines, facts: Manifest, case: Case) -> dict[str, np.ndarray]:
     t = case.tensors
     n = len(t["mllm.orders"])
-    return engines.run(
+    of_prompt = engines.run(
         "conditioning",
         {
-            "tokens": t["mllm.tokens_final"],
             "prompt_embeds": t["flux.prompt_embeds"],
             "pooled_prompt_embeds": t["flux.pooled_prompt_embeds"],
             "prompt_index": np.arange(n),
@@ -106,6 +105,8 @@ def conditions(engines: Engines, facts: Manifest, case: Case) -> dict[str, np.nd
         },
         {},
     )
+    of_tokens = engines.run("control_embed", {"tokens": t["mllm.tokens_final"]}, {})
+    return {**of_prompt, **of_tokens}
 
 
 def test_conditioning_gives_the_references_contexts(engines: Engines, facts: Manifest) -> None:

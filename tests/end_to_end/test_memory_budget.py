@@ -215,7 +215,8 @@ def test_the_next_picture_uses_the_same_buffers(alpha_set: Path) -> None:
 
 def test_within_a_budget_buffers_go_with_their_stage(alpha_set: Path, facts: Manifest) -> None:
     driver = Counted()
-    with Generator(alpha_set, backend=driver, memory_budget=half(facts)) as small:
+    options: dict[str, Any] = {"memory_budget": half(facts), "prompt_cache": 0}
+    with Generator(alpha_set, backend=driver, **options) as small:
         small.run("a cow", seed=1, **FEW)
         before = driver.allocated
         small.run("a cow", seed=1, **FEW)
@@ -296,7 +297,7 @@ def test_a_requests_stages_are_those_that_run(generator: Generator, facts: Manif
     )
     tokens = np.zeros((1, facts.model.num_visual_tokens, facts.model.hidden_size), np.float32)
     again = pipeline.stages(_checked(generator, tokens=tokens, output_type="latent"))
-    assert again == ("clip_text", "t5_text", "conditioning", "denoise")
+    assert again == ("clip_text", "t5_text", "conditioning", "control_embed", "denoise")
 
 
 def _checked(generator: Generator, **changes: Any) -> Any:

@@ -157,7 +157,11 @@ class Spoiled(OnnxRuntime):
             "stage `clip_text`: pooled_prompt_embeds are not finite: 32 of 64 .*prompt 1",
         ),
         ("t5_text", "stage `t5_text`: prompt_embeds are not finite: 1536 of 3072 .*prompt 1"),
-        ("conditioning", "stage `denoise`: latents are .*`control_condition`, which the stage was"),
+        ("conditioning", "stage `denoise`: latents are .*`controlnet_context`, which the stage wa"),
+        (
+            "control_embed",
+            "stage `denoise`: latents are .*`control_condition`, which the stage was",
+        ),
         ("denoise", "stage `denoise`: latents are not finite: 1024 of 2048 values .image 1.\nhint"),
     ],
 )

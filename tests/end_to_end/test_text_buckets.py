@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bifrost_rt import Generator, manifest, pipeline
+from bifrost_rt import Generator, manifest, prompt_inputs
 from bifrost_rt.manifest import Compiled, Manifest, Range
 from tests.conftest import difference, load_case
 
@@ -23,12 +23,12 @@ def compiled(facts: Manifest, most: int | None) -> Manifest:
 
 def test_lengths_of_compiled_sets_are_few(alpha_set: Path) -> None:
     graphs = manifest.read(alpha_set)
-    assert [pipeline.text_width(graphs, n) for n in (1, 9, 33)] == [1, 9, 33]
+    assert [prompt_inputs.text_width(graphs, n) for n in (1, 9, 33)] == [1, 9, 33]
     engines = compiled(graphs, 300)
-    found = {pipeline.text_width(engines, n) for n in range(1, 301)}
+    found = {prompt_inputs.text_width(engines, n) for n in range(1, 301)}
     assert found == {32, 64, 128, 256, 300}
-    assert all(pipeline.text_width(engines, n) >= n for n in range(1, 301))
-    assert pipeline.text_width(compiled(graphs, 20), 7) == 20
+    assert all(prompt_inputs.text_width(engines, n) >= n for n in range(1, 301))
+    assert prompt_inputs.text_width(compiled(graphs, 20), 7) == 20
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -44,7 +44,7 @@ def test_padding_changes_no_token(
     with Generator(alpha_set, backend=backend) as generator:
         for padded in (False, True):
             if padded:
-                monkeypatch.setattr(pipeline, "text_width", lambda facts, longest: 48)
+                monkeypatch.setattr(prompt_inputs, "text_width", lambda facts, longest: 48)
             for prompt in ("a", ["a red cat", "two green birds on a blue box over there"]):
                 options = {**case, "prompt": prompt, "cfg_weight": 2.0 if guided else 1.0}
                 for name in ("order", "latents", "num_images_per_prompt"):

@@ -33,9 +33,13 @@ DTYPES = {"fp16": "float16", "int8": "int8", "fp8": "float8_e4m3fn"}
 REST = {"fp16": "float16", "int8": "bfloat16", "fp8": "bfloat16"}
 STAGES = {
     *("mllm_text", "visual_decode", "clip_text", "t5_text"),
-    *("conditioning", "denoise", "vae_decode"),
+    *("conditioning", "control_embed", "denoise", "vae_decode"),
 }
-IN_16_BIT = {"conditioning", "vae_decode"}  # whatever the format: see their definitions
+IN_16_BIT = {
+    "conditioning",
+    "control_embed",
+    "vae_decode",
+}  # whatever the format: see their definitions
 
 
 def ran(main: Any, *arguments: object) -> None:

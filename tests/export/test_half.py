@@ -26,7 +26,7 @@ from export.stages.catalog import DEFINITIONS
 from tests.conftest import load_case
 from tests.export import plans
 
-STAGES = ("mllm_text", "visual_decode", "clip_text", "t5_text", "conditioning", "denoise")
+STAGES = tuple(name for name in DEFINITIONS if name != "vae_decode")
 TYPES = ("bfloat16", "float16")
 
 
@@ -98,7 +98,7 @@ def test_products_are_rounded_and_sums_and_doors_are_not(
 ) -> None:
     model = converted(alpha_set, stage, compute)
     name = half.TYPES[compute].name
-    assert types(model, "Attention", "MatMul", "Conv")[name] > 10
+    assert types(model, "Attention", "MatMul", "Conv")[name] > 1
     assert set(types(model, "Attention")) <= {name}
     assert set(types(model, "RMSNormalization", "LayerNormalization", "Cos")) <= {"FLOAT"}
     spec = manifest.read(alpha_set).engine(stage)

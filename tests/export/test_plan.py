@@ -19,6 +19,7 @@ from export.planning import devices, estimate, report, work
 from export.planning.estimate import Plan
 from export.planning.storage import STORAGES
 from export.planning.work import Work
+from export.stages.catalog import DEFINITIONS
 from tests.conftest import ALPHA
 
 LENGTHS = {"mllm_max_length": 48, "t5_length": 32}
@@ -121,7 +122,7 @@ def test_7b_at_fp8_fits_12_gb_and_says_why(release: list[Work]) -> None:
 def test_7b_at_bf16_on_24_gb_says_what_must_give(release: list[Work]) -> None:
     plan = on(release, "rtx-4090", "bf16")
     assert plan.fits
-    assert "conditioning" in plan.stages[5].evict
+    assert "conditioning" in plan.stages[6].evict
     said = " ".join(plan.changes)
     assert "not everything stays in memory, which would take 6" in said
     assert "must leave before `denoise`" in said
@@ -149,7 +150,7 @@ def test_time_is_the_roofline(release: list[Work]) -> None:
     plan = on(release, "rtx-4090", "fp8")
     device = devices.find("rtx-4090")
     for stage, one in zip(plan.stages, release, strict=True):
-        rate = device.figures["fp16" if one.engine == "vae_decode" else "fp8"].value
+        rate = device.figures["fp16" if DEFINITIONS[one.engine].all_in_16_bit else "fp8"].value
         compute = one.flops / rate / 1e12
         memory = (stage.weight_bytes + one.tensors) / device.figures["bandwidth"].value / 1e9
         assert stage.seconds == pytest.approx(one.calls * max(compute, memory))

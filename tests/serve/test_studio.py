@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bifrost_rt import BudgetError, EngineSetError, Generator, NumericsError, request
+from bifrost_rt import (
+    BudgetError,
+    EngineSetError,
+    Generator,
+    NumericsError,
+    manifest,
+    request,
+    residency,
+)
+from bifrost_rt.backends.onnxruntime import OnnxRuntime, OnnxRuntimeEngine
+from bifrost_rt.manifest import EngineSpec, Range
 from bifrost_rt.pipeline import Output
 from bifrost_rt.serve.jobs import Job
 from bifrost_rt.serve.metrics import Metrics
@@ -27,15 +38,19 @@ class Watched(Local):
     def __init__(self, generator: Generator) -> None:
         super().__init__(generator)
         self.go = threading.Event()
-        self.asked: list[request.Request] = []
+        self.asked: list[request.Request] = []  # in all calls
+        self.together: list[int] = []  # requests in each call
         self.raises: Callable[[request.Request], Exception | None] = lambda _: None
 
-    def paint(self, asked: request.Request, on_step: OnStep, preview_every: int | None) -> Output:
+    def paint(
+        self, requests: Sequence[request.Request], on_step: OnStep, preview_every: int | None
+    ) -> list[Output]:
         self.go.wait()
-        self.asked.append(asked)
-        if error := self.raises(asked):
+        self.asked += requests
+        self.together.append(len(requests))
+        if error := next(filter(None, map(self.raises, requests)), None):
             raise error
-        return super().paint(asked, on_step, preview_every)
+        return super().paint(requests, on_step, preview_every)
 
     def close(self) -> None:
         """The generator is the session's."""
@@ -219,3 +234,95 @@ def test_an_accident_fails_one_batch_and_says_nothing_of_itself(
     assert bad.failure is not None
     assert "secret" not in bad.failure.message
     assert "ZeroDivisionError: secret" in caplog.text
+
+
+class Opened(OnnxRuntime):
+    """onnxruntime, with a record of every engine that is opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def open(
+        self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]
+    ) -> OnnxRuntimeEngine:
+        self.names.append(spec.name)
+        return super().open(folder, spec, dimensions)
+
+
+@pytest.fixture
+def scarce(alpha_set: Path) -> Iterator[tuple[Studio, Watched, Opened]]:
+    """A studio whose painter has half of the memory that the open engines hold."""
+    driver = Opened()
+    facts = manifest.read(alpha_set)
+    order = [spec.name for spec in facts.engines]
+    needs = residency.needs(facts, order, residency.sizes(facts), driver.weights_in_memory)
+    budget = sum(need.held for need in needs) // 2
+    with Generator(alpha_set, backend=driver, memory_budget=budget) as generator:
+        painter = Watched(generator)
+        studio = Studio([painter], Limits(batch=2, waiting=20, keep=20), Metrics())
+        yield studio, painter, driver
+        painter.go.set()
+        studio.close(grace=30)
+
+
+def various(job: Callable[..., Job]) -> list[Job]:
+    """Eight jobs; the first two alone share their settings."""
+    same = [job("a cow", seed=1), job("a dog", seed=2)]
+    return [*same, *(job("a cow", seed=i, num_inference_steps=i) for i in range(3, 9))]
+
+
+def test_where_engines_leave_a_queue_is_drawn_together(
+    scarce: tuple[Studio, Watched, Opened], generator: Generator, job: Callable[..., Job]
+) -> None:
+    studio, painter, driver = scarce
+    first, waiting = job("first", num_inference_steps=2), various(job)
+    studio.submit(first)
+    until(lambda: first.state == "running")
+    for one in waiting:
+        studio.submit(one)
+    painter.go.set()
+    assert set(finished(first, *waiting)) == {"done"}
+    assert painter.together == [1, 7]
+    # of the two runs, none opened an engine twice
+    assert max(driver.names.count(name) for name in driver.names) <= 2
+    for one in waiting:
+        alone = generator.draw(one.request).images
+        assert alone is not None
+        apart = np.abs(pixels(one.pictures[0]).astype(int) - alone[0]).max()
+        assert apart <= (1 if one in waiting[:2] else 0)  # a batch of two rounds differently
+        assert one.step == one.request.parameters.num_inference_steps
+
+
+def test_an_accident_in_a_joint_run_takes_no_other_job_with_it(
+    scarce: tuple[Studio, Watched, Opened], job: Callable[..., Job]
+) -> None:
+    studio, painter, _ = scarce
+    first, waiting = job("first", num_inference_steps=2), various(job)
+    waiting.append(job("bad", num_inference_steps=9))
+    painter.raises = lambda asked: ZeroDivisionError() if asked.prompts == ("bad",) else None
+    for one in (first, *waiting):
+        studio.submit(one)
+        until(lambda: first.state == "running")
+    painter.go.set()
+    assert finished(first, *waiting) == [*["done"] * 9, "failed"]
+    assert painter.together[:2] == [1, 8]
+    failure = waiting[-1].failure
+    assert failure is not None
+    assert failure.status == 500
+
+
+def test_a_job_of_a_joint_run_that_nobody_wants_is_dropped(
+    scarce: tuple[Studio, Watched, Opened], job: Callable[..., Job]
+) -> None:
+    studio, painter, _ = scarce
+    first, waiting = job("first", num_inference_steps=2), various(job)
+    for one in (first, *waiting):
+        studio.submit(one)
+        until(lambda: first.state == "running")
+    painter.go.set()
+    until(lambda: painter.together == [1, 7])
+    studio.cancel(waiting[3])
+    states = finished(first, *waiting)
+    assert states[4] == "cancelled"
+    assert {*states[:4], *states[5:]} == {"done"}
