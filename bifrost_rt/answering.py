@@ -98,11 +98,13 @@ class _Kept:
 
     Attributes:
         buffers: input of the engine -> keys or values of its layer, [1, kv_heads, C, head_dim].
+        other: what the engine writes, the same buffers where it works in place.
         capacity: C.
         ids, positions, images: of the rows that are there; of images a hash of the token, else 0.
     """
 
     buffers: dict[str, Buffer]
+    other: dict[str, Buffer]
     capacity: int
     ids: NDArray[np.int64]
     positions: NDArray[np.int64]
@@ -111,8 +113,8 @@ class _Kept:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
-        buffers = self.buffers.values()
-        return sum(math.prod(buffer.shape) * buffer.dtype.itemsize for buffer in buffers)
+        held = {id(b): b for b in (*self.buffers.values(), *self.other.values())}.values()
+        return sum(math.prod(buffer.shape) * buffer.dtype.itemsize for buffer in held)
 
     def common(self, asked: Conversation, images: NDArray[np.int64]) -> int:
         """How many rows a conversation begins with that are here; never all of it, because its
@@ -219,16 +221,24 @@ class Answering:
 
     def _larger(self, kept: _Kept | None, rows: int, capacity: int) -> _Kept:
         backend = self._engines.backend
-        buffers: dict[str, Buffer] = {}
-        for name, array in mllm_text.empty_cache(self._engines.spec(NAME), capacity).items():
-            if kept is not None:
+
+        def uploaded(arrays: Arrays) -> dict[str, Buffer]:
+            made = {name: backend.empty(array.shape, array.dtype) for name, array in arrays.items()}
+            for name, array in arrays.items():
+                backend.write(made[name], array)
+            return made
+
+        arrays = mllm_text.empty_cache(self._engines.spec(NAME), capacity)
+        other = None if backend.writes_in_place else uploaded(arrays)
+        if kept is not None:
+            for name, array in arrays.items():
                 array[:, :, :rows] = backend.download(kept.buffers[name])[:, :, :rows]
-            buffers[name] = backend.empty(array.shape, array.dtype)
-            backend.write(buffers[name], array)
-        if kept is None:
-            none = np.zeros(0, np.int64)
-            return _Kept(buffers, capacity, none, np.zeros((3, 0), np.int64), none)
-        return _Kept(buffers, capacity, kept.ids, kept.positions, kept.images)
+        buffers = uploaded(arrays)
+        none = np.zeros(0, np.int64)
+        ids, positions, images = none, np.zeros((3, 0), np.int64), none
+        if kept is not None:
+            ids, positions, images = kept.ids, kept.positions, kept.images
+        return _Kept(buffers, other or buffers, capacity, ids, positions, images)
 
     def _keep(self, cache: _Kept) -> None:
         if self._reuse:
@@ -312,8 +322,9 @@ class Answer(Iterator[int]):
                 width = min(_bucket(width, LEAST_ROWS, chunk), cache.capacity - at)
             state = mllm_text.state(spec, asked.ids, at, room)
             given = engines.put(NAME, **fixed, **state, **self._rows(at, upto, width))
-            into = mllm_text.written(spec, cache.buffers)
+            into = mllm_text.written(spec, cache.other)
             found = engines.run(NAME, {**given, **cache.buffers}, self._timings, into=into)
+            cache.buffers, cache.other = cache.other, cache.buffers
             cache.ids, cache.images = asked.ids[:upto], images[:upto]
             cache.positions = asked.positions[:, :upto]
             at = upto
@@ -357,6 +368,7 @@ class Answer(Iterator[int]):
                 upto = n + 1 if waits else min(n + QUEUED, steps)
                 for _ in range(n, upto):
                     loop.step()
+                    cache.buffers, cache.other = cache.other, cache.buffers
                 tokens = engines.backend.download(loop["answer"])[0, :upto].tolist()
                 self._timings["decode"] = (
                     self._timings.get("decode", 0.0) + time.perf_counter() - start
@@ -370,7 +382,7 @@ class Answer(Iterator[int]):
 
     def _loop(self, cache: _Kept, state: Arrays) -> Loop:
         engines = self._owner._engines
-        into = mllm_text.written(engines.spec(NAME), cache.buffers)
+        into = mllm_text.written(engines.spec(NAME), cache.other)
         given = engines.put(NAME, **state)
         return engines.loop(NAME, {**given, **cache.buffers}, self._timings, into=into)
 

@@ -171,6 +171,7 @@ class PairedBackend:
     name = "paired"
     opens_in_threads = False
     scratch_share = 1.0
+    writes_in_place = True
 
     def __init__(self, driver: Backend, stages: Mapping[str, Stage], kept: int | None) -> None:
         self._driver = driver

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from bifrost_rt import backends, manifest, residency
 from bifrost_rt.answering import Answering, Conversation, Sampling
+from bifrost_rt.backends.onnxruntime import OnnxRuntime
 from bifrost_rt.engines import Engines
 from bifrost_rt.errors import RequestError
 from bifrost_rt.manifest import Manifest
@@ -151,6 +152,30 @@ def test_what_is_kept_leaves_when_a_run_needs_its_memory(
         run = answering.answer(first, Sampling(), max_new_tokens=4, stop_ids=(), timings={})
         next(run)
         assert run.cached_tokens == (0 if room else len(first.ids) - 1)
+    finally:
+        opened.close()
+
+
+class Apart(OnnxRuntime):
+    """Reads one buffer and writes another, as drivers do that compare replays."""
+
+    writes_in_place = False
+
+
+def test_a_cache_that_is_not_written_in_place_gives_the_same_answer(
+    alpha_set: Path, facts: Manifest, cases: dict[str, Case]
+) -> None:
+    opened = Engines(
+        alpha_set, dataclasses.replace(facts, engines=(facts.engine("mllm_text"),)), Apart()
+    )
+    narrow = dataclasses.replace(
+        facts, dimensions={**facts.dimensions, "new_tokens": manifest.Range(1, 13)}
+    )
+    try:
+        answering = Answering(opened, narrow)
+        for name in ("text", "two images", "several turns and images", "text", "text"):
+            case = cases[name]
+            assert ask(answering, case.asked.conversation, TOKENS) == case.answer
     finally:
         opened.close()
 
