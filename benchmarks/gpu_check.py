@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks import gpu_device, machine
 from benchmarks.arguments import new_file
 from benchmarks.gpu_trials import TRIALS, Subject
-from benchmarks.telemetry import output
+from benchmarks.sensors import output
 from bifrost_rt import backends, command, manifest
 from bifrost_rt.backends import gpu
 from bifrost_rt.errors import BackendError, BifrostError

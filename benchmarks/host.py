@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.telemetry import Reading
+from benchmarks.sensors import Reading
 
 SYS = Path("/sys")
 # Sensors of the processor that are no thermal zones.

@@ -11,7 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from benchmarks.telemetry import INTERVAL, Lines, Reading, output
+from benchmarks.sensors import INTERVAL, Lines, Reading, output
 
 MODEL = Path("/proc/device-tree/model")
 RELEASE = Path("/etc/nv_tegra_release")

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.telemetry import INTERVAL, Lines, Reading, Source, output
+from benchmarks.sensors import INTERVAL, Lines, Reading, Source, output
 from bifrost_rt.backends import gpu
 
 # nvmlClocksEventReason*, as `clocks_event_reasons.active` prints them too. An idle GPU is no limit.

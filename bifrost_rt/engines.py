@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bifrost_rt import residency
 from bifrost_rt.backends.base import Backend, Buffer, Engine, output_shape, symbol_sizes
 from bifrost_rt.errors import BifrostError, BudgetError
-from bifrost_rt.manifest import EngineSpec, Manifest
+from bifrost_rt.manifest import EngineSpec, SetSpec
 from bifrost_rt.opened import OpenedFiles, files_of
 from bifrost_rt.prompt_cache import Outputs, PromptCache
 from bifrost_rt.residency import Need, Sizes, Step
@@ -45,7 +45,7 @@ class Engines:
     def __init__(
         self,
         folder: Path,
-        manifest: Manifest,
+        manifest: SetSpec,
         backend: Backend,
         budget: int | None = None,
         files: OpenedFiles | None = None,

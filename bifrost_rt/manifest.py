@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from bifrost_rt import strict
 from bifrost_rt.errors import EngineSetError, IntegrityError
@@ -220,6 +220,55 @@ class Deviation:
     mean: float
 
 
+class SetSpec(Protocol):
+    """What a run reads of an engine set: of a manifest, or of the plan of a build that has none
+    yet. The fields are those of `Manifest`."""
+
+    @property
+    def name(self) -> str:
+        """Name the set in errors."""
+        ...
+
+    @property
+    def model(self) -> ModelFacts:
+        """Give the sizes of the model."""
+        ...
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Give the schedule of noise levels."""
+        ...
+
+    @property
+    def defaults(self) -> Defaults:
+        """Give what a request gets that does not say otherwise."""
+        ...
+
+    @property
+    def text(self) -> Text:
+        """Give the three tokenizers."""
+        ...
+
+    @property
+    def dimensions(self) -> Mapping[str, Range]:
+        """Give the bounds of the sizes that callers choose."""
+        ...
+
+    @property
+    def engines(self) -> tuple[EngineSpec, ...]:
+        """List the engines, in the order in which a run uses them."""
+        ...
+
+    @property
+    def files(self) -> Mapping[str, File]:
+        """List the files whose sizes and hashes are known."""
+        ...
+
+    def engine(self, name: str) -> EngineSpec:
+        """Find an engine by its name."""
+        ...
+
+
 @dataclass(frozen=True)
 class Manifest:
     """An engine set. `files` lists every file beside the manifest. `selftest` is how far the
@@ -241,15 +290,12 @@ class Manifest:
     selftest: Deviation | None = None
 
     def engine(self, name: str) -> EngineSpec:
-        """The engine called `name`.
+        """Find an engine by its name.
 
         Raises:
             EngineSetError: the set has no such engine.
         """
-        for spec in self.engines:
-            if spec.name == name:
-                return spec
-        raise EngineSetError(f"the set {self.name!r} has no engine {name!r}", hint=REBUILD)
+        return engine_of(self, name)
 
     def dumps(self) -> bytes:
         """The file's bytes: readable JSON whose last key is the sha256 of everything before it."""
@@ -261,6 +307,18 @@ class Manifest:
             if data[optional] is None:
                 del data[optional]
         return _render(data, hashlib.sha256(_render(data, None)).hexdigest())
+
+
+def engine_of(spec: SetSpec, name: str) -> EngineSpec:
+    """Find an engine of a set by its name.
+
+    Raises:
+        EngineSetError: the set has no such engine.
+    """
+    for engine in spec.engines:
+        if engine.name == name:
+            return engine
+    raise EngineSetError(f"the set {spec.name!r} has no engine {name!r}", hint=REBUILD)
 
 
 def _render(data: Mapping[str, Any], digest: str | None) -> bytes:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bifrost_rt import schedules
-from bifrost_rt.manifest import EngineSpec, Manifest
+from bifrost_rt.manifest import EngineSpec, SetSpec
 from bifrost_rt.request import Request
 
 _READERS = {
@@ -63,7 +63,7 @@ def truncation(prompt: int, encoder: str, tokens: int, limit: int) -> Truncation
     return Truncation(text=text, prompt=prompt, encoder=encoder, tokens=tokens, limit=limit)
 
 
-def without_effect(manifest: Manifest, request: Request) -> Iterator[Note]:
+def without_effect(manifest: SetSpec, request: Request) -> Iterator[Note]:
     """Arguments that differ from their defaults and change nothing in this run."""
     options = request.parameters
     guidance = options.guidance_scale

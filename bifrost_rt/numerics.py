@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bifrost_rt.backends.base import Buffer
 from bifrost_rt.errors import NumericsError
-from bifrost_rt.manifest import Manifest
+from bifrost_rt.manifest import SetSpec
 from bifrost_rt.params import OPTIONS, Float
 from bifrost_rt.request import Request
 
@@ -51,7 +51,7 @@ class Checks:
 
     def __init__(
         self,
-        manifest: Manifest,
+        manifest: SetSpec,
         request: Request,
         download: Callable[[Buffer], NDArray[Any]],
         replaced: bool,

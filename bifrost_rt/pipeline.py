@@ -23,7 +23,7 @@ from bifrost_rt import mllm_text, prompt_cache, prompt_inputs, residency, schedu
 from bifrost_rt.backends.base import Buffer
 from bifrost_rt.engines import Engines, Loop
 from bifrost_rt.errors import BudgetError
-from bifrost_rt.manifest import Manifest
+from bifrost_rt.manifest import SetSpec
 from bifrost_rt.notes import Note
 from bifrost_rt.numerics import Checks
 from bifrost_rt.request import Request
@@ -50,13 +50,13 @@ class Output:
 
 
 # What runs a set's engines for a checked request. `generate` is the product's.
-Generate = Callable[[Engines, Tokenizers, Manifest, Request], Output]
+Generate = Callable[[Engines, Tokenizers, SetSpec, Request], Output]
 
 
 def generate(
     engines: Engines,
     tokenizers: Tokenizers,
-    manifest: Manifest,
+    manifest: SetSpec,
     request: Request,
     on_step_end: StepEnd | None = None,
 ) -> Output:
@@ -78,7 +78,7 @@ def generate(
 def generate_several(
     engines: Engines,
     tokenizers: Tokenizers,
-    manifest: Manifest,
+    manifest: SetSpec,
     requests: Sequence[Request],
     on_step_ends: Sequence[StepEnd | None],
 ) -> list[Output]:
@@ -131,7 +131,7 @@ class Run:
         self,
         engines: Engines,
         tokenizers: Tokenizers,
-        manifest: Manifest,
+        manifest: SetSpec,
         request: Request,
         on_step_end: StepEnd | None = None,
     ) -> None:
@@ -375,7 +375,7 @@ def _side_by_side(order: Sequence[str], runs: Sequence[Run]) -> list[Output]:
 
 
 def denoising(
-    manifest: Manifest, request: Request
+    manifest: SetSpec, request: Request
 ) -> tuple[NDArray[np.float32], schedules.DenoisingPlan]:
     """The noise levels of the denoising steps, [steps + 1], and which steps are computed."""
     options = request.parameters
@@ -393,7 +393,7 @@ def stages(request: Request) -> tuple[str, ...]:
     return (*mllm, *text, "control_embed", "denoise", *vae)
 
 
-def sizes(manifest: Manifest, request: Request) -> residency.Sizes:
+def sizes(manifest: SetSpec, request: Request) -> residency.Sizes:
     """What a request makes of the symbols at the engines' doors."""
     options = request.parameters
     return residency.sizes(

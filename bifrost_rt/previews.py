@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from bifrost_rt import pipeline
 from bifrost_rt.engines import Engines
 from bifrost_rt.errors import BudgetError, RequestError, RequestTypeError
-from bifrost_rt.manifest import Manifest
+from bifrost_rt.manifest import SetSpec
 from bifrost_rt.numerics import Checks
 from bifrost_rt.request import Request
 
@@ -31,7 +31,7 @@ class Previews:
         RequestError, RequestTypeError: `every` is not a number of steps.
     """
 
-    def __init__(self, engines: Engines, manifest: Manifest, request: Request, every: int) -> None:
+    def __init__(self, engines: Engines, manifest: SetSpec, request: Request, every: int) -> None:
         if isinstance(every, bool) or not isinstance(every, int):
             raise RequestTypeError(f"preview_every must be a whole number, got {every!r}")
         if every < 1:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bifrost_rt.manifest import Manifest
+from bifrost_rt.manifest import SetSpec
 from bifrost_rt.request import Request
 from bifrost_rt.text import Tokenizers
 
@@ -44,7 +44,7 @@ class MllmTexts:
         }
 
 
-def mllm_texts(tokenizers: Tokenizers, manifest: Manifest, request: Request) -> MllmTexts:
+def mllm_texts(tokenizers: Tokenizers, manifest: SetSpec, request: Request) -> MllmTexts:
     """Prompts -> ids. At cfg 1 the unconditional half cancels and is not computed."""
     guided = request.parameters.cfg_weight != 1.0
     texts = list(dict.fromkeys(["", *request.prompts] if guided else request.prompts))
@@ -54,7 +54,7 @@ def mllm_texts(tokenizers: Tokenizers, manifest: Manifest, request: Request) -> 
     return MllmTexts(ids, text_width(manifest, max(map(len, ids))), index)
 
 
-def text_width(manifest: Manifest, longest: int) -> int:
+def text_width(manifest: SetSpec, longest: int) -> int:
     """How many tokens the texts of a run are padded to, of which the longest has `longest`.
 
     Graphs take any length. A compiled engine compiles kernels for every new one, so there it is one

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from bifrost_rt import schedules
 from bifrost_rt.dims import IMAGES
 from bifrost_rt.errors import RequestError, RequestTypeError
-from bifrost_rt.manifest import Manifest
+from bifrost_rt.manifest import SetSpec
 from bifrost_rt.params import Options, Parameters
 
 # Nobody's memory holds more at the size of a real model: it would be refused by the memory budget,
@@ -96,7 +96,7 @@ def merge(requests: Sequence[Request]) -> Request:
 
 
 def check(
-    manifest: Manifest,
+    manifest: SetSpec,
     *,
     prompt: str | Sequence[str],
     height: int | None = None,
@@ -166,7 +166,7 @@ def _prompts(prompt: Any) -> list[str]:
     return list(asked)
 
 
-def _images(manifest: Manifest, prompts: int, per_prompt: int) -> int:
+def _images(manifest: SetSpec, prompts: int, per_prompt: int) -> int:
     """How many images are asked for, if a run of the set can have so many."""
     n = prompts * per_prompt
     bounds = manifest.dimensions.get(IMAGES)
@@ -206,7 +206,7 @@ def _order(order: ArrayLike, shape: tuple[int, int]) -> NDArray[np.int64]:
 
 
 def _latents(
-    latents: ArrayLike, shape: tuple[int, int, int], manifest: Manifest
+    latents: ArrayLike, shape: tuple[int, int, int], manifest: SetSpec
 ) -> NDArray[np.float32]:
     model = manifest.model
     return _floats(

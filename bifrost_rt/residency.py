@@ -19,7 +19,7 @@ from pathlib import Path
 from bifrost_rt import dims, schedules
 from bifrost_rt.dims import DIMS, REVEALED, STEPS
 from bifrost_rt.errors import BudgetError, RequestError, RequestTypeError
-from bifrost_rt.manifest import EngineSpec, Manifest, TensorSpec
+from bifrost_rt.manifest import EngineSpec, SetSpec, TensorSpec
 
 # Of the memory that a machine has available, what is left to everyone else.
 MARGIN = 0.1
@@ -171,7 +171,7 @@ def everything_fits(steps: Sequence[Step]) -> bool:
 
 
 def sizes(
-    manifest: Manifest,
+    manifest: SetSpec,
     *,
     images: int = 1,
     prompts: int = 1,
@@ -201,7 +201,7 @@ def sizes(
 
 
 def needs(
-    manifest: Manifest,
+    manifest: SetSpec,
     order: Sequence[str],
     at: Sizes,
     weights_in_memory: Callable[[EngineSpec, int], int],
@@ -253,7 +253,7 @@ def scratch_bytes(spec: EngineSpec, sizes: Mapping[str, int], longest: int) -> f
     return rows * (short + slope * (cache - longest))
 
 
-def _handed_on(manifest: Manifest, before: Sequence[str], after: Sequence[str], at: Sizes) -> int:
+def _handed_on(manifest: SetSpec, before: Sequence[str], after: Sequence[str], at: Sizes) -> int:
     """Bytes of what engines read that those before them have left."""
     left: set[str] = set()
     for name in before:

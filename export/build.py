@@ -6,39 +6,25 @@ From a recipe, from flags, or from a recipe with flags on top.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import importlib.metadata
-import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-import bifrost_rt
-from bifrost_rt import backends, command, dims, inspect, selftest
+from bifrost_rt import command, inspect
 from bifrost_rt import manifest as manifests
-from bifrost_rt.generator import Generator
-from bifrost_rt.manifest import Defaults, EngineSpec, Manifest
 from bifrost_rt.residency import parse as parse_size
-from bifrost_rt.residency import size_text
 from export import extras, shipped
 from export import recipe as recipes
-from export.engine_set import describe_files, written_aside
+from export.engine_set import written_aside
 from export.recipe import Recipe
 
 INTERRUPTED = "interrupted; nothing was written"
 CONTINUES = "interrupted; the next build of this set continues with the engines that are finished"
 DEFAULT_RECIPE = shipped.path_of(shipped.DEFAULT)
-VERSIONED = (
-    *("torch", "transformers", "diffusers", "onnx", "onnxscript"),
-    *("onnxruntime", "onnxruntime-gpu"),
-)
 
 
 def build(
@@ -60,107 +46,25 @@ def build(
     if recipe.backend in recipes.COMPILED:
         return _build_and_compile(recipe, progress, memory_budget)
     # torch and its company take seconds to import: not before the command line is understood
-    from export import assemble, budget, engine_files, parity, stage_cache, text
-    from export.checkpoint import Checkpoint
-    from export.pieces import Bounded
-    from export.quantize import audit
+    from export import build_plan, stage_cache
+    from export import build_steps as steps
     from export.quantize.quantise import STATISTICS, quantise
 
     say = progress or (lambda message: None)
     output = Path(recipe.output)
     say("reading the checkpoint")
-    checkpoint = Checkpoint(Path(recipe.mllm), Path(recipe.bifrost), Path(recipe.flux), read=False)
-    model = assemble.facts(checkpoint)
-    mllm_max_length = recipe.mllm_max_length or checkpoint.max_seq_length
+    checkpoint, model = build_plan.read_checkpoint(recipe)
     with written_aside(output, finished=(stage_cache.REPORT, STATISTICS)) as folder:
         cache = stage_cache.StageCache(folder, output, keep=[STATISTICS])
-        written = text.write(checkpoint, folder, mllm_max_length, recipe.t5_max_length)
-        parts = {
-            stage.name: stage
-            for stage in assemble.stages(
-                checkpoint, model, mllm_max_length, written.clip.max_length, recipe.t5_max_length
-            )
-        }
-        asked = {name: recipe.precision_of(name) for name in parts}
-        sizes = parity.sizes(mllm_max_length, model.num_visual_tokens, recipe.max_images)
-        wanted = budget.demand(parts.values(), sizes, asked)
-        share = budget.share(wanted, memory_budget)
-        budget.check_disk(wanted, output, cache.bytes_there)
-        say(f"at most {size_text(share.total)} of memory, {size_text(wanted.disk)} on disk")
-        driver = Bounded(backends.load(recipe.backend), share.engine)
-        manifest = Manifest(
-            format=manifests.FORMAT,
-            name=output.name,
-            backend=recipe.backend,
-            builder=_versions(),
-            model=model,
-            scheduler=checkpoint.scheduler,
-            defaults=Defaults(
-                decoding_steps=model.num_visual_tokens,
-                cfg_weight=1.0,
-                num_inference_steps=28,
-                guidance_scale=3.5,
-                controlnet_conditioning_scale=0.7,
-            ),
-            text=written,
-            dimensions=dims.ranges(
-                max_images=recipe.max_images,
-                mllm_max_length=mllm_max_length,
-                num_visual_tokens=model.num_visual_tokens,
-                chunk=max(dims.CHUNK, mllm_max_length),
-                context=assemble.context_length(checkpoint, mllm_max_length),
-            ),
-            engines=tuple(stage.outline() for stage in parts.values()),
-            files={},
-        )
-        outcome = quantise(recipe, folder, manifest, parts, say, share.kept, output)
-        configs = stage_cache.configs_digest(checkpoint.mllm, checkpoint.bifrost, checkpoint.flux)
-        engines: list[EngineSpec] = []
-        for name, stage in parts.items():
-            key = stage_cache.key(stage, configs, outcome.rest[name], mllm_max_length)
-            done = cache.get(name, key)
-            if done is None:
-                say(f"building {name}")
-                rest = outcome.rest[name]
-                made = engine_files.write(stage, folder, rest, mllm_max_length)
-                done = cache.put(name, key, *made)
-            else:
-                say(f"{name} is there already")
-            engines.append(
-                engine_files.describe(stage, folder, list(done.files), done.facts, asked[name])
-            )
-        report = cache.report()
-        manifest = dataclasses.replace(
-            manifest,
-            engines=tuple(engines),
-            files=describe_files(folder, cache.files),
-            calibration=outcome.calibration,
-        )
-        say("reading back what every layer is")
-        layers_asked = {name: outcome.of(name) for name in parts}
-        for name, found in audit.audit(folder, engines, layers_asked).items():
-            report[name]["precision"] = found
-        say("comparing every engine with torch")
-        for name, record in parity.compare(folder, manifest, parts, driver, share).items():
-            report[name]["parity"] = record
-        document = {
-            "recipe": dataclasses.asdict(recipe),
-            "prompts": parity.prompts(manifest),
-            "ignored_files": checkpoint.ignored_files,
-            "engines": report,
-            "layers": outcome.record(),
-        }
-        if outcome.swept is not None and recipe.quality_budget is not None:
-            document["sensitivity"] = outcome.swept.record(recipe.quality_budget)
-        (folder / "report.json").write_text(json.dumps(document, indent=1) + "\n")
-        manifest = dataclasses.replace(manifest, files=describe_files(folder, cache.files))
-        (folder / manifests.FILENAME).write_bytes(manifest.dumps())
-        say("drawing the self-test picture")
-        with Generator(folder, backend=driver, memory_budget=share.engines) as generator:
-            Image.fromarray(selftest.draw(generator)).save(folder / selftest.PICTURE)
-        manifest = dataclasses.replace(manifest, files=describe_files(folder, cache.files))
-        (folder / manifests.FILENAME).write_bytes(manifest.dumps())
-        assert manifests.read(folder) == manifest
+        plan = build_plan.draw_up(recipe, checkpoint, model, folder)
+        share = steps.reserve(plan, cache, memory_budget, say)
+        layers = quantise(recipe, folder, plan, plan.stages, say, share.kept, output)
+        built = steps.write_engines(plan, layers, checkpoint, cache, folder, say)
+        precisions = steps.read_back(built, layers, folder, say)
+        errors = steps.compare(built, folder, share, say)
+        steps.write_report(built, layers, cache, precisions, errors, folder)
+        steps.draw_selftest(built, folder, share, say)
+        steps.write_manifest(built, layers, cache, folder)
     return output
 
 
@@ -207,15 +111,6 @@ def graphs_of(recipe: Recipe) -> Recipe:
     )
 
 
-def _versions() -> dict[str, str]:
-    found = {"bifrost-rt": bifrost_rt.__version__, "python": platform.python_version()}
-    for name in VERSIONED:
-        # onnxruntime goes by several names, of which one is installed
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
 class Progress:
     """One line per step on a terminal, nothing in a pipe."""
 
@@ -256,7 +151,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         return recipes.load(flags, "command line")
     path = DEFAULT_RECIPE if options.recipe is None else shipped.find(options.recipe)
     recipe = recipes.read(path, flags)
-    shipped.check_checkpoint(path, recipe)
+    shipped.check_checkpoint(path, recipe.folders)
     return recipe
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from bifrost_rt import pipeline, request
-from bifrost_rt.backends.base import Buffer, HostMemory
+from bifrost_rt.backends.base import Backend, Buffer, HostMemory
 from bifrost_rt.engines import Engines
-from bifrost_rt.manifest import EngineSpec, Manifest, Range
+from bifrost_rt.manifest import EngineSpec, Range, SetSpec
 from bifrost_rt.text import Tokenizers
 from export import sources
 from export.stages import Stage
@@ -91,7 +91,7 @@ def evaluate(stage: Stage, inputs: Mapping[str, Buffer]) -> dict[str, torch.Tens
 
 def run(
     folder: Path,
-    manifest: Manifest,
+    manifest: SetSpec,
     stages: Mapping[str, Stage],
     prompts: Sequence[str],
     *,
@@ -109,7 +109,26 @@ def run(
     """
     asked: dict[str, Any] = {"seed": 0, "output_type": "np", **options}
     checked = request.check(manifest, prompt=list(prompts), **asked)
-    engines = Engines(folder, manifest, Torch(stages, kept))
+    return draw(folder, manifest, Torch(stages, kept), checked, generate=generate)
+
+
+def draw(
+    folder: Path,
+    manifest: SetSpec,
+    backend: Backend,
+    checked: request.Request,
+    *,
+    memory_budget: int | None = None,
+    generate: pipeline.Generate = pipeline.generate,
+) -> pipeline.Output:
+    """Draw with a set that has no manifest file yet.
+
+    Args:
+        folder: holds the tokenizers and what the backend opens.
+        memory_budget: bytes of all that is open; None: no limit.
+        generate: what runs the engines.
+    """
+    engines = Engines(folder, manifest, backend, memory_budget)
     try:
         return generate(engines, Tokenizers(folder, manifest.text), manifest, checked)
     finally:

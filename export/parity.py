@@ -21,10 +21,8 @@ from numpy.typing import DTypeLike, NDArray
 from bifrost_rt import dims, pipeline, request, schedules
 from bifrost_rt.backends.base import Backend, Buffer, Engine
 from bifrost_rt.dims import IMAGES
-from bifrost_rt.engines import Engines
 from bifrost_rt.errors import NumericsError
-from bifrost_rt.manifest import EngineSpec, Manifest, Range
-from bifrost_rt.text import Tokenizers
+from bifrost_rt.manifest import EngineSpec, Range, SetSpec
 from export import chain, sources
 from export.budget import Share
 from export.errors import ParityError
@@ -64,7 +62,7 @@ def sizes(text_tokens: int, num_visual_tokens: int, max_images: int | None) -> d
     )
 
 
-def prompts(manifest: Manifest) -> list[str]:
+def prompts(manifest: SetSpec) -> list[str]:
     """As many of `PROMPTS` as the set takes in one run."""
     return list(PROMPTS[: manifest.dimensions[IMAGES].max])
 
@@ -98,7 +96,7 @@ class Comparison:
 
 def compare(
     folder: Path,
-    manifest: Manifest,
+    manifest: SetSpec,
     stages: Mapping[str, Stage],
     driver: Backend,
     share: Share | None = None,
@@ -127,14 +125,12 @@ def compare(
         cfg_weight=2.0,
         output_type="np",
     )
-    engines = Engines(folder, manifest, paired, share.engines if share else None)
     overflow = None
     try:
-        generate(engines, Tokenizers(folder, manifest.text), manifest, checked)
+        budget = share.engines if share else None
+        chain.draw(folder, manifest, paired, checked, memory_budget=budget, generate=generate)
     except NumericsError as error:
         overflow = error  # an engine that differs from torch is the better answer
-    finally:
-        engines.close()
     report = {}
     for name, record in paired.records.items():
         tolerance = stages[name].tolerance

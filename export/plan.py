@@ -95,7 +95,7 @@ def of_recipe(
     from export.planning import estimate, work
 
     recipe = recipes.read(path, {})
-    shipped.check_checkpoint(path, recipe)
+    shipped.check_checkpoint(path, recipe.folders)
     checkpoint = Checkpoint(Path(recipe.mllm), Path(recipe.bifrost), Path(recipe.flux), read=False)
     length = recipe.mllm_max_length or checkpoint.max_seq_length
     works = work.of_checkpoint(checkpoint, length, recipe.t5_max_length, STEPS)

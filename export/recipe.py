@@ -77,6 +77,11 @@ class Recipe:
         asked = {self.precision, *self.stages.values(), *self.layers.values()}
         return not asked.isdisjoint(QUANTISED)
 
+    @property
+    def folders(self) -> dict[str, str]:
+        """The parts of the checkpoint, and where they are."""
+        return {part: getattr(self, part) for part in CHECKPOINT}
+
     def precision_of(self, stage: str) -> str:
         """What a stage was asked to be."""
         return self.stages.get(stage, self.precision)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bifrost_rt import strict
 from export.errors import RecipeError
-
-if TYPE_CHECKING:
-    from export.recipe import Recipe
 
 FOLDER = Path(__file__).parent / "recipes"
 CHECKOUT = Path(__file__).parents[1]
@@ -59,17 +56,17 @@ def base(recipe: Path) -> Path:
     return ours
 
 
-def check_checkpoint(path: Path, recipe: Recipe) -> None:
+def check_checkpoint(path: Path, folders: Mapping[str, str]) -> None:
     """Refuse a recipe that ships where its checkpoint is not.
 
     Args:
         path: the recipe's file.
-        recipe: what it says, with flags on top.
+        folders: the parts of the checkpoint and where they are, as the recipe says with flags on
+            top.
 
     Raises:
         RecipeError: a folder is missing, with what to do about it.
     """
-    folders = {"mllm": recipe.mllm, "bifrost": recipe.bifrost, "flux": recipe.flux}
     missing = {name: folder for name, folder in folders.items() if not Path(folder).is_dir()}
     if path.parent != FOLDER or not missing:
         return

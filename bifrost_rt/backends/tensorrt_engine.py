@@ -14,20 +14,81 @@ import re
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from bifrost_rt.backends.base import Buffer, check_bindings
 from bifrost_rt.backends.cuda import DeviceBuffer
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import EngineSpec, Range
 
-if TYPE_CHECKING:
-    from bifrost_rt.backends.tensorrt import TensorRt
-
 # TensorRT-RTX sets things up in a context's first run, records in the second, and replays then.
 RUNS = 3
+
+
+class Driver(Protocol):
+    """What an engine asks of the library and the device: `tensorrt.TensorRt`.
+
+    Attributes:
+        name: of the backend.
+        graphs: whether the steps of loops are to be replayed.
+        eager: engine -> why its steps are not.
+    """
+
+    name: str
+    graphs: bool
+    eager: dict[str, str]
+
+    @property
+    def library_graphs(self) -> bool:
+        """Tell whether the library records and replays by itself."""
+        ...
+
+    def context(self, engine: Any, *, graph: bool) -> Any:
+        """Make a context of an engine; `graph`: one in which the library replays."""
+        ...
+
+    def enqueue(self, context: Any) -> None:
+        """Queue one run of a context."""
+        ...
+
+    def capturable(self, context: Any) -> bool:
+        """Tell whether the library can record a context's runs."""
+        ...
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Record what `work` queues, and return what replays it."""
+        ...
+
+    def wait(self) -> None:
+        """Wait for all that is queued."""
+        ...
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceBuffer:
+        """Allocate a buffer on the device."""
+        ...
+
+    def write(self, buffer: Buffer, array: NDArray[Any]) -> None:
+        """Copy an array into a buffer of its size and type."""
+        ...
+
+    def download(self, buffer: Buffer) -> NDArray[Any]:
+        """Copy a buffer to the host, when what is queued is done."""
+        ...
+
+    def warnings(self) -> list[str]:
+        """Take the warnings that the library has given since the last call."""
+        ...
+
+    def refused(self, what: str) -> BackendError:
+        """Make the error of a call that the library refused."""
+        ...
+
+    def closed(self) -> None:
+        """Note that an engine is closed."""
+        ...
 
 
 class NoContext(BackendError):
@@ -53,7 +114,7 @@ class TensorRtEngine:
 
     def __init__(
         self,
-        driver: TensorRt,
+        driver: Driver,
         spec: EngineSpec,
         dimensions: Mapping[str, Range],
         engine: Any,

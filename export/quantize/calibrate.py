@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bifrost_rt import files, pipeline
 from bifrost_rt.dims import IMAGES
 from bifrost_rt.errors import TextFileError
-from bifrost_rt.manifest import Manifest
+from bifrost_rt.manifest import SetSpec
 from export import chain
 from export.errors import CalibrationError
 from export.quantize.policy import linears
@@ -71,7 +71,7 @@ def fingerprint(folders: Sequence[Path]) -> str:
 
 def calibrate(
     folder: Path,
-    manifest: Manifest,
+    manifest: SetSpec,
     stages: Mapping[str, Stage],
     found: Statistics,
     progress: Callable[[str], None],
@@ -107,7 +107,7 @@ def calibrate(
 
 
 def _runs(
-    manifest: Manifest, prompts: Sequence[str]
+    manifest: SetSpec, prompts: Sequence[str]
 ) -> Iterator[tuple[int, Sequence[str], dict[str, Any]]]:
     most = manifest.dimensions[IMAGES].max or BATCH
     size = min(BATCH, most)

@@ -12,7 +12,7 @@ from typing import Any
 
 from bifrost_rt import cache, pipeline
 from bifrost_rt.dims import IMAGES
-from bifrost_rt.manifest import Calibration, Manifest
+from bifrost_rt.manifest import Calibration, SetSpec
 from export import precision, stage_cache
 from export.quantize import apply, calibrate, policy, sweep
 from export.quantize.apply import Decision
@@ -56,7 +56,7 @@ class Outcome:
 def quantise(
     recipe: Recipe,
     folder: Path,
-    manifest: Manifest,
+    manifest: SetSpec,
     stages: Mapping[str, Stage],
     say: Callable[[str], None],
     kept: int | None = None,
@@ -116,7 +116,7 @@ def _prompts(recipe: Recipe) -> Path:
 def _statistics(
     recipe: Recipe,
     folder: Path,
-    manifest: Manifest,
+    manifest: SetSpec,
     stages: Mapping[str, Stage],
     say: Callable[[str], None],
     kept: int | None,
@@ -152,7 +152,7 @@ def _statistics(
     return found, Calibration(STATISTICS, checkpoint, len(found.prompts), recipe.scales)
 
 
-def _key(recipe: Recipe, manifest: Manifest, checkpoint: str, prompts: Sequence[str]) -> str:
+def _key(recipe: Recipe, manifest: SetSpec, checkpoint: str, prompts: Sequence[str]) -> str:
     """Changes with everything that decides what calibration sees."""
     facts = {
         "checkpoint": checkpoint,

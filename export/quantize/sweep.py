@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bifrost_rt.dims import IMAGES
-from bifrost_rt.manifest import Manifest
+from bifrost_rt.manifest import SetSpec
 from export import chain
 from export.errors import PrecisionError
 from export.quantize import apply
@@ -91,7 +91,7 @@ class Bench:
     def __init__(
         self,
         folder: Path,
-        manifest: Manifest,
+        manifest: SetSpec,
         stages: Mapping[str, Stage],
         prompts: Sequence[str],
         kept: int | None = None,

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from benchmarks import host, jetson, nvidia
-from benchmarks.telemetry import Lines, Log, Reading, Telemetry
+from benchmarks.sensors import Lines, Reading
+from benchmarks.telemetry import Log, Telemetry
 from tests.patience import until
 
 ORIN_NANO = (

@@ -144,8 +144,8 @@ def test_replayed_steps_draw_the_same_picture(compiled_set: Path, either: double
             assert np.array_equal(found.images, expected.images)
     assert driver.eager == {}
     if not hasattr(either, "CudaGraphStrategy"):
-        # per loop two recordings, and all but the two first steps of the first picture replayed; one
-        # of the text engine, which read the prompt once
+        # per loop two recordings, and all but the two first steps of the first picture replayed;
+        # one of the text engine, which read the prompt once
         assert either.device.captures == 2 * 2 + 1
         assert either.device.launches >= 2 * (5 + 7) - 4
 

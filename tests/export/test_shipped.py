@@ -30,7 +30,7 @@ def test_the_default_recipe_builds_the_checkouts_checkpoint_from_everywhere(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     read = recipe.read(build.DEFAULT_RECIPE, {})
-    shipped.check_checkpoint(build.DEFAULT_RECIPE, read)
+    shipped.check_checkpoint(build.DEFAULT_RECIPE, read.folders)
     assert Path(read.output) == shipped.CHECKOUT / "engines" / "sets" / "default"
 
 
@@ -44,11 +44,11 @@ def test_without_a_checkout_paths_are_in_the_current_folder(no_checkout: Path) -
     read = recipe.read(path, {})
     assert read.flux == "engines/checkpoints/FLUX.1-dev"
     with pytest.raises(RecipeError, match="recipe rtx-4090-fp8: no checkpoint in engines") as told:
-        shipped.check_checkpoint(path, read)
+        shipped.check_checkpoint(path, read.folders)
     assert "--mllm DIR --bifrost DIR --flux DIR --output DIR" in str(told.value.hint)
     for folder in (read.mllm, read.bifrost, read.flux):
         Path(folder).mkdir(parents=True)
-    shipped.check_checkpoint(path, read)
+    shipped.check_checkpoint(path, read.folders)
 
 
 def test_only_what_is_missing_is_asked_for(no_checkout: Path) -> None:
@@ -56,7 +56,7 @@ def test_only_what_is_missing_is_asked_for(no_checkout: Path) -> None:
     here = str(no_checkout)
     read = dataclasses.replace(recipe.read(path, {}), mllm=here, flux=here)
     with pytest.raises(RecipeError, match="no checkpoint in engines/checkpoints/Bifrost-1") as told:
-        shipped.check_checkpoint(path, read)
+        shipped.check_checkpoint(path, read.folders)
     assert str(told.value.hint).endswith("name yours: --bifrost DIR --output DIR")
 
 
@@ -64,7 +64,7 @@ def test_only_what_is_missing_is_asked_for(no_checkout: Path) -> None:
 def test_a_checkpoint_of_the_checkout_is_not_in_the_wheel(no_checkout: Path, name: str) -> None:
     path = shipped.find(name)
     with pytest.raises(RecipeError, match="in a checkout of the source, not in the wheel"):
-        shipped.check_checkpoint(path, recipe.read(path, {}))
+        shipped.check_checkpoint(path, recipe.read(path, {}).folders)
 
 
 def test_a_file_counts_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
