@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from bifrost_rt import strict
 from bifrost_rt.errors import EngineSetError, IntegrityError
 
-FORMAT = 2
+FORMAT = 3
 FILENAME = "manifest.json"
 REBUILD = "rebuild the set with `python -m export.build`"
 # Types of tables and sizes, in which no layer computes.
@@ -113,6 +113,8 @@ class EngineSpec:
     steps and the longest prompt, counted from the graph; 0 in sets that do not state it.
     `square_bytes` is what comes beside where all rows of a larger run see each other: that much for
     the square of its growth.
+    `piece_scratch_bytes` is the same for `dims.CHUNK` tokens of a conversation behind
+    a cache of `residency.COUNTED_CACHE`; 0 for engines that read none.
     `compiled` is None where the file is an ONNX graph.
     """
 
@@ -125,6 +127,7 @@ class EngineSpec:
     precision: Precision
     scratch_bytes: int = 0
     square_bytes: int = 0
+    piece_scratch_bytes: int = 0
     compiled: Compiled | None = None
 
     def input(self, name: str) -> TensorSpec | None:

@@ -25,6 +25,7 @@ from bifrost_rt.manifest import EngineSpec, SetSpec, TensorSpec
 MARGIN = 0.1
 # The sizes for which a manifest states an engine's scratch memory; text is as long as it can be.
 COUNTED_STEPS = 28
+COUNTED_CACHE = 4096
 _ITEM_BYTES = {"bool": 1, "uint8": 1, "float16": 2, "float32": 4, "int64": 8}
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{kind}": base**power
@@ -229,8 +230,7 @@ def needs(
     for i, name in enumerate(order):
         spec = manifest.engine(name)
         stored = sum(manifest.files[file].size for file in spec.files)
-        grown = growth(spec, at(name))
-        counted = spec.scratch_bytes * grown + spec.square_bytes * (grown**2 - grown)
+        counted = scratch_bytes(spec, at(name), manifest.text.mllm.max_length)
         scratch = math.ceil(scratch_share * counted)
         if spec.compiled is not None and spec.compiled.activation_bytes:
             # the builder's word, for the largest run of its profile, whatever this one's size
@@ -245,12 +245,29 @@ def needs(
     return found
 
 
+def scratch_bytes(spec: EngineSpec, sizes: Mapping[str, int], longest: int) -> float:
+    """Scratch memory at `sizes`, at most.
+
+    Args:
+        longest: tokens of the prompt for which the manifest states it.
+    """
+    grown = growth(spec, sizes)
+    if not spec.piece_scratch_bytes:
+        return spec.scratch_bytes * grown + spec.square_bytes * (grown**2 - grown)
+    # of a row it grows with the cache, whose every place attention has a score for
+    short, long = spec.scratch_bytes / longest, spec.piece_scratch_bytes / dims.CHUNK
+    slope = (long - short) / max(1, COUNTED_CACHE - longest)
+    cache = max(longest, sizes[dims.CACHE_TOKENS])
+    rows = grown * sizes[dims.NEW_TOKENS]
+    return rows * (short + slope * (cache - longest))
+
+
 def _handed_on(manifest: SetSpec, before: Sequence[str], after: Sequence[str], at: Sizes) -> int:
     """Bytes of what engines read that those before them have left."""
     left: set[str] = set()
     for name in before:
         spec = manifest.engine(name)
-        left |= {spec.carry.get(tensor.name, tensor.name) for tensor in spec.outputs}
+        left |= {tensor.name for tensor in spec.outputs} | set(spec.carry.values())
     read = {
         t.name: tensor_size(t, at(name)) for name in after for t in manifest.engine(name).inputs
     }

@@ -12,10 +12,11 @@ from bifrost_rt.manifest import ModelFacts, Vision
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError
 from export.model.conditioning import Conditioning, ControlEmbed
-from export.model.decoding import TextPrefill, VisualDecode
+from export.model.decoding import VisualDecode
 from export.model.denoising import Denoise
 from export.model.encoders import ClipText, T5Text
 from export.model.hoist import hoist
+from export.model.mllm_text import MllmText
 from export.model.vae import VaeDecode
 from export.stages import (
     Stage,
@@ -23,12 +24,16 @@ from export.stages import (
     conditioning,
     control_embed,
     denoise,
+    mllm_text,
     t5_text,
-    text_prefill,
     vae_decode,
     vision_encode,
     visual_decode,
 )
+
+# Tokens of the longest conversation, where the model takes so many: of the K/V cache, whose memory
+# a conversation takes as it grows, and of a table of rotary positions.
+CONTEXT = 4096
 
 
 def facts(checkpoint: Checkpoint) -> ModelFacts:
@@ -125,6 +130,11 @@ def _check_schedule(checkpoint: Checkpoint, image_tokens: int) -> None:
         )
 
 
+def context_length(checkpoint: Checkpoint, mllm_max_length: int) -> int:
+    """Tokens of the longest conversation."""
+    return max(mllm_max_length, min(CONTEXT, checkpoint.positions))
+
+
 def stages(
     checkpoint: Checkpoint,
     model: ModelFacts,
@@ -140,9 +150,10 @@ def stages(
         vision: how images are read; None: they are not.
     """
     visual = checkpoint.visual_branch()
-    text = checkpoint.text_branch(mllm_max_length)
+    text = checkpoint.text_branch(context_length(checkpoint, mllm_max_length))
+    head = checkpoint.text_head(text)
     checkpoint.refuse_left_overs()
-    yield text_prefill.stage(TextPrefill(text, visual), checkpoint.decoder)
+    yield mllm_text.stage(MllmText(text, head, visual), checkpoint.decoder)
     yield visual_decode.stage(VisualDecode(visual), checkpoint.decoder)
     yield clip_text.stage(ClipText(checkpoint.clip), clip_length)
     yield t5_text.stage(T5Text(checkpoint.t5), t5_length)

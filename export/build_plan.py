@@ -164,6 +164,8 @@ def draw_up(recipe: Recipe, checkpoint: Checkpoint, model: ModelFacts, folder: P
             num_visual_tokens=model.num_visual_tokens,
             max_windows=None if largest is None else largest.windows,
             max_vision_tokens=None if largest is None else largest.tokens,
+            chunk=max(dims.CHUNK, length),
+            context=assemble.context_length(checkpoint, length),
         ),
         mllm_max_length=length,
         ignored_files=tuple(checkpoint.ignored_files),

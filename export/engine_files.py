@@ -32,7 +32,7 @@ def write(
 
     Returns:
         The files, the graph first; and bytes by type (`weight_bytes`, the most first), memory of
-        its arithmetic (`scratch_bytes`) and `seconds`.
+        its arithmetic (`scratch_bytes`, `piece_scratch_bytes`) and `seconds`.
 
     Raises:
         ExportError: torch cannot trace it, or ONNX's checker refuses the graph.
@@ -43,8 +43,11 @@ def write(
     facts: dict[str, Any] = {
         "weight_bytes": precision.weight_bytes(traced),
         "scratch_bytes": memory.scratch_bytes(traced, counted),
+        "piece_scratch_bytes": 0,
         "square_bytes": 0,
     }
+    if dims.reads_pieces(stage.outline()):
+        facts["piece_scratch_bytes"] = memory.scratch_bytes(traced, memory.one_piece())
     if largest is not None and dims.looks(stage.outline()):
         facts["square_bytes"] = memory.square_bytes(traced, largest)
     files = graph.save(traced, folder / f"{stage.name}.onnx")
@@ -75,4 +78,5 @@ def describe(
         files=tuple(files),
         scratch_bytes=facts["scratch_bytes"],
         square_bytes=facts["square_bytes"],
+        piece_scratch_bytes=facts["piece_scratch_bytes"],
     )

@@ -32,7 +32,7 @@ TARGETS = {
 DTYPES = {"fp16": "float16", "int8": "int8", "fp8": "float8_e4m3fn"}
 REST = {"fp16": "float16", "int8": "bfloat16", "fp8": "bfloat16"}
 STAGES = {
-    *("text_prefill", "visual_decode", "clip_text", "t5_text"),
+    *("mllm_text", "visual_decode", "clip_text", "t5_text"),
     *("conditioning", "control_embed", "denoise", "vae_decode"),
 }
 IN_16_BIT = {

@@ -307,6 +307,6 @@ def test_planned_weights_are_the_built_ones(int8_set: Path) -> None:
     )
     planned = {one.engine: one.weights(STORAGES["int8"]) for one in works}
     report = json.loads((int8_set / "report.json").read_text())["engines"]
-    as_asked = ("text_prefill", "visual_decode", "conditioning", "vae_decode")  # no overrides there
+    as_asked = ("mllm_text", "visual_decode", "conditioning", "vae_decode")  # no overrides there
     found = sum(sum(report[name]["weight_bytes"].values()) for name in as_asked)
     assert sum(planned[name] for name in as_asked) == pytest.approx(found, rel=0.01)
