@@ -181,15 +181,23 @@ class Answering:
         """
         if max_new_tokens < 1:
             raise RequestError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if not len(asked.ids):
+        self.check(len(asked.ids))
+        return Answer(self, asked, sampling, max_new_tokens, frozenset(stop_ids), timings)
+
+    def check(self, tokens: int) -> None:
+        """Refuse a conversation of so many tokens where there is no room for an answer.
+
+        Raises:
+            RequestError: it is empty or too long.
+        """
+        if not tokens:
             raise RequestError("the conversation is empty")
-        if len(asked.ids) >= self.context:
+        if tokens >= self.context:
             raise RequestError(
-                f"the conversation has {len(asked.ids)} tokens, its answer's not counted; it may "
-                f"have {self.context - 1}",
+                f"the conversation has {tokens} tokens, its answer's not counted; it may have "
+                f"{self.context - 1}",
                 hint="leave out old turns, or give smaller images",
             )
-        return Answer(self, asked, sampling, max_new_tokens, frozenset(stop_ids), timings)
 
     def forget(self) -> None:
         """Give up the memory of the last conversation."""
