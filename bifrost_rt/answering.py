@@ -24,7 +24,7 @@ from bifrost_rt import dims, mllm_text, residency
 from bifrost_rt.backends.base import Buffer
 from bifrost_rt.engines import Engines, Loop
 from bifrost_rt.errors import RequestError
-from bifrost_rt.manifest import Manifest
+from bifrost_rt.manifest import SetSpec
 from bifrost_rt.mllm_text import NAME, Arrays
 
 LEAST_CACHE, LEAST_ANSWER = 256, 64  # sizes of buffers are powers of two from these
@@ -135,7 +135,7 @@ class Answering:
         reuse: whether the last conversation's keys and values stay for the next one.
     """
 
-    def __init__(self, engines: Engines, manifest: Manifest, *, reuse: bool = True) -> None:
+    def __init__(self, engines: Engines, manifest: SetSpec, *, reuse: bool = True) -> None:
         self._engines, self._manifest, self._reuse = engines, manifest, reuse
         self._kept: _Kept | None = None
 

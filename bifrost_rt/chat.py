@@ -78,8 +78,8 @@ def facts(manifest: SetSpec) -> Chat:
     """
     if manifest.chat is None:
         raise RequestError(
-            f"the set {manifest.name!r} holds no conversations: the chat template that it was built "
-            "with is not Qwen2.5-VL's",
+            f"the set {manifest.name!r} holds no conversations: the chat template that it was "
+            "built with is not Qwen2.5-VL's",
             hint="rebuild it with the chat template of the model that the training started from",
         )
     return manifest.chat

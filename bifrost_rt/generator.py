@@ -30,7 +30,7 @@ from bifrost_rt import (
 from bifrost_rt import messages as conversation
 from bifrost_rt.backends.base import Backend
 from bifrost_rt.backends.choice import Choice, choose
-from bifrost_rt.chat import ChatResult
+from bifrost_rt.chat import ChatResult, OnText
 from bifrost_rt.chat_params import ChatOptions, ChatParameters
 from bifrost_rt.engines import Loop
 from bifrost_rt.errors import BudgetError, EngineSetError, RequestError, RequestTypeError
@@ -345,24 +345,27 @@ class Generator:
         asked = ChatParameters.fill(options)
         chat.facts(self.manifest)
         turns = conversation.read(messages)
-        return self.answer(turns, asked, stream)
+        return self.answer(turns, asked, lambda piece: stream(piece) if stream and piece else None)
 
     def answer(
         self,
         turns: Sequence[conversation.Turn],
         asked: ChatParameters,
-        stream: Callable[[str], None] | None = None,
+        on_text: OnText,
     ) -> ChatResult:
-        """Answer turns that `messages.read` made; the rest is as in `chat`."""
+        """Answer turns that `messages.read` made; the rest is as in `chat`.
 
-        def on_text(piece: str) -> None:
-            if stream is not None:
-                self._turns.in_callback = True
-                stream(piece)
-                self._turns.in_callback = False
+        Args:
+            on_text: called after every token, with an empty piece where a character is not whole.
+        """
+
+        def guarded(piece: str) -> None:
+            self._turns.in_callback = True
+            on_text(piece)
+            self._turns.in_callback = False
 
         with self._turns.turn("chat()"):
-            return self._speaker.answer(turns, asked, on_text)
+            return self._speaker.answer(turns, asked, guarded)
 
     def describe(
         self, image: Any, question: str = QUESTION, **options: Unpack[ChatOptions]
