@@ -94,7 +94,11 @@ def test_where_no_place_takes_it_the_seed_is_told(alpha_set: Path, tmp_path: Pat
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={"TMPDIR": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)},
+        env={
+            **{name: str(tmp_path) for name in ("TMPDIR", "HOME")},
+            "PYTHONPATH": ":".join(sys.path),
+            "PYTHONDONTWRITEBYTECODE": "1",  # Python would leave compiled modules cut off
+        },
         preexec_fn=limit,
     )
     assert done.returncode == 1, done.stderr
