@@ -368,15 +368,20 @@ class Generator:
             return self._speaker.answer(turns, asked, guarded)
 
     def describe(
-        self, image: Any, question: str = QUESTION, **options: Unpack[ChatOptions]
+        self,
+        image: Any,
+        question: str = QUESTION,
+        *,
+        stream: Callable[[str], None] | None = None,
+        **options: Unpack[ChatOptions],
     ) -> ChatResult:
-        """Answer a question about an image; options and errors are those of `chat`.
+        """Answer a question about an image; stream, options and errors are those of `chat`.
 
         Args:
             image: a path, the bytes of a file, a `PIL.Image` or an array.
         """
         parts = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        return self.chat([{"role": "user", "content": parts}], **options)
+        return self.chat([{"role": "user", "content": parts}], stream=stream, **options)
 
     def no_previews(self) -> str | None:
         """Why `preview_every` cannot be served, or None where it can.
