@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from bifrost_rt.files import atomic_write
+
 VARIABLE = "BIFROST_CACHE"
 OFF = "BIFROST_NO_CACHE"  # set to anything: what runs a set neither reads nor writes here
 UNUSED_SECONDS = 30 * 24 * 3600  # a file that nobody has read for so long is deleted
@@ -80,14 +82,10 @@ def write(kind: str, key: str, content: bytes) -> str | None:
         Why it could not be kept, or None. A cache that cannot be written costs time, nothing else.
     """
     place = folder() / kind
-    aside = place / f".{key[:32]}.{os.getpid()}.{time.monotonic_ns()}"
     try:
         place.mkdir(parents=True, exist_ok=True)
-        try:
+        with atomic_write(place / key) as aside:
             aside.write_bytes(hashlib.sha256(content).digest() + content)
-            aside.replace(place / key)
-        finally:
-            aside.unlink(missing_ok=True)
     except OSError as error:
         return f"{place}: {error.strerror or error}"
     _drop_unused(place)

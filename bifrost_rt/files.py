@@ -64,31 +64,62 @@ def decode_text(content: bytes, source: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def written_aside(target: Path, keep: bool = True) -> Iterator[Path]:
-    """A file to write that takes the place of `target`, or of the file that `target` is a link to,
-    when it is complete. Its own name is short whatever the target's is.
+def atomic_write(target: Path) -> Iterator[Path]:
+    """Give a file to write, which takes the place of `target` when the block ends without an
+    error. A reader sees the older file or the whole new one. Where the block fails, nothing is left
+    of it. The name to write to is short and nobody else's, whatever the target's is.
 
-    Args:
-        keep: False only tries that the folder takes a file, before work is spent on its content.
+    Raises:
+        OSError: the file cannot be renamed.
+    """
+    aside = target.with_name(f".bifrost-rt.{secrets.token_hex(8)}.tmp")
+    try:
+        yield aside
+        aside.replace(target)
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """Write a user's file atomically: in the place of `target`, or of the file that `target` is a
+    link to. Folders that are missing are made.
 
     Raises:
         RequestError: the file cannot be written.
     """
     place = Path(os.path.realpath(target))
-    aside = place.with_name(f".bifrost-rt.{secrets.token_hex(8)}.tmp")
-    try:
+    with _refused(target):
         refuse_others(place)
         place.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        if keep:
-            aside.replace(place)
+        with atomic_write(place) as aside:
+            yield aside
+
+
+def check_writable(target: Path) -> None:
+    """Try that a folder takes a file, before work is spent on its content.
+
+    Raises:
+        RequestError: it takes none.
+    """
+    place = Path(os.path.realpath(target))
+    with _refused(target):
+        refuse_others(place)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        trial = place.with_name(f".bifrost-rt.{secrets.token_hex(8)}.tmp")
+        trial.touch()
+        trial.unlink()
+
+
+@contextlib.contextmanager
+def _refused(target: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise RequestError(
             f"{target}: cannot be written: {error.strerror or error}", hint="choose another place"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
 
 
 def refuse_others(path: Path) -> None:

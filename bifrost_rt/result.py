@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 
 from bifrost_rt import handover
 from bifrost_rt.errors import RequestError
-from bifrost_rt.files import written_aside
+from bifrost_rt.files import check_writable, written_aside
 from bifrost_rt.notes import Note, Truncation
 
 # The text chunk of a PNG that holds its parameters, as JSON.
@@ -65,11 +65,8 @@ def picture_paths(path: str | Path, images: int) -> tuple[list[Path], str]:
     """
     path, file_format = picture_path(path)
     paths = [path] if images == 1 else [numbered(path, i) for i in range(images)]
-    with written_aside(paths[0], keep=False) as aside:
-        aside.touch()
-    for other in paths[1:]:
-        with written_aside(other, keep=False):
-            pass
+    for one in paths:
+        check_writable(one)
     return paths, file_format
 
 
@@ -140,7 +137,8 @@ class Result:
 
         Several images get `-0`, `-1`, … before the suffix. A PNG carries its parameters, from which
         `bifrost-rt generate --like` makes it again. Each file is written aside and renamed,
-        so that an older picture is never half overwritten.
+        so that an older picture is never half overwritten. The images stay in memory: where a disk
+        is full, they can be saved to another place.
 
         Returns:
             The paths written.

@@ -21,6 +21,7 @@ from typing import Any
 import bifrost_rt
 from bifrost_rt import manifest as manifests
 from bifrost_rt.dims import TEXT_TOKENS
+from bifrost_rt.files import atomic_write
 from bifrost_rt.manifest import File
 from export import fingerprint, sources
 from export.stages import Stage
@@ -155,10 +156,9 @@ class StageCache:
         self._done[stage] = record
         # what an earlier build finished beyond this stage stays known until it is asked for
         later = {n: r for n, r in self._known[self._folder].items() if n not in self._done}
-        aside = self._folder / f".{REPORT}"
-        everything = {**self.report(), **_as_report(later)}
-        aside.write_text(json.dumps({"engines": everything}, indent=1) + "\n", encoding="utf-8")
-        aside.replace(self._folder / REPORT)
+        text = json.dumps({"engines": {**self.report(), **_as_report(later)}}, indent=1) + "\n"
+        with atomic_write(self._folder / REPORT) as aside:
+            aside.write_text(text, encoding="utf-8")
 
     def _take(self, record: Finished, place: Path) -> bool:
         if not whole(place, record):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bifrost_rt.files import atomic_write
 from training.config import Schedule
 
 SAVE_EVERY = 60.0  # s
@@ -35,11 +36,10 @@ class Stage(Protocol):
 
 
 def write_aside(value: object, path: Path) -> None:
-    """torch.save under another name, then rename."""
+    """Write with torch.save, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(path.suffix + ".tmp")
-    torch.save(value, aside)
-    aside.replace(path)
+    with atomic_write(path) as aside:
+        torch.save(value, aside)
 
 
 def _seeds(seed: int, name: str, step: int) -> np.random.Generator:

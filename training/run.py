@@ -16,6 +16,7 @@ from pathlib import Path
 import matplotlib
 import torch
 
+from bifrost_rt.files import atomic_write
 from training.captioner import CaptionerStage, latent_pool
 from training.config import TINY, Config
 from training.controlnet import ControlStage
@@ -54,10 +55,9 @@ def plot(losses: dict[str, list[float]], path: Path) -> None:
         panel.plot(range(1, len(values) + 1, max(1, window // 4)), means)
         panel.set(title=name, xlabel="step", yscale="log")
     figure.tight_layout()
-    aside = path.with_suffix(".tmp.png")
-    figure.savefig(aside, dpi=110)
+    with atomic_write(path) as aside:
+        figure.savefig(aside, dpi=110, format="png")
     pyplot.close(figure)
-    aside.replace(path)
 
 
 def past_losses(out: Path) -> dict[str, list[float]]:

@@ -7,17 +7,19 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bifrost_rt import handover, manifest
+from bifrost_rt import cache, handover, manifest
 from bifrost_rt import request as requests
 from bifrost_rt.cli.options import long_flag
 from bifrost_rt.cli.progress import Progress
 from bifrost_rt.errors import NumericsError, RequestError, TextFileError
-from bifrost_rt.files import MARK, decode_text, read_text, written_aside
+from bifrost_rt.files import MARK, check_writable, decode_text, read_text
 from bifrost_rt.generator import Generator, default_set
 from bifrost_rt.notes import Note
 from bifrost_rt.params import OPTIONS
@@ -73,8 +75,7 @@ def _check(tasks: Sequence[Task], facts: manifest.Manifest) -> None:
             )
         paths, _ = picture_paths(task.output, images if task.image is None else 1)
         if task.tokens is not None:
-            with written_aside(task.tokens, keep=False) as aside:
-                aside.touch()
+            check_writable(task.tokens)
             if os.path.realpath(task.tokens) in map(os.path.realpath, paths):
                 raise RequestError(
                     f"{task.tokens}: is named for the picture and for --save-tokens",
@@ -97,19 +98,63 @@ def _draw(generator: Generator, tasks: Sequence[Task], as_json: bool) -> None:
         for task in tasks:  # one spoils the run of all: those before it are drawn
             _draw(generator, [task], as_json)
         return
+    failed: list[RequestError] = []
     for task, bar, result in zip(tasks, bars, results, strict=True):
         if bar:
             bar.close(result.timings, result.seed)
         result = dataclasses.replace(result, notes=(*task.notes, *result.notes))
-        _save(result, task, generator, as_json)
+        try:
+            _save(result, task, generator, as_json)
+        except RequestError as error:  # the others are drawn, and may have another disk
+            failed.append(error)
+    for other in failed[1:]:
+        log.error("%s", other)
+    if failed:
+        raise failed[0]
 
 
 def _save(result: Result, task: Task, generator: Generator, as_json: bool) -> None:
+    """Write what was drawn; where its place takes nothing any more, keep it in another.
+
+    Raises:
+        RequestError: its place took nothing; says where it is kept, or how to draw it again.
+    """
     try:
-        _write(result, task, generator.backend.name, as_json)
-    finally:  # where a disk is full, one of the two may still have a place
-        if task.tokens:
-            result.save_tokens(task.tokens)
+        try:
+            _write(result, task, generator.backend.name, as_json)
+        finally:  # where a disk is full, one of the two may still have a place
+            if task.tokens:
+                result.save_tokens(task.tokens)
+    except RequestError as error:
+        kept = _keep(result, task)
+        if kept is None:
+            raise RequestError(
+                f"{error.message}; the image could not be kept elsewhere either",
+                hint=f"free some space and run it again with --seed {result.seed}, which draws the "
+                "same image",
+            ) from error
+        raise RequestError(
+            f"{error.message}; what was drawn is kept in {kept}", hint="move it from there"
+        ) from error
+
+
+def _keep(result: Result, task: Task) -> Path | None:
+    """Write a run's files to the first other folder that takes them all: that of temporary files,
+    the current one, the cache's. Returns the folder, or None where none does."""
+    for place in (Path(tempfile.gettempdir()), Path.cwd(), cache.folder()):
+        folder = None
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix="bifrost-rt-", dir=place))
+            result.save(folder / task.output.name)
+            if task.tokens:
+                result.save_tokens(folder / task.tokens.name)
+        except (OSError, RequestError):
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+        else:
+            return folder
+    return None
 
 
 def _write(result: Result, task: Task, backend: str, as_json: bool) -> None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bifrost_rt.files import atomic_write
 from export.errors import CalibrationError
 
 VERSION = 2
@@ -113,9 +114,8 @@ class Statistics:
             **{name: getattr(self, name) for name in ("checkpoint", "prompts", "key")},
             **{name: getattr(self, name) for name in ("runs", "complete")},
         }
-        aside = path.with_name(f".{path.name}")
-        save_file(tensors, aside, {"calibration": json.dumps(about, ensure_ascii=False)})
-        aside.replace(path)
+        with atomic_write(path) as aside:
+            save_file(tensors, aside, {"calibration": json.dumps(about, ensure_ascii=False)})
 
     @classmethod
     def load(cls, path: Path, checkpoint: str) -> Statistics:
