@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.metering import Meter
-from bifrost_rt import manifest, mllm_text, schedules
+from bifrost_rt import manifest, schedules, text_inputs
 from bifrost_rt.backends.choice import openvino_refuses
 from bifrost_rt.errors import BackendError, EngineSetError
 from bifrost_rt.manifest import EngineSpec
@@ -101,8 +101,8 @@ class Bare:
         index = np.array([[texts.index(prompt) for prompt in prompts]])
         if guided:
             index = np.concatenate([np.full_like(index, texts.index("")), index])
-        spec = self._facts.engine(mllm_text.NAME)
-        read = run(spec.name, mllm_text.prompts(spec, ids, max(map(len, ids))))
+        spec = self._facts.engine(text_inputs.NAME)
+        read = run(spec.name, text_inputs.prompts(spec, ids, max(map(len, ids))))
         model = self._facts.model
         order = schedules.random_orders(request["seed"], len(prompts), model.num_visual_tokens)
         masks = schedules.reveal_masks(order, steps)

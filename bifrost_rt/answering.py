@@ -20,12 +20,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bifrost_rt import dims, mllm_text, residency
+from bifrost_rt import dims, residency, text_inputs
 from bifrost_rt.backends.base import Buffer
 from bifrost_rt.engines import Engines, Loop
 from bifrost_rt.errors import RequestError
 from bifrost_rt.manifest import SetSpec
-from bifrost_rt.mllm_text import NAME, Arrays
+from bifrost_rt.text_inputs import NAME, Arrays
 
 LEAST_CACHE, LEAST_ANSWER = 256, 64  # sizes of buffers are powers of two from these
 LEAST_ROWS = 32  # of a prompt, for compiled engines
@@ -236,7 +236,7 @@ class Answering:
                 backend.write(made[name], array)
             return made
 
-        arrays = mllm_text.empty_cache(self._engines.spec(NAME), capacity)
+        arrays = text_inputs.empty_cache(self._engines.spec(NAME), capacity)
         other = None if backend.writes_in_place else uploaded(arrays)
         if kept is not None:
             for name, array in arrays.items():
@@ -328,9 +328,9 @@ class Answer(Iterator[int]):
             width = upto - at
             if spec.compiled is not None:  # kernels are compiled for every new number of rows
                 width = min(_bucket(width, LEAST_ROWS, chunk), cache.capacity - at)
-            state = mllm_text.state(spec, asked.ids, at, room)
+            state = text_inputs.state(spec, asked.ids, at, room)
             given = engines.put(NAME, **fixed, **state, **self._rows(at, upto, width))
-            into = mllm_text.written(spec, cache.other)
+            into = text_inputs.written(spec, cache.other)
             found = engines.run(NAME, {**given, **cache.buffers}, self._timings, into=into)
             cache.buffers, cache.other = cache.other, cache.buffers
             cache.ids, cache.images = asked.ids[:upto], images[:upto]
@@ -358,7 +358,7 @@ class Answer(Iterator[int]):
             if asked.image_tokens is not None
         }
         ids, positions = asked.ids[at:upto], asked.positions[:, at:upto]
-        return mllm_text.rows(ids, positions, images, width, model.hidden_size)
+        return text_inputs.rows(ids, positions, images, width, model.hidden_size)
 
     def _steps(self, cache: _Kept, state: Arrays, steps: int, fed: list[int]) -> Iterator[int]:
         """Args:
@@ -390,7 +390,7 @@ class Answer(Iterator[int]):
 
     def _loop(self, cache: _Kept, state: Arrays) -> Loop:
         engines = self._owner._engines
-        into = mllm_text.written(engines.spec(NAME), cache.other)
+        into = text_inputs.written(engines.spec(NAME), cache.other)
         given = engines.put(NAME, **state)
         return engines.loop(NAME, {**given, **cache.buffers}, self._timings, into=into)
 

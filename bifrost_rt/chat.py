@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from bifrost_rt import image_processor, messages, mllm_text, prompt_cache, vision
+from bifrost_rt import image_processor, messages, prompt_cache, text_inputs, vision
 from bifrost_rt.answering import Answering, Conversation, FinishReason
 from bifrost_rt.chat_params import ChatParameters
 from bifrost_rt.engines import Engines
@@ -122,7 +122,7 @@ class Speaker:
             image_places=prompt.image_places,
         )
         engines.begin(
-            (mllm_text.NAME,), self._answering.sizes(len(prompt.ids), asked.max_new_tokens)
+            (text_inputs.NAME,), self._answering.sizes(len(prompt.ids), asked.max_new_tokens)
         )
         run = self._answering.answer(
             conversation,

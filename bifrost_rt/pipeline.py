@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bifrost_rt import mllm_text, prompt_cache, prompt_inputs, residency, schedules
+from bifrost_rt import prompt_cache, prompt_inputs, residency, schedules, text_inputs
 from bifrost_rt.backends.base import Buffer
 from bifrost_rt.engines import Engines, Loop
 from bifrost_rt.errors import BudgetError
@@ -214,9 +214,9 @@ class Run:
         request, options, engines = self._request, self._request.parameters, self._engines
 
         # 1-2  Text -> keys and values of every layer, and the mask token.
-        texts, spec = self._mllm_texts, engines.spec(mllm_text.NAME)
+        texts, spec = self._mllm_texts, engines.spec("mllm_text")
         cache = yield from self._text_outputs(
-            spec.name, mllm_text.prompts(spec, texts.ids, texts.width)
+            spec.name, text_inputs.prompts(spec, texts.ids, texts.width)
         )
         mask_token = engines.backend.download(cache.pop("masked_token"))[:1]
         model = self._manifest.model
@@ -289,8 +289,8 @@ class Run:
             return engines.put_kept(name, kept)
         given = {**(computed or {}), **engines.put(name, **inputs)}
         outputs = engines.run(name, given, self.timings)
-        if name == mllm_text.NAME:
-            outputs = mllm_text.of_drawing(outputs)
+        if name == "mllm_text":
+            outputs = text_inputs.of_drawing(outputs)
         found = {tensor: engines.backend.download(buffer) for tensor, buffer in outputs.items()}
         engines.prompts.keep(self._key(name), found)
         return outputs
@@ -312,7 +312,7 @@ class Run:
         given = {f"{name}.{tensor}": ids for name in texts for tensor, ids in texts[name].items()}
         texts["conditioning"] = {**given, **self._conditioning}
         if self._request.tokens is None:
-            texts[mllm_text.NAME] = self._mllm_texts.arrays
+            texts["mllm_text"] = self._mllm_texts.arrays
         return texts
 
     @cached_property
@@ -387,7 +387,7 @@ def denoising(
 
 def stages(request: Request) -> tuple[str, ...]:
     """The engines that a request uses, in this order, each once."""
-    mllm = (mllm_text.NAME, "visual_decode") if request.tokens is None else ()
+    mllm = ("mllm_text", "visual_decode") if request.tokens is None else ()
     text = ("clip_text", "t5_text", "conditioning")
     vae = ("vae_decode",) if request.output_type != "latent" else ()
     return (*mllm, *text, "control_embed", "denoise", *vae)

@@ -11,12 +11,12 @@ from bifrost_rt import image_processor, schedules
 from bifrost_rt.manifest import ModelFacts, Vision
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError
+from export.model.answering import MllmText
 from export.model.conditioning import Conditioning, ControlEmbed
 from export.model.decoding import VisualDecode
 from export.model.denoising import Denoise
 from export.model.encoders import ClipText, T5Text
 from export.model.hoist import hoist
-from export.model.mllm_text import MllmText
 from export.model.vae import VaeDecode
 from export.stages import (
     Stage,

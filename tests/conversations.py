@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from bifrost_rt import mllm_text
+from bifrost_rt import text_inputs
 from bifrost_rt.answering import Conversation
 from bifrost_rt.engines import Engines
 
@@ -149,8 +149,8 @@ def forced_logits(
 ) -> NDArray[np.float32]:
     """Of every token of an answer, [A, V], when it is what was said: the prompt in `pieces`, then
     row by row, in one cache that is written in place."""
-    spec = engines.spec(mllm_text.NAME)
-    cache = mllm_text.empty_cache(spec, CAPACITY)
+    spec = engines.spec(text_inputs.NAME)
+    cache = text_inputs.empty_cache(spec, CAPACITY)
     width = spec.input("image_tokens").shape[1]  # type: ignore[union-attr]
     length = len(conversation.ids)
     end = int(conversation.positions.max()) + 1
@@ -168,15 +168,15 @@ def forced_logits(
     for first, last in pairwise(cuts):
         here = {place - first: images[place] for place in images if first <= place < last}
         inputs = {
-            **mllm_text.prompts(spec, [ids[first:last]], last - first),
-            **mllm_text.state(spec, ids, first, 1),
-            **mllm_text.rows(
+            **text_inputs.prompts(spec, [ids[first:last]], last - first),
+            **text_inputs.state(spec, ids, first, 1),
+            **text_inputs.rows(
                 ids[first:last], positions[:, first:last], here, last - first, int(width)
             ),
             **cache,
         }
-        into = mllm_text.written(spec, cache)
-        logits = engines.run(mllm_text.NAME, inputs, {}, into=into)["logits"]
+        into = text_inputs.written(spec, cache)
+        logits = engines.run(text_inputs.NAME, inputs, {}, into=into)["logits"]
         if last >= length:
             found.append(np.array(logits[0]))
     return np.stack(found)

@@ -10,8 +10,8 @@ from export.stages import Definition, Stage
 
 if TYPE_CHECKING:
     from bifrost_rt.dims import Size
+    from export.model.answering import MllmText
     from export.model.decoder_config import DecoderConfig
-    from export.model.mllm_text import MllmText
 
 DEFINITION = Definition(
     "mllm_text",

@@ -168,7 +168,8 @@ def test_steps_that_cannot_be_replayed_run_eagerly_and_say_why(
     driver = driver_on(library)
     with Generator(compiled_set, backend=driver) as generator:
         result = generator.run(**case.request(), output_type="np")
-    assert driver.eager.keys() == {"mllm_text", "visual_decode", "denoise"}
+    spoilt = {"visual_decode", "denoise"}  # the only ones that `spoil` changes
+    assert driver.eager.keys() == (spoilt if fault == "different" else {*spoilt, "mllm_text"})
     assert all(reason in why for why in driver.eager.values())
     assert "denoise: runs without a CUDA graph: " in caplog.text
     assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
@@ -189,7 +190,7 @@ def test_the_librarys_own_graphs_are_checked_too(compiled_set: Path) -> None:
     driver = driver_on(library)
     with Generator(compiled_set, backend=driver) as generator:
         result = generator.run(**case.request(), output_type="np")
-    assert driver.eager.keys() == {"mllm_text", "visual_decode", "denoise"}
+    assert driver.eager.keys() == {"visual_decode", "denoise"}
     assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
 
 

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from safetensors.numpy import load_file
 
-from bifrost_rt import backends, manifest, mllm_text, schedules
+from bifrost_rt import backends, manifest, schedules, text_inputs
 from bifrost_rt.engines import Engines
 from bifrost_rt.manifest import Manifest
 from tests.conftest import ALPHA, Case, difference, load_case
@@ -35,7 +35,7 @@ def prefill(engines: Engines, case: Case) -> dict[str, np.ndarray]:
     """All rows of a case, [uncond…, cond…], as the two branches of guidance."""
     rows = len(case.tensors["mllm.pad_len"])
     texts = [case.tensors[f"mllm.text_ids.{r}"] for r in range(rows)]
-    given = mllm_text.prompts(engines.spec("mllm_text"), texts, max(map(len, texts)))
+    given = text_inputs.prompts(engines.spec("mllm_text"), texts, max(map(len, texts)))
     outputs = engines.run("mllm_text", given, {})
     cache = {name: array for name, array in outputs.items() if name.startswith("text_")}
     text_index = np.arange(rows, dtype=np.int64).reshape(2, -1)

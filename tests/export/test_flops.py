@@ -10,9 +10,9 @@ import torch
 
 from bifrost_rt import dims
 from export import flops
+from export.model.answering import MllmText
 from export.model.decoder_config import DecoderConfig
 from export.model.decoding import VisualDecode
-from export.model.mllm_text import MllmText
 from export.model.text_branch import TextBranch
 from export.model.visual_branch import VisualBranch
 from export.stages import mllm_text, visual_decode

@@ -45,7 +45,7 @@ class MllmText(nn.Module):
         repetition_penalty: Tensor,
         *cache: Tensor,
     ) -> tuple[Tensor, ...]:
-        """See `export/stages/mllm_text.py` for the tensors."""
+        """The tensors are described where the engine is declared."""
         texts, rows = input_ids.shape
         known = torch.cat((self.branch.embed_tokens(input_ids).flatten(0, 1), image_tokens))
         x = known.index_select(0, row_sources.flatten()).unflatten(0, (texts, rows))
