@@ -188,6 +188,11 @@ def reads_pieces(spec: EngineSpec) -> bool:
     return {NEW_TOKENS, CACHE_TOKENS} <= used_by(spec)
 
 
+def drawing(engines: Iterable[EngineSpec]) -> list[str]:
+    """The names of those engines that draw, in their order."""
+    return [spec.name for spec in engines if not looks(spec)]
+
+
 def calls(spec: EngineSpec, sizes: Mapping[str, int]) -> int:
     """How often an engine runs for a picture: once a step where a loop of drawing carries something
     from step to step, once in all where none does."""

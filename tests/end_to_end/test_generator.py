@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bifrost_rt import BudgetError, Generator, RequestError, RequestTypeError, handover, residency
+from bifrost_rt import (
+    BudgetError,
+    Generator,
+    RequestError,
+    RequestTypeError,
+    dims,
+    handover,
+    residency,
+)
 from bifrost_rt.backends.choice import choose
 
 FEW = {"num_inference_steps": 2, "decoding_steps": 4}
@@ -140,7 +148,7 @@ def test_output_types(generator: Generator) -> None:
 
 def test_timings_name_every_engine(generator: Generator) -> None:
     timings = run(generator, "a prompt that nobody has drawn").timings
-    engines = {spec.name for spec in generator.manifest.engines}
+    engines = set(dims.drawing(generator.manifest.engines))
     assert timings.keys() == engines | {"total"}
     assert all(seconds > 0 for seconds in timings.values())
     assert sum(timings[name] for name in engines) <= timings["total"]
@@ -245,7 +253,7 @@ def test_previews_need_engines_that_stay(generator: Generator) -> None:
     largest = max(
         residency.needs(
             generator.manifest,
-            [spec.name for spec in generator.manifest.engines],
+            dims.drawing(generator.manifest.engines),
             residency.sizes(generator.manifest),
             generator._engines.backend.weights_in_memory,
         ),

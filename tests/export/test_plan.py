@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from bifrost_rt import manifest, residency
+from bifrost_rt import dims, manifest, residency
 from export import assemble, graph, precision
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError, RecipeError
@@ -166,7 +166,7 @@ def test_the_schedule_is_the_runtimes(alpha_set: Path) -> None:
 
     needs = residency.needs(
         facts,
-        [spec.name for spec in facts.engines],
+        dims.drawing(facts.engines),
         residency.sizes(facts),
         OnnxRuntime().weights_in_memory,
     )
