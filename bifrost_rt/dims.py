@@ -11,7 +11,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from bifrost_rt.manifest import EngineSpec, Range
 
@@ -55,6 +55,7 @@ BRANCHES, TEXT_TOKENS, STEPS, REVEALED = "branches", "text_tokens", "steps", "re
 NEW_TOKENS, CACHE_TOKENS = "new_tokens", "cache_tokens"
 IMAGE_TOKENS, ANSWER_TOKENS = "image_tokens", "answer_tokens"
 
+CONTEXT = 4096  # tokens of the longest conversation, where the model takes so many
 CHUNK = 512  # tokens of a long prompt that one call of the text engine reads
 CANDIDATES = 1024  # tokens that top_k and top_p choose among, at most
 
@@ -79,6 +80,12 @@ DIMS = {
         Dim(ANSWER_TOKENS, "answer_tokens", 1, "context", 10, "max"),
         Dim(REVEALED, "revealed", 1, "num_visual_tokens", 11, "min"),
     )
+}
+
+# What `of_run` takes for the largest call of an answer.
+ANSWERS: dict[str, Any] = {
+    **{"new_tokens": CHUNK, "cache_tokens": CONTEXT},
+    **{"image_tokens": CHUNK, "answer_tokens": CONTEXT},
 }
 
 
@@ -173,10 +180,16 @@ def reads_pieces(spec: EngineSpec) -> bool:
     return {NEW_TOKENS, CACHE_TOKENS} <= used_by(spec)
 
 
+def loops(spec: EngineSpec) -> bool:
+    """Whether an engine belongs to a loop of drawing: it carries something from step to step. The
+    text engine does so in answers alone."""
+    return bool(spec.carry) and STEPS in used_by(spec)
+
+
 def calls(spec: EngineSpec, sizes: Mapping[str, int]) -> int:
     """How often an engine runs for a picture: once a step where a loop of drawing carries something
     from step to step, once in all where none does."""
-    return sizes[STEPS] if spec.carry and STEPS in used_by(spec) else 1
+    return sizes[STEPS] if loops(spec) else 1
 
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {

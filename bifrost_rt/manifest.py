@@ -112,7 +112,7 @@ class EngineSpec:
     `scratch_bytes` is what its arithmetic needs between its doors for one picture at the default
     steps and the longest prompt, counted from the graph; 0 in sets that do not state it.
     `piece_scratch_bytes` is the same for `dims.CHUNK` tokens of a conversation behind
-    a cache of `residency.COUNTED_CACHE`; 0 for engines that read none.
+    a cache of `dims.CONTEXT`; 0 for engines that read none.
     `compiled` is None where the file is an ONNX graph.
     """
 
