@@ -66,8 +66,8 @@ class Operation:
     Attributes:
         kind: "function" (a kernel of the compiler), "fully_connected", "corrltn" (a convolution),
             "runtime_fusion" (a product with what follows it), "copy", "signal" and others.
-        inputs, outputs: tensors that are data; the numbers of shapes that kernels take are left out.
-        backbone: of a fusion, "gemm" or "conv"; "" elsewhere.
+        inputs, outputs: tensors that are data, without the sizes that kernels take beside them.
+        backbone: of a fusion, "gemm", "conv" or "deconv"; "" elsewhere.
         layers: of the network, as the builder names them.
     """
 
@@ -229,7 +229,8 @@ def _parse(text: str) -> EnginePlan | None:
 
 
 def _sections(text: str) -> Iterator[tuple[str, list[str]]]:
-    name, lines = "", []
+    name = ""
+    lines: list[str] = []
     for line in text.splitlines():
         if re.fullmatch(r"[a-z_]+ \{", line):
             name, lines = line[:-2], []
