@@ -12,11 +12,12 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from bifrost_rt import manifest, opened
+from bifrost_rt import dims, manifest, opened, residency
 from bifrost_rt.manifest import Manifest
-from export import build, shipped
+from export import build, flops, shipped
 from export.compile import __main__ as command
 from export.compile import builder as builders
+from export.compile import plan_report, plan_text
 from export.stages.catalog import DEFINITIONS
 from tests.export.conftest import content
 
@@ -160,6 +161,28 @@ def test_every_quantised_weight_is_held_in_its_bits(compiled: Compiled) -> None:
         else:
             assert held.get(dtype, 0) == stored, spec.name
             assert (stored > 0) == (spec.name not in IN_16_BIT)
+
+
+def test_every_plan_is_read_and_multiplies_what_the_graph_does(compiled: Compiled) -> None:
+    """Not a number is left unknown, and the operations are those counted from the ONNX graph."""
+    facts, source = compiled.facts, manifest.read(compiled.source)
+    at = residency.sizes(facts)
+    for spec in facts.engines:
+        plan = plan_text.read(compiled.folder / spec.graph)
+        assert plan is not None, spec.name
+        assert plan.targets == TARGETS[compiled.precision]
+        doors = (*spec.inputs, *spec.outputs)
+        shapes = {t.name: dims.shape_at(t.shape, at(spec.name)) for t in doors}
+        said = plan_report.describe(plan.at(shapes))
+        assert (said["plan"], said["capturable"]) == ("read", True), spec.name
+        assert said["weights_moved"] == {}, spec.name
+        assert said["attention"]["decomposed"] == 0, spec.name
+        graph = ir.load(compiled.source / source.engine(spec.name).graph)
+        assert said["operations"] == pytest.approx(flops.count(graph, at(spec.name)), rel=0.02)
+        held = sum(t.bytes or 0 for t in plan.tensors.values() if t.constant and not t.base)
+        assert said["bytes"] > 0.5 * held, spec.name
+        attentions = sum(node.op_type == "Attention" for node in graph.graph)
+        assert said["attention"]["fused"] == attentions, spec.name
 
 
 def test_fp8_is_refused_for_a_card_without_it_before_anything_is_built(

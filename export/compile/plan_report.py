@@ -1,0 +1,218 @@
+"""What a compiled engine will do in one call, counted from its plan."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from export.compile.plan_text import BITS, Dim, EnginePlan, Operation, Tensor
+
+UNKNOWN = "unknown"
+# the plan's types as the manifest calls them
+DTYPES = {
+    "float": "float32",
+    "half": "float16",
+    "bf16": "bfloat16",
+    "fp8_e4m3": "float8_e4m3fn",
+    "fp4_e2m1": "float4_e2m1fn",
+    "fp4": "float4_e2m1fn",
+}
+PRODUCTS = ("fully_connected", "corrltn", "runtime_fusion")
+SMALLEST = 1 << 16  # bytes of a weight that matters when it is moved
+_MULTIPLIED = re.compile(r"^_+(gemm|gemv)_mha")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a plan.
+
+    Attributes:
+        kind: "product", "attention", "part of attention" (a product of one that was taken apart),
+            "weight" (rewrites nothing but a weight) or "other".
+        reads, writes: dtypes of what it multiplies, or reads first, and of its first result.
+        bytes: that it reads and writes; of tables that it gathers from, the rows. None: not known.
+        operations: of its multiplications, a multiply-add counted as two; 0 where it has none.
+        layers: of the network.
+    """
+
+    name: str
+    kind: str
+    reads: str
+    writes: str
+    bytes: int | None
+    operations: int | None
+    layers: tuple[str, ...]
+
+
+def kernels(plan: EnginePlan, weights: Collection[str] = ()) -> list[Kernel]:
+    """The kernels of a plan, in order.
+
+    Args:
+        plan: with numbers in its dimensions, where bytes and operations are to be known.
+        weights: inputs of the engine that are weights.
+    """
+    bound = {*weights, *(f"{name}.1" for name in weights)}
+    bound |= {t.name for t in plan.tensors.values() if t.base in bound}
+    return [_kernel(op, bound) for op in plan.kernels]
+
+
+def _kernel(op: Operation, bound: Collection[str]) -> Kernel:
+    kind, operations = "other", 0 if op.kind != "runtime_function" else None
+    first = op.inputs[0].type if op.inputs else ""
+    if op.kind in PRODUCTS:
+        left, right, operations = _product(op, bound)
+        of_weight = right is not None and _is_weight(right, bound)
+        named = any("attention" in layer for layer in op.layers)
+        kind = "part of attention" if named and right and not of_weight else "product"
+        first = left.type if left else UNKNOWN
+    elif _MULTIPLIED.match(op.name):
+        kind, operations = "attention", _attention(op)
+    elif _moves_weight(op, bound):
+        kind = "weight"
+    result = op.outputs[0].type if op.outputs else ""
+    return Kernel(op.name, kind, _dtype(first), _dtype(result), _bytes(op), operations, op.layers)
+
+
+def _dtype(name: str) -> str:
+    return DTYPES.get(name, name)
+
+
+def _is_weight(tensor: Tensor, bound: Collection[str]) -> bool:
+    return tensor.constant or tensor.name in bound
+
+
+def _product(
+    op: Operation, bound: Collection[str]
+) -> tuple[Tensor | None, Tensor | None, int | None]:
+    """What is multiplied, and the operations that it takes."""
+    if not op.outputs:
+        return None, None, None
+    out = op.outputs[0]
+    if op.kind == "corrltn" or op.backbone in ("conv", "deconv"):
+        return _convolution(op, bound)
+    if op.kind == "fully_connected" and len(op.inputs) > 1:
+        left, right = op.inputs[:2]
+        inner = left.dims[-2 if op.transposed[0] else -1]
+        return left, right, _times(2, out.elements, inner)
+    for left in op.inputs:
+        for right in op.inputs:
+            if left is not right and _multiply(left, right, out):
+                return left, right, _times(2, out.elements, left.dims[-1])
+    return None, None, None
+
+
+def _convolution(
+    op: Operation, bound: Collection[str]
+) -> tuple[Tensor | None, Tensor | None, int | None]:
+    """The input, the weight [out, in, …] (transposed: [in, out, …]), and the operations."""
+    held = max(
+        (t for t in op.inputs if len(t.dims) > 2 and _is_weight(t, bound)),
+        key=lambda t: t.elements or 0,
+        default=None,
+    )
+    if held is None or not isinstance(held.dims[0], int):
+        return None, held, None
+    data = next(
+        (t for t in op.inputs if t.type == held.type and not _is_weight(t, bound)),
+        None,
+    )
+    every = data if op.backbone == "deconv" else op.outputs[0]
+    if every is None or every.elements is None or held.elements is None:
+        return data, held, None
+    return data, held, 2 * every.elements * held.elements // held.dims[0]
+
+
+def _times(*factors: Dim | None) -> int | None:
+    numbers = [factor for factor in factors if isinstance(factor, int)]
+    return prod(numbers) if len(numbers) == len(factors) else None
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> bool:
+    """Whether two tensors' product has the shape of a third."""
+    if min(len(left.dims), len(right.dims), len(out.dims)) < 2:
+        return False
+    if left.dims[-1] != right.dims[-2] or right.dims[-1] != out.dims[-1]:
+        return False
+    rows = [dim for dim in left.dims[:-1] if dim != 1]
+    return rows == [dim for dim in out.dims[:-1] if dim != 1]
+
+
+def _attention(op: Operation) -> int | None:
+    """Of both products of an attention: queries by keys, and weights by values."""
+    if not op.outputs or op.outputs[0].elements is None or len(op.outputs[0].dims) < 2:
+        return None
+    out = op.outputs[0]
+    head = out.dims[-1]
+    lengths: Counter[int] = Counter()
+    for tensor in op.inputs:  # of queries, keys and values, two have the length of the keys
+        last = tensor.dims[-2:]
+        if len(tensor.dims) > 2 and tensor.type == out.type and head in last:
+            other = last[0] if last[1] == head else last[1]
+            if isinstance(other, int):
+                lengths[other] += 1
+    if not lengths:
+        return None
+    return 4 * prod(d for d in out.dims if isinstance(d, int)) * lengths.most_common(1)[0][0]
+
+
+def _moves_weight(op: Operation, bound: Collection[str]) -> bool:
+    """Whether a kernel reads a weight and nothing else of a size, and writes as many numbers."""
+    if op.kind not in ("function", "copy", "reshape", "cast"):
+        return False
+    read = [t for t in op.inputs if (t.elements or 0) > 1]
+    if not read or not all(_is_weight(t, bound) for t in read):
+        return False
+    sizes = {t.elements for t in read if (t.bytes or 0) >= SMALLEST}
+    written = {t.elements for t in op.outputs}
+    return bool(sizes & written) or (bool(sizes) and sum(s or 0 for s in sizes) in written)
+
+
+def _bytes(op: Operation) -> int | None:
+    """Each tensor once as it is read and once as it is written. Of what a gather reads, no more
+    than the rows that it hands on."""
+    rows = sum(t.elements or 0 for t in op.outputs) if "Gath" in op.name else None
+    total = 0
+    for tensors, most in ((op.inputs, rows), (op.outputs, None)):
+        for tensor in {t.name: t for t in tensors}.values():
+            size = tensor.bytes
+            if size is None:
+                return None
+            total += size if most is None else min(size, -(-most * BITS[tensor.type] // 8))
+    return total
+
+
+def describe(plan: EnginePlan | None, weights: Collection[str] = ()) -> dict[str, Any]:
+    """The report of one engine, as it is written to JSON. What cannot be read is "unknown".
+
+    Args:
+        plan: at the sizes that its bytes are counted for.
+    """
+    if plan is None:
+        return {"plan": UNKNOWN}
+    found = kernels(plan, weights)
+    products = Counter(f"{k.reads} -> {k.writes}" for k in found if k.kind == "product")
+    apart = {layer for k in found if k.kind == "part of attention" for layer in k.layers}
+    return {
+        "plan": "read",
+        "kernels": len(found),
+        "products": dict(products.most_common()),
+        "attention": {
+            "fused": sum(k.kind == "attention" for k in found),
+            "decomposed": sum("attention" in layer for layer in apart),
+        },
+        "capturable": UNKNOWN if plan.capturable is None else plan.capturable,
+        "auxiliary_streams": UNKNOWN if plan.streams is None else plan.streams - 1,
+        "weights_moved": dict(Counter(k.name for k in found if k.kind == "weight")),
+        "bytes": _sum(k.bytes for k in found),
+        "operations": _sum(k.operations for k in found),
+    }
+
+
+def _sum(numbers: Iterable[int | None]) -> int | str:
+    held = list(numbers)
+    known = [number for number in held if number is not None]
+    return sum(known) if len(known) == len(held) else UNKNOWN
