@@ -89,8 +89,9 @@ def test_doors_are_those_of_the_set(works: dict[str, Work], built: dict[str, Wor
 def test_the_manifest_states_the_scratch_memory_of_the_graph(
     alpha_set: Path, built: dict[str, Work]
 ) -> None:
-    for spec in manifest.read(alpha_set).engines:
-        assert spec.scratch_bytes == built[spec.name].scratch
+    facts = manifest.read(alpha_set)
+    for name in dims.drawing(facts.engines):
+        assert facts.engine(name).scratch_bytes == built[name].scratch
 
 
 def test_7b_has_the_published_sizes_and_cost(release: list[Work]) -> None:
