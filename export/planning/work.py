@@ -20,6 +20,9 @@ from bifrost_rt.dims import STEPS
 from bifrost_rt.manifest import EngineSpec, Manifest
 from export import assemble, flops, memory
 from export.checkpoint import Checkpoint
+from export.compile import half
+from export.planning import answers
+from export.planning.answers import Answers
 from export.planning.storage import Elements, Storage
 from export.planning.trace import Trace, run_without_values, storage_key
 from export.precision import ROUNDED, SMALL
@@ -43,6 +46,7 @@ class Work:
         linear: whether linear layers, which 8 bit and fewer apply to, do most of its arithmetic.
         all_in_16_bit: whether none of its layers is quantized, whatever is asked; False where the
             graphs themselves say it.
+        answers: of the engine that answers in words.
     """
 
     engine: str
@@ -54,6 +58,7 @@ class Work:
     scratch: int
     linear: bool
     all_in_16_bit: bool
+    answers: Answers | None = None
 
 
 def of_checkpoint(
@@ -118,9 +123,17 @@ def of_set(
                 scratch=memory.scratch_bytes(graph, at(spec.name)),
                 linear=2 * convolutions < arithmetic,
                 all_in_16_bit=False,
+                answers=answers.of(spec, at(spec.name), _table(graph)),
             )
         )
     return found
+
+
+def _table(graph: ir.Model) -> int:
+    """Bytes of the tables that rows are looked up in."""
+    looked_up = (node.inputs[0] for node in graph.graph if node.op_type == "Gather")
+    tables = {value for value in map(half.constant, looked_up) if value is not None}
+    return max((v.const_value.nbytes for v in tables if v.const_value is not None), default=0)
 
 
 def _fixed(stored: int) -> Callable[[Storage | None], int]:
@@ -149,6 +162,7 @@ def of_stage(stage: Stage, sizes: Mapping[str, int]) -> Work:
         scratch=trace.scratch,
         linear=elements.linear > elements.other,
         all_in_16_bit=stage.definition.all_in_16_bit,
+        answers=answers.of(spec, sizes),
     )
 
 

@@ -106,6 +106,33 @@ def test_7b_has_the_published_sizes_and_cost(release: list[Work]) -> None:
     assert at["vae_decode"].flops / 1e12 == pytest.approx(2.5, rel=0.02)
 
 
+def test_7b_answers_at_the_pace_of_its_memory(release: list[Work]) -> None:
+    """All weights of the text branch and the head, [152064, 3584] in 16 bit, are read for a token,
+    and one row of as large an embedding."""
+    for name, linear in (("bf16", 2), ("fp8", 1)):
+        plan = on(release, "rtx-4090", name)
+        read = 6.53e9 * linear + 2 * 152064 * 3584
+        assert plan.tokens_per_second == pytest.approx(1008e9 / read, rel=0.01)
+        assert plan.answer_cache_bytes == 28 * 2 * 4 * 128 * 4096 * 4
+    assert "tokens a second at most; 448 MiB of keys and values for 4096 tokens" in report.describe(
+        plan
+    )
+
+
+def test_a_set_and_its_checkpoint_answer_alike(
+    works: dict[str, Work], built: dict[str, Work]
+) -> None:
+    for found in (works, built):
+        assert [name for name, one in found.items() if one.answers] == ["mllm_text"]
+    planned, counted = works["mllm_text"].answers, built["mllm_text"].answers
+    assert planned is not None
+    assert counted is not None
+    assert planned.cache == counted.cache
+    fp32 = STORAGES["fp32"]
+    stored = works["mllm_text"].weights(fp32)
+    assert planned.read(stored, fp32) == counted.read(stored, None) == stored - 640 * 64 * 4
+
+
 def test_7b_at_fp8_fits_12_gb_and_says_why(release: list[Work]) -> None:
     plan = on(release, "rtx-4070-12gb", "fp8")
     assert plan.fits
