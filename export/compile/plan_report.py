@@ -1,4 +1,5 @@
-"""What a compiled engine will do in one call, counted from its plan."""
+"""What a compiled engine will do in one call, counted from its plan, and where that is not what was
+asked of the builder."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from export.compile.network import Arithmetic
 from export.compile.plan_text import BITS, Dim, EnginePlan, Operation, Tensor
 
 UNKNOWN = "unknown"
@@ -22,6 +24,7 @@ DTYPES = {
     "fp4": "float4_e2m1fn",
 }
 PRODUCTS = ("fully_connected", "corrltn", "runtime_fusion")
+HEAD = 16  # attention with heads of a multiple of this width has a kernel; of 8 it may have none
 SMALLEST = 1 << 16  # bytes of a weight that matters when it is moved
 _MULTIPLIED = re.compile(r"^_+(gemm|gemv)_mha")
 
@@ -31,8 +34,9 @@ class Kernel:
     """One kernel of a plan.
 
     Attributes:
-        kind: "product", "attention", "part of attention" (a product of one that was taken apart),
-            "weight" (rewrites nothing but a weight) or "other".
+        kind: "product" (with a weight), "attention", "part of attention" (a product of two computed
+            tensors, of an attention that was taken apart), "weight" (rewrites nothing but a weight)
+            or "other".
         reads, writes: dtypes of what it multiplies, or reads first, and of its first result.
         bytes: that it reads and writes; of tables that it gathers from, the rows. None: not known.
         operations: of its multiplications, a multiply-add counted as two; 0 where it has none.
@@ -66,8 +70,8 @@ def _kernel(op: Operation, bound: Collection[str]) -> Kernel:
     if op.kind in PRODUCTS:
         left, right, operations = _product(op, bound)
         of_weight = right is not None and _is_weight(right, bound)
-        named = any("attention" in layer for layer in op.layers)
-        kind = "part of attention" if named and right and not of_weight else "product"
+        computed = left is not None and not of_weight and not _is_weight(left, bound)
+        kind = "part of attention" if computed else "product"
         first = left.type if left else UNKNOWN
     elif _MULTIPLIED.match(op.name):
         kind, operations = "attention", _attention(op)
@@ -132,10 +136,12 @@ def _times(*factors: Dim | None) -> int | None:
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> bool:
-    """Whether two tensors' product has the shape of a third."""
+    """Whether two tensors are of one type, and their product has the shape of a third."""
     if min(len(left.dims), len(right.dims), len(out.dims)) < 2:
         return False
-    if left.dims[-1] != right.dims[-2] or right.dims[-1] != out.dims[-1]:
+    if left.type != right.type or left.dims[-1] != right.dims[-2]:
+        return False
+    if right.dims[-1] != out.dims[-1]:
         return False
     rows = [dim for dim in left.dims[:-1] if dim != 1]
     return rows == [dim for dim in out.dims[:-1] if dim != 1]
@@ -195,14 +201,14 @@ def describe(plan: EnginePlan | None, weights: Collection[str] = ()) -> dict[str
         return {"plan": UNKNOWN}
     found = kernels(plan, weights)
     products = Counter(f"{k.reads} -> {k.writes}" for k in found if k.kind == "product")
-    apart = {layer for k in found if k.kind == "part of attention" for layer in k.layers}
+    apart = sum(k.kind == "part of attention" for k in found)
     return {
         "plan": "read",
         "kernels": len(found),
         "products": dict(products.most_common()),
         "attention": {
             "fused": sum(k.kind == "attention" for k in found),
-            "decomposed": sum("attention" in layer for layer in apart),
+            "decomposed": -(-apart // 2),
         },
         "capturable": UNKNOWN if plan.capturable is None else plan.capturable,
         "auxiliary_streams": UNKNOWN if plan.streams is None else plan.streams - 1,
@@ -210,6 +216,37 @@ def describe(plan: EnginePlan | None, weights: Collection[str] = ()) -> dict[str
         "bytes": _sum(k.bytes for k in found),
         "operations": _sum(k.operations for k in found),
     }
+
+
+def contradictions(
+    plan: EnginePlan, asked: Arithmetic, weights: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Where a plan does something else than the network says, one sentence each.
+
+    Args:
+        asked: what the network that was compiled computes in.
+        weights: inputs of the engine that are weights.
+    """
+    said: dict[str, None] = {}
+    if plan.capturable is False:
+        said["a call of it cannot be recorded as a CUDA graph"] = None
+    for kernel in kernels(plan, weights):
+        named = [layer for layer in kernel.layers if layer in asked.layers]
+        if kernel.kind == "product" and named and kernel.reads != UNKNOWN:
+            wanted = {asked.layers[layer] for layer in named}
+            if kernel.reads not in wanted:
+                said[
+                    f"{', '.join(named)} multiplies {kernel.reads}, where the network says "
+                    f"{' or '.join(sorted(wanted))}"
+                ] = None
+        if kernel.kind == "part of attention" and kernel.reads != "float32":
+            for layer in kernel.layers:
+                if layer in asked.heads and asked.heads[layer] % HEAD == 0:
+                    said[
+                        f"{layer}, with heads of width {asked.heads[layer]}, is several kernels, "
+                        "where one has the scores in fast memory"
+                    ] = None
+    return tuple(said)
 
 
 def _sum(numbers: Iterable[int | None]) -> int | str:
