@@ -178,17 +178,45 @@ def _moves_weight(op: Operation, bound: Collection[str]) -> bool:
 
 
 def _bytes(op: Operation) -> int | None:
-    """Each tensor once as it is read and once as it is written. Of what a gather reads, no more
-    than the rows that it hands on."""
+    """Each tensor once as it is read and once as it is written."""
+    moved = [*_reads(op).values(), *(tensor.bytes for tensor in op.outputs)]
+    return _total(moved)
+
+
+def _reads(op: Operation) -> dict[Tensor, int | None]:
+    """What a kernel reads of each of its inputs: of those of a gather, no more than it hands on."""
     rows = sum(t.elements or 0 for t in op.outputs) if "Gath" in op.name else None
-    total = 0
-    for tensors, most in ((op.inputs, rows), (op.outputs, None)):
-        for tensor in {t.name: t for t in tensors}.values():
-            size = tensor.bytes
-            if size is None:
-                return None
-            total += size if most is None else min(size, -(-most * BITS[tensor.type] // 8))
-    return total
+    found: dict[Tensor, int | None] = {}
+    for tensor in op.inputs:
+        size = tensor.bytes
+        if size is not None and rows is not None:
+            size = min(size, -(-rows * BITS[tensor.type] // 8))
+        found[tensor] = size
+    return found
+
+
+def least_bytes(plan: EnginePlan, weights: Collection[str] = ()) -> int | None:
+    """What a call must move whatever its kernels: the weights that it reads, and its inputs and
+    outputs, each once. None where a size is not known.
+
+    Args:
+        plan: with numbers in its dimensions.
+        weights: inputs of the engine that are weights.
+    """
+    doors = {f"{name}.1" for name in (*plan.inputs, *plan.outputs, *weights)}
+    read: dict[str, dict[str, int | None]] = {}
+    for op in plan.kernels:
+        written = dict.fromkeys(op.outputs)
+        for tensor, size in (*_reads(op).items(), *((t, t.bytes) for t in written)):
+            origin = tensor.base or tensor.name
+            if tensor.constant or origin in doors:
+                read.setdefault(origin, {})[tensor.name] = size
+    sizes = []
+    for origin, parts in read.items():
+        total = _total(parts.values())
+        whole = plan.tensors[origin].bytes if origin in plan.tensors else None
+        sizes.append(total if total is None or whole is None else min(total, whole))
+    return _total(sizes)
 
 
 def describe(plan: EnginePlan | None, weights: Collection[str] = ()) -> dict[str, Any]:
@@ -211,10 +239,10 @@ def describe(plan: EnginePlan | None, weights: Collection[str] = ()) -> dict[str
             "decomposed": -(-apart // 2),
         },
         "capturable": UNKNOWN if plan.capturable is None else plan.capturable,
-        "auxiliary_streams": UNKNOWN if plan.streams is None else plan.streams - 1,
+        "auxiliary_streams": _said(None if plan.streams is None else plan.streams - 1),
         "weights_moved": dict(Counter(k.name for k in found if k.kind == "weight")),
-        "bytes": _sum(k.bytes for k in found),
-        "operations": _sum(k.operations for k in found),
+        "bytes": _said(_total(k.bytes for k in found)),
+        "operations": _said(_total(k.operations for k in found)),
     }
 
 
@@ -249,7 +277,11 @@ def contradictions(
     return tuple(said)
 
 
-def _sum(numbers: Iterable[int | None]) -> int | str:
+def _total(numbers: Iterable[int | None]) -> int | None:
     held = list(numbers)
     known = [number for number in held if number is not None]
-    return sum(known) if len(known) == len(held) else UNKNOWN
+    return sum(known) if len(known) == len(held) else None
+
+
+def _said(number: int | None) -> int | str:
+    return UNKNOWN if number is None else number
