@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.metering import Meter
-from bifrost_rt import manifest, schedules
+from bifrost_rt import manifest, schedules, text_inputs
 from bifrost_rt.backends.choice import openvino_refuses
 from bifrost_rt.errors import BackendError, EngineSetError
 from bifrost_rt.manifest import EngineSpec
@@ -90,7 +90,7 @@ class Bare:
         latents = self._denoise(run, request, tokens)
         images = run("vae_decode", {"latents": latents})["images"]
         timings["total"] = time.perf_counter() - start
-        return images, {**timings, "mllm": timings["text_prefill"] + timings["visual_decode"]}
+        return images, {**timings, "mllm": timings["mllm_text"] + timings["visual_decode"]}
 
     def _decode(self, run: Callable[..., Arrays], request: Mapping[str, Any]) -> NDArray[Any]:
         defaults, prompts = self._facts.defaults, _prompts(request)
@@ -98,23 +98,22 @@ class Bare:
         guided = defaults.cfg_weight != 1.0
         texts = list(dict.fromkeys(["", *prompts] if guided else prompts))
         ids = [self._tokenizers.mllm_prompt(text) for text in texts]
-        padded = np.zeros((len(ids), max(map(len, ids))), np.int64)
-        for row, values in zip(padded, ids, strict=True):
-            row[: len(values)] = values
         index = np.array([[texts.index(prompt) for prompt in prompts]])
         if guided:
             index = np.concatenate([np.full_like(index, texts.index("")), index])
-        cached = run("text_prefill", {"input_ids": padded, "text_index": index})
-        order = schedules.random_orders(
-            request["seed"], len(prompts), self._facts.model.num_visual_tokens
-        )
+        spec = self._facts.engine(text_inputs.NAME)
+        read = run(spec.name, text_inputs.prompts(spec, ids, max(map(len, ids))))
+        model = self._facts.model
+        order = schedules.random_orders(request["seed"], len(prompts), model.num_visual_tokens)
         masks = schedules.reveal_masks(order, steps)
         masks = masks[[bool(mask.any()) for mask in masks]]
         places, sources = schedules.reveal_rows(masks)
         inputs = {
-            **cached,
+            **{name: array for name, array in read.items() if name.startswith("text_")},
+            "tokens": np.tile(read["masked_token"][:1], (len(prompts), model.num_visual_tokens, 1)),
             "step": np.zeros(1, np.int64),
-            "text_length": np.array([len(row) for row in ids], np.int64)[index],
+            "text_length": np.array([len(row) for row in ids], np.int64),
+            "text_index": index,
             "reveal_places": places,
             "token_sources": sources,
             "cfg_weight": np.array([defaults.cfg_weight], np.float32),
@@ -191,7 +190,10 @@ def _onnxruntime() -> Callable[[Path, EngineSpec], Call]:
 def _openvino(backend: str) -> Callable[[Path, EngineSpec], Call]:
     import openvino as ov
 
+    from bifrost_rt.backends import openvino_operators
+
     core = ov.Core()
+    openvino_operators.add_to(core)
 
     def opened(path: Path, spec: EngineSpec) -> Call:
         if refused := openvino_refuses(spec.precision.layers):

@@ -10,7 +10,7 @@ from benchmarks.figures import bars
 
 # One colour for a part in every picture: those of the planner's, in the order of the pipeline.
 COLORS = {
-    "text_prefill": "#4e79a7",
+    "mllm_text": "#4e79a7",
     "visual_decode": "#f28e2b",
     "mllm": "#edc949",
     "clip_text": "#9c755f",

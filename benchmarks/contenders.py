@@ -19,7 +19,7 @@ from bifrost_rt.backends.choice import choose
 from bifrost_rt.errors import EngineSetError
 from bifrost_rt.files import read_text
 
-MLLM = ("text_prefill", "visual_decode")
+MLLM = ("mllm_text", "visual_decode")
 Kind = Literal["set", "bare", "reference", "reference-compiled"]
 KINDS: tuple[Kind, ...] = ("bare", "reference", "reference-compiled")
 

@@ -228,7 +228,7 @@ def _stepped(generator: Generator, request: dict[str, Any]) -> dict[str, Any]:
     timings = generator.run(**request, callback_on_step_end=mark).timings
     found = {}
     for kind, engine, before in (
-        ("tokens", "visual_decode", ("text_prefill",)),
+        ("tokens", "visual_decode", ("mllm_text",)),
         ("latents", "denoise", ("clip_text", "t5_text", "conditioning", "control_embed")),
     ):
         seconds = [end - start for start, end in marks[kind]]
@@ -257,7 +257,7 @@ def _new_and_known(generator: Generator, prompt: str) -> dict[str, dict[str, flo
     new, known = (generator.run(**request).timings for _ in range(2))
     return {
         name: {"new_ms": round(1e3 * new[name], 3), "known_ms": round(1e3 * known[name], 3)}
-        for name in ("text_prefill", "visual_decode", "total")
+        for name in ("mllm_text", "visual_decode", "total")
     }
 
 

@@ -30,7 +30,7 @@ from scenes.scorer import judge
 
 COLUMNS = ("option", "MLLM", "denoising", "picture", "overall", "PSNR mean", "PSNR lowest", "SSIM")
 PARTS = {
-    "MLLM": ("text_prefill", "visual_decode"),
+    "MLLM": ("mllm_text", "visual_decode"),
     "denoising": ("denoise",),
     "picture": ("total",),
 }

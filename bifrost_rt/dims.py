@@ -11,7 +11,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from bifrost_rt.manifest import EngineSpec, Range
 
@@ -52,12 +52,19 @@ class Dim:
 
 IMAGES, PROMPTS, TEXTS = "images", "prompts", "texts"
 BRANCHES, TEXT_TOKENS, STEPS, REVEALED = "branches", "text_tokens", "steps", "revealed"
+NEW_TOKENS, CACHE_TOKENS = "new_tokens", "cache_tokens"
+IMAGE_TOKENS, ANSWER_TOKENS = "image_tokens", "answer_tokens"
+
+CONTEXT = 4096  # tokens of the longest conversation, where the model takes so many
+CHUNK = 512  # tokens of a long prompt that one call of the text engine reads
+CANDIDATES = 1024  # tokens that top_k and top_p choose among, at most
 
 # One picture at a time, without guidance, is what an edge device does all day, and the release
 # reveals one token in a step: there engines are to be fastest. Texts are the distinct texts that
 # the MLLM reads, prompts the distinct prompts; with guidance there is one more text, the empty one,
 # and a second branch. Steps are those of the loop that an engine belongs to, and `revealed` is the
-# largest number of places that a decoding step reveals.
+# largest number of places that a decoding step reveals. The text engine reads new tokens behind
+# those of its cache, some of them an image's, and chooses the answer's.
 DIMS = {
     dim.name: dim
     for dim in (
@@ -67,8 +74,18 @@ DIMS = {
         Dim(BRANCHES, "1 + guided", 1, 2, 2, "min", rows="branches*images"),
         Dim(TEXT_TOKENS, "text_tokens", 1, "mllm_max_length", 7, "max"),
         Dim(STEPS, "steps", 1, "max_steps", 6, "max"),
+        Dim(NEW_TOKENS, "new_tokens", 1, "chunk", 8, "min"),
+        Dim(CACHE_TOKENS, "cache_tokens", 1, "context", 13, "max"),
+        Dim(IMAGE_TOKENS, "image_tokens", 1, "chunk", 9, "min"),
+        Dim(ANSWER_TOKENS, "answer_tokens", 1, "context", 10, "max"),
         Dim(REVEALED, "revealed", 1, "num_visual_tokens", 11, "min"),
     )
+}
+
+# What `of_run` takes for the largest call of an answer.
+ANSWERS: dict[str, Any] = {
+    **{"new_tokens": CHUNK, "cache_tokens": CONTEXT},
+    **{"image_tokens": CHUNK, "answer_tokens": CONTEXT},
 }
 
 
@@ -76,8 +93,8 @@ def ranges(dims: Iterable[Dim] = DIMS.values(), **limits: int | None) -> dict[st
     """The range of every size.
 
     Args:
-        limits: `max_images`, `mllm_max_length`, `num_visual_tokens` and `max_steps`; None, or a
-            limit that is not given: no limit.
+        limits: `max_images`, `mllm_max_length`, `num_visual_tokens`, `max_steps`, `chunk` and
+            `context`; None, or a limit that is not given: no limit.
     """
     return {dim.name: Range(dim.min, dim.limit(limits)) for dim in dims}
 
@@ -90,6 +107,10 @@ def of_run(
     prompts: int = 1,
     guided: bool = False,
     revealed: int = 1,
+    new_tokens: int | None = None,
+    cache_tokens: int | None = None,
+    image_tokens: int = 1,
+    answer_tokens: int = 1,
 ) -> dict[str, int]:
     """The value of every size in a run: one picture without guidance where nothing else is said.
 
@@ -98,10 +119,16 @@ def of_run(
         steps: of the loop.
         guided: whether classifier-free guidance is on.
         revealed: most places that one decoding step reveals.
+        new_tokens, cache_tokens: of the text engine; default: `text_tokens`, as drawing reads a
+            prompt.
+        image_tokens, answer_tokens: of a conversation.
     """
     facts = {
         **{"images": images, "prompts": prompts, "guided": int(guided)},
         **{"text_tokens": text_tokens, "steps": steps, "revealed": revealed},
+        "new_tokens": text_tokens if new_tokens is None else new_tokens,
+        "cache_tokens": text_tokens if cache_tokens is None else cache_tokens,
+        **{"image_tokens": image_tokens, "answer_tokens": answer_tokens},
     }
     return {name: evaluate(dim.run, facts) for name, dim in DIMS.items()}
 
@@ -148,10 +175,21 @@ def decodes(spec: EngineSpec) -> bool:
     return REVEALED in used_by(spec)
 
 
+def reads_pieces(spec: EngineSpec) -> bool:
+    """Whether an engine reads a text piece by piece, behind a cache."""
+    return {NEW_TOKENS, CACHE_TOKENS} <= used_by(spec)
+
+
+def loops(spec: EngineSpec) -> bool:
+    """Whether an engine belongs to a loop of drawing: it carries something from step to step. The
+    text engine does so in answers alone."""
+    return bool(spec.carry) and STEPS in used_by(spec)
+
+
 def calls(spec: EngineSpec, sizes: Mapping[str, int]) -> int:
-    """How often an engine runs for a picture: once a step where it carries something from step to
-    step, once in all where it does not."""
-    return sizes[STEPS] if spec.carry else 1
+    """How often an engine runs for a picture: once a step where a loop of drawing carries something
+    from step to step, once in all where none does."""
+    return sizes[STEPS] if loops(spec) else 1
 
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {

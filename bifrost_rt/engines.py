@@ -65,6 +65,7 @@ class Engines:
         self._held: dict[str, int] = {}
         self._steps: dict[str, Step] = {}
         self._needs: dict[str, Need] = {}
+        self._beside, self._leave_beside = 0, _nothing
         order = [spec.name for spec in manifest.engines]
         if budget is None:
             self._enter_all(order)
@@ -105,6 +106,9 @@ class Engines:
         skipped = without()
         needs = self._required([name for name in order if name not in skipped], at, waiting)
         budget = self.budget - self.prompts.room
+        if not self._room_beside(needs, budget):
+            self._beside_leaves()
+        budget -= self._beside
         try:
             steps = self._schedule(needs, budget)
         except BudgetError as error:
@@ -144,6 +148,26 @@ class Engines:
         if residency.everything_fits(steps):
             return room
         return 0 if residency.everything_fits(self._schedule(needs, self.budget)) else room
+
+    def keep_beside(self, size: int, leave: Callable[[], None]) -> None:
+        """Count memory that stays between runs where there is room for it.
+
+        Args:
+            size: bytes; 0 when there is nothing any more.
+            leave: called when a run needs the room: frees it.
+        """
+        self._beside, self._leave_beside = size, leave
+
+    def _room_beside(self, needs: Sequence[Need], budget: int) -> bool:
+        """Whether a run finds everything that it uses in memory, with what is kept beside it."""
+        held = dict(self._held) | {need.engine: need.held for need in needs}
+        tensors = max((need.tensors for need in needs), default=0)
+        return sum(held.values()) + tensors + self._beside <= budget
+
+    def _beside_leaves(self) -> None:
+        if self._beside:
+            self._beside = 0
+            self._leave_beside()
 
     def check_files(self) -> None:
         """Check that nobody has written to the files of the engines that this run has used: a
@@ -270,21 +294,36 @@ class Engines:
         return tuple(self._arriving)
 
     def run(
-        self, name: str, inputs: Mapping[str, Buffer], timings: dict[str, float]
+        self,
+        name: str,
+        inputs: Mapping[str, Buffer],
+        timings: dict[str, float],
+        into: Mapping[str, Buffer] | None = None,
     ) -> dict[str, Buffer]:
         """Run an engine once; adds its seconds to `timings[name]`. Its next run writes to the same
-        buffers: copy what must outlive that."""
+        buffers: copy what must outlive that.
+
+        Args:
+            into: buffers of the caller's for some of the outputs, such as the very ones of the
+                inputs that the engine continues.
+        """
         engine = self._enter(name)
-        outputs = _outputs(self._workspace, engine.spec, inputs)
+        outputs = _outputs(self._workspace, engine.spec, inputs, into or {})
         call = self._workspace.bind(engine, inputs, outputs)
         start = time.perf_counter()
         call()
         timings[name] = timings.get(name, 0.0) + time.perf_counter() - start
         return outputs
 
-    def loop(self, name: str, inputs: Mapping[str, Buffer], timings: dict[str, float]) -> Loop:
-        """Prepare an engine for repeated steps."""
-        return Loop(self.backend, self._enter(name), inputs, timings, self._workspace)
+    def loop(
+        self,
+        name: str,
+        inputs: Mapping[str, Buffer],
+        timings: dict[str, float],
+        into: Mapping[str, Buffer] | None = None,
+    ) -> Loop:
+        """Prepare an engine for repeated steps; `into` as in `run`."""
+        return Loop(self.backend, self._enter(name), inputs, timings, self._workspace, into)
 
     def close(self) -> None:
         """Close every engine."""
@@ -311,19 +350,23 @@ class Loop:
         inputs: Mapping[str, Buffer],
         timings: dict[str, float],
         workspace: Workspace | None = None,
+        into: Mapping[str, Buffer] | None = None,
     ) -> None:
         workspace = Workspace(backend) if workspace is None else workspace
         carry = engine.spec.carry  # output name -> input name
         ping = {carry[out]: inputs[carry[out]] for out in carry}
-        outputs = _outputs(workspace, engine.spec, inputs)
-        pong = {carry[out]: buffer for out, buffer in outputs.items()}
+        outputs = _outputs(workspace, engine.spec, inputs, into or {})
+        pong = {carry[out]: outputs[out] for out in carry}
         fixed = {name: buffer for name, buffer in inputs.items() if name not in ping}
+        beside = {name: buffer for name, buffer in outputs.items() if name not in carry}
         self._backend = backend
         self._timings = timings
         self._name = engine.spec.name
         self._now, self._next = ping, pong
         self._call, self._other = (
-            workspace.bind(engine, {**fixed, **now}, {o: after[i] for o, i in carry.items()})
+            workspace.bind(
+                engine, {**fixed, **now}, {**beside, **{o: after[i] for o, i in carry.items()}}
+            )
             for now, after in ((ping, pong), (pong, ping))
         )
 
@@ -359,15 +402,24 @@ class Loop:
         self._backend.write(self._now[name], array)
 
 
+def _nothing() -> None:
+    pass
+
+
 def _finished() -> None:
     raise AssertionError("a finished loop was stepped")
 
 
 def _outputs(
-    workspace: Workspace, spec: EngineSpec, inputs: Mapping[str, Buffer]
+    workspace: Workspace,
+    spec: EngineSpec,
+    inputs: Mapping[str, Buffer],
+    into: Mapping[str, Buffer],
 ) -> dict[str, Buffer]:
     sizes = symbol_sizes(spec, inputs)
     return {
-        t.name: workspace.empty(f"{spec.name}.{t.name}", output_shape(t, sizes), t.dtype)
+        t.name: into[t.name]
+        if t.name in into
+        else workspace.empty(f"{spec.name}.{t.name}", output_shape(t, sizes), t.dtype)
         for t in spec.outputs
     }

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from bifrost_rt import strict
 from bifrost_rt.errors import EngineSetError, IntegrityError
 
-FORMAT = 2
+FORMAT = 3
 FILENAME = "manifest.json"
 REBUILD = "rebuild the set with `python -m export.build`"
 # Types of tables and sizes, in which no layer computes.
@@ -111,6 +111,8 @@ class EngineSpec:
     `carry` pairs an output with the input that it becomes in the next step of the engine's loop.
     `scratch_bytes` is what its arithmetic needs between its doors for one picture at the default
     steps and the longest prompt, counted from the graph; 0 in sets that do not state it.
+    `piece_scratch_bytes` is the same for `dims.CHUNK` tokens of a conversation behind
+    a cache of `dims.CONTEXT`; 0 for engines that read none.
     `compiled` is None where the file is an ONNX graph.
     """
 
@@ -123,6 +125,7 @@ class EngineSpec:
     precision: Precision
     scratch_bytes: int = 0
     compiled: Compiled | None = None
+    piece_scratch_bytes: int = 0
 
     def input(self, name: str) -> TensorSpec | None:
         """The input called `name`, or None where this engine has none of that name."""

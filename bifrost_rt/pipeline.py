@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bifrost_rt import prompt_cache, prompt_inputs, residency, schedules
+from bifrost_rt import prompt_cache, prompt_inputs, residency, schedules, text_inputs
 from bifrost_rt.backends.base import Buffer
 from bifrost_rt.engines import Engines, Loop
 from bifrost_rt.errors import BudgetError
@@ -213,9 +213,14 @@ class Run:
         """The MLLM's part: the final visual tokens [B, N, D]."""
         request, options, engines = self._request, self._request.parameters, self._engines
 
-        # 1-2  Text -> keys and values of every layer, and the all-masked start of the tokens.
-        prefill = yield from self._text_outputs("text_prefill", self._text["text_prefill"])
-        tokens = prefill.pop("tokens")
+        # 1-2  Text -> keys and values of every layer, and the mask token.
+        texts, spec = self._mllm_texts, engines.spec("mllm_text")
+        cache = yield from self._text_outputs(
+            spec.name, text_inputs.prompts(spec, texts.ids, texts.width)
+        )
+        mask_token = engines.backend.download(cache.pop("masked_token"))[:1]
+        model = self._manifest.model
+        masked = (request.images, model.num_visual_tokens, model.hidden_size)
 
         # 3  Masked decoding. Steps that reveal nothing change nothing and are not run.
         yield "visual_decode"
@@ -225,12 +230,13 @@ class Run:
         decode = engines.loop(
             "visual_decode",
             {
-                **prefill,
-                "tokens": tokens,
+                **cache,
                 **engines.put(
                     "visual_decode",
+                    tokens=np.array(np.broadcast_to(mask_token, masked)),
                     step=np.zeros(1, np.int64),
-                    text_length=self._mllm_texts.lengths,
+                    text_length=texts.lengths,
+                    text_index=texts.index,
                     reveal_places=places,
                     token_sources=sources,
                     cfg_weight=np.array([options.cfg_weight], np.float32),
@@ -245,7 +251,7 @@ class Run:
                 self._on_step_end("tokens", t, None, decode)
         tokens = decode.finish("tokens")
         found = engines.backend.download(tokens)
-        self._checks.finite("visual_decode", "tokens", found, "image", earlier=prefill)
+        self._checks.finite("visual_decode", "tokens", found, "image", earlier=cache)
         return {"tokens": tokens}
 
     def _condition(self) -> Steps:
@@ -283,6 +289,8 @@ class Run:
             return engines.put_kept(name, kept)
         given = {**(computed or {}), **engines.put(name, **inputs)}
         outputs = engines.run(name, given, self.timings)
+        if name == "mllm_text":
+            outputs = text_inputs.of_drawing(outputs)
         found = {tensor: engines.backend.download(buffer) for tensor, buffer in outputs.items()}
         engines.prompts.keep(self._key(name), found)
         return outputs
@@ -304,7 +312,7 @@ class Run:
         given = {f"{name}.{tensor}": ids for name in texts for tensor, ids in texts[name].items()}
         texts["conditioning"] = {**given, **self._conditioning}
         if self._request.tokens is None:
-            texts["text_prefill"] = self._mllm_texts.inputs
+            texts["mllm_text"] = self._mllm_texts.arrays
         return texts
 
     @cached_property
@@ -379,7 +387,7 @@ def denoising(
 
 def stages(request: Request) -> tuple[str, ...]:
     """The engines that a request uses, in this order, each once."""
-    mllm = ("text_prefill", "visual_decode") if request.tokens is None else ()
+    mllm = ("mllm_text", "visual_decode") if request.tokens is None else ()
     text = ("clip_text", "t5_text", "conditioning")
     vae = ("vae_decode",) if request.output_type != "latent" else ()
     return (*mllm, *text, "control_embed", "denoise", *vae)

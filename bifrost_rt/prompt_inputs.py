@@ -17,15 +17,31 @@ SHORTEST = 32  # tokens that a text is padded to for compiled engines
 
 @dataclass(frozen=True)
 class MllmTexts:
-    """What the MLLM reads. U different texts of at most S tokens, G branches of guidance, B images.
+    """What the MLLM reads. U different texts, G branches of guidance, B images.
 
     Attributes:
-        inputs: `input_ids` [U, S] and `text_index` [G, B], which text each image has.
-        lengths: tokens of each image's texts, [G, B].
+        ids: of each text.
+        width: how many tokens they are padded to.
+        index: which text each image has, int64 [G, B].
     """
 
-    inputs: dict[str, NDArray[Any]]
-    lengths: NDArray[np.int64]
+    ids: list[list[int]]
+    width: int
+    index: NDArray[np.int64]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each text, [U]."""
+        return np.array([len(row) for row in self.ids], np.int64)
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All that the keys and values follow from."""
+        return {
+            "ids": np.array([token for row in self.ids for token in row], np.int64),
+            "lengths": self.lengths,
+            "width": np.array([self.width]),
+        }
 
 
 def mllm_texts(tokenizers: Tokenizers, manifest: SetSpec, request: Request) -> MllmTexts:
@@ -33,11 +49,9 @@ def mllm_texts(tokenizers: Tokenizers, manifest: SetSpec, request: Request) -> M
     guided = request.parameters.cfg_weight != 1.0
     texts = list(dict.fromkeys(["", *request.prompts] if guided else request.prompts))
     ids = [tokenizers.mllm_prompt(text) for text in texts]
-    lengths = np.array([len(row) for row in ids], np.int64)
     rows = np.array([texts.index(request.prompts[i]) for i in request.prompt_index], np.int64)
-    text_index = np.stack([np.full_like(rows, texts.index("")), rows] if guided else [rows])
-    padded = _right_padded(ids, text_width(manifest, int(lengths.max())))
-    return MllmTexts({"input_ids": padded, "text_index": text_index}, lengths[text_index])
+    index = np.stack([np.full_like(rows, texts.index("")), rows] if guided else [rows])
+    return MllmTexts(ids, text_width(manifest, max(map(len, ids))), index)
 
 
 def text_width(manifest: SetSpec, longest: int) -> int:
@@ -52,12 +66,3 @@ def text_width(manifest: SetSpec, longest: int) -> int:
     bucket = max(SHORTEST, 1 << (longest - 1).bit_length())
     most = manifest.dimensions["text_tokens"].max
     return bucket if most is None else max(longest, min(bucket, most))
-
-
-def _right_padded(ids: list[list[int]], width: int) -> NDArray[np.int64]:
-    """[U, S]. Padding stands behind the text, where causal attention never sees it, and the visual
-    tokens see `text_length` of it; its value does not matter."""
-    padded = np.zeros((len(ids), width), np.int64)
-    for row, values in zip(padded, ids, strict=True):
-        row[: len(values)] = values
-    return padded

@@ -221,7 +221,8 @@ def needs(
     for i, name in enumerate(order):
         spec = manifest.engine(name)
         stored = sum(manifest.files[file].size for file in spec.files)
-        scratch = math.ceil(scratch_share * spec.scratch_bytes * growth(spec, at(name)))
+        counted = scratch_bytes(spec, at(name), manifest.text.mllm.max_length)
+        scratch = math.ceil(scratch_share * counted)
         if spec.compiled is not None and spec.compiled.activation_bytes:
             # the builder's word, for the largest run of its profile, whatever this one's size
             scratch = spec.compiled.activation_bytes
@@ -235,12 +236,28 @@ def needs(
     return found
 
 
+def scratch_bytes(spec: EngineSpec, sizes: Mapping[str, int], longest: int) -> float:
+    """Scratch memory at `sizes`, at most.
+
+    Args:
+        longest: tokens of the prompt for which the manifest states it.
+    """
+    if not spec.piece_scratch_bytes:
+        return spec.scratch_bytes * growth(spec, sizes)
+    # of a row it grows with the cache, whose every place attention has a score for
+    short, long = spec.scratch_bytes / longest, spec.piece_scratch_bytes / dims.CHUNK
+    slope = (long - short) / max(1, dims.CONTEXT - longest)
+    cache = max(longest, sizes[dims.CACHE_TOKENS])
+    rows = growth(spec, sizes) * sizes[dims.NEW_TOKENS]
+    return rows * (short + slope * (cache - longest))
+
+
 def _handed_on(manifest: SetSpec, before: Sequence[str], after: Sequence[str], at: Sizes) -> int:
     """Bytes of what engines read that those before them have left."""
     left: set[str] = set()
     for name in before:
         spec = manifest.engine(name)
-        left |= {spec.carry.get(tensor.name, tensor.name) for tensor in spec.outputs}
+        left |= {tensor.name for tensor in spec.outputs} | set(spec.carry.values())
     read = {
         t.name: tensor_size(t, at(name)) for name in after for t in manifest.engine(name).inputs
     }

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bifrost_rt import schedules
+from bifrost_rt import dims, schedules
 from bifrost_rt.manifest import ModelFacts
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError
+from export.model.answering import MllmText
 from export.model.conditioning import Conditioning, ControlEmbed
-from export.model.decoding import TextPrefill, VisualDecode
+from export.model.decoding import VisualDecode
 from export.model.denoising import Denoise
 from export.model.encoders import ClipText, T5Text
 from export.model.hoist import hoist
@@ -23,8 +24,8 @@ from export.stages import (
     conditioning,
     control_embed,
     denoise,
+    mllm_text,
     t5_text,
-    text_prefill,
     vae_decode,
     visual_decode,
 )
@@ -124,6 +125,12 @@ def _check_schedule(checkpoint: Checkpoint, image_tokens: int) -> None:
         )
 
 
+def context_length(checkpoint: Checkpoint, mllm_max_length: int) -> int:
+    """Tokens of the longest conversation: of the K/V cache, whose memory a conversation takes as it
+    grows, and of a table of rotary positions."""
+    return max(mllm_max_length, min(dims.CONTEXT, checkpoint.positions))
+
+
 def stages(
     checkpoint: Checkpoint,
     model: ModelFacts,
@@ -134,9 +141,10 @@ def stages(
     """Every engine's stage, in the order in which a run uses them; weights are read as stages are
     asked for."""
     visual = checkpoint.visual_branch()
-    text = checkpoint.text_branch(mllm_max_length)
+    text = checkpoint.text_branch(context_length(checkpoint, mllm_max_length))
+    head = checkpoint.text_head(text)
     checkpoint.refuse_left_overs()
-    yield text_prefill.stage(TextPrefill(text, visual), checkpoint.decoder)
+    yield mllm_text.stage(MllmText(text, head, visual), checkpoint.decoder)
     yield visual_decode.stage(VisualDecode(visual), checkpoint.decoder)
     yield clip_text.stage(ClipText(checkpoint.clip), clip_length)
     yield t5_text.stage(T5Text(checkpoint.t5), t5_length)

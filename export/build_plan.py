@@ -147,6 +147,8 @@ def draw_up(recipe: Recipe, checkpoint: Checkpoint, model: ModelFacts, folder: P
             max_images=recipe.max_images,
             mllm_max_length=length,
             num_visual_tokens=model.num_visual_tokens,
+            chunk=max(dims.CHUNK, length),
+            context=assemble.context_length(checkpoint, length),
         ),
         mllm_max_length=length,
         ignored_files=tuple(checkpoint.ignored_files),

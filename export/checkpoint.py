@@ -24,9 +24,9 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from bifrost_rt.manifest import Scheduler
-from export import foreign, identity
+from export import foreign, identity, sources
 from export import network_configs as networks
-from export.configs import WIDTH, Config, Optional, Whole
+from export.configs import WIDTH, Config, Flag, Optional, Whole
 from export.errors import CheckpointError
 from export.identity import Part
 from export.model.controlnet import LatentControlNet
@@ -41,6 +41,7 @@ BIFROST_UNUSED = (
     "vision_language_model.lm_head.",
     "vision_gen_vae_model.",
 )
+TRAINED_HEAD, BASE_HEAD = "vision_language_model.lm_head.", "lm_head."
 # Of the base model only what the training did not save is read.
 MLLM_UNUSED = ("model.", "visual.", "lm_head.")
 RELEASE_MAX_LENGTH = 300
@@ -77,9 +78,11 @@ class Checkpoint:
             self._bifrost_config.only(key, value)
         config = _config(mllm / "config.json", identity.MLLM)
         self.decoder = DecoderConfig.read(config)
-        self._positions: int = config.over("text_config").get(
+        text = config.over("text_config")
+        self.positions: int = text.get(
             "max_position_embeddings", Whole(1, MOST_POSITIONS), PUBLISHED_POSITIONS
         )
+        self._tied_head: bool = text.get("tie_word_embeddings", Flag(), False)
         if os.path.lexists(flux / "model_index.json"):
             _config(flux / "model_index.json", identity.PIPELINE)
         self.trained = Weights.open(bifrost, "model")
@@ -95,7 +98,7 @@ class Checkpoint:
     def max_seq_length(self) -> int:
         """Tokens of a chat prompt, as it was trained."""
         length: int = self._bifrost_config.get(
-            "max_seq_length", Whole(1, self._positions), RELEASE_MAX_LENGTH
+            "max_seq_length", Whole(1, self.positions), RELEASE_MAX_LENGTH
         )
         return length
 
@@ -121,9 +124,9 @@ class Checkpoint:
         Raises:
             CheckpointError: more tokens than the model has positions, or tensors that do not fit.
         """
-        if max_length > self._positions:
+        if max_length > self.positions:
             raise CheckpointError(
-                f"{self.mllm / 'config.json'}: max_position_embeddings is {self._positions}, but "
+                f"{self.mllm / 'config.json'}: max_position_embeddings is {self.positions}, but "
                 f"prompts of {max_length} tokens were asked for",
                 hint="the release uses 300",
             )
@@ -138,6 +141,25 @@ class Checkpoint:
         self._fill(branch, "text branch", find)
         return branch
 
+    def text_head(self, branch: TextBranch) -> nn.Linear:
+        """What gives the logits: the embedding's own weight, where the model ties them.
+
+        Raises:
+            CheckpointError: it is missing, or of another shape.
+        """
+        c = self.decoder
+        head = _without_values(lambda: nn.Linear(c.hidden_size, c.vocab_size, bias=False))
+        if self._tied_head:
+            head.weight = branch.embed_tokens.weight
+            if source := sources.lazy(branch.embed_tokens).get("weight"):
+                sources.attach(head, "weight", source)
+            return head.eval()
+        name = f"{TRAINED_HEAD}weight"
+        base = f"{BASE_HEAD}weight"
+        place = (self.trained, name) if name in self.trained else (self.base, base)
+        self._fill(head, "head of the text branch", lambda _: place)
+        return head
+
     def visual_branch(self) -> VisualBranch:
         """The visual branch, with mask token, positions and head."""
         branch = _without_values(lambda: VisualBranch(self.decoder, self.num_visual_tokens))
@@ -145,11 +167,9 @@ class Checkpoint:
         return branch
 
     def refuse_left_overs(self) -> None:
-        """After both branches were read: raise for tensors that belong to neither, such as those of
-        an unsupported variant."""
-        refuse_unused(
-            self.trained, "bifrost", [*BIFROST_UNUSED, *_unused_text_parameters(self.decoder)]
-        )
+        """After both branches and the head were read: raise for tensors that belong to none of
+        them, such as those of an unsupported variant."""
+        refuse_unused(self.trained, "bifrost", BIFROST_UNUSED)
         refuse_unused(self.base, "mllm", MLLM_UNUSED)
 
     @cached_property
@@ -273,14 +293,6 @@ def _base_prefix(weights: Weights) -> str:
         f"{weights.folder}: missing tensor model.embed_tokens.weight",
         hint="the mllm folder must be a complete Qwen2.5-VL checkpoint",
     )
-
-
-def _unused_text_parameters(config: DecoderConfig) -> list[str]:
-    """Of the last layer only K and V are needed, and neither final norm nor head."""
-    model = "vision_language_model.model."
-    last = f"{model}layers.{config.num_hidden_layers - 1}."
-    parts = ("self_attn.q_proj.", "self_attn.o_proj.", "mlp.", "post_attention_layernorm.")
-    return [f"{model}norm.", *(last + part for part in parts)]
 
 
 def _without_values(build: Callable[[], M]) -> M:

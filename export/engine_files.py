@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bifrost_rt import dims
 from bifrost_rt.manifest import EngineSpec, Precision
 from export import graph, memory, precision
 from export.quantize import audit
@@ -25,7 +26,7 @@ def write(
 
     Returns:
         The files, the graph first; and bytes by type (`weight_bytes`, the most first), memory of
-        its arithmetic (`scratch_bytes`) and `seconds`.
+        its arithmetic (`scratch_bytes`, `piece_scratch_bytes`) and `seconds`.
 
     Raises:
         ExportError: torch cannot trace it, or ONNX's checker refuses the graph.
@@ -36,7 +37,10 @@ def write(
     facts: dict[str, Any] = {
         "weight_bytes": precision.weight_bytes(traced),
         "scratch_bytes": memory.scratch_bytes(traced, memory.one_picture(text_tokens)),
+        "piece_scratch_bytes": 0,
     }
+    if dims.reads_pieces(stage.outline()):
+        facts["piece_scratch_bytes"] = memory.scratch_bytes(traced, memory.one_piece())
     files = graph.save(traced, folder / f"{stage.name}.onnx")
     facts["seconds"] = round(time.perf_counter() - start, 3)
     return files, facts
@@ -64,4 +68,5 @@ def describe(
         graph=files[0],
         files=tuple(files),
         scratch_bytes=facts["scratch_bytes"],
+        piece_scratch_bytes=facts["piece_scratch_bytes"],
     )

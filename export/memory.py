@@ -27,6 +27,12 @@ def one_picture(text_tokens: int) -> dict[str, int]:
     return dims.of_run(text_tokens=text_tokens, steps=COUNTED_STEPS)
 
 
+def one_piece() -> dict[str, int]:
+    """The sizes for which a manifest states the scratch memory of reading a conversation: a piece
+    of the prompt, behind a long cache."""
+    return dims.of_run(text_tokens=dims.CHUNK, steps=1, **dims.ANSWERS)
+
+
 def scratch_bytes(model: ir.Model, sizes: Mapping[str, int]) -> int:
     """Memory for what is alive at once between a graph's inputs and outputs, in a driver's arena.
     The tensors at the doors are the caller's.

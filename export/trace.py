@@ -24,6 +24,7 @@ from bifrost_rt.manifest import TensorSpec
 from export import fingerprint, sources
 from export.errors import ExportError
 from export.initializers import Weight
+from export.model.cache import PLACEHOLDER, PLACEHOLDER_OPSET
 from export.stages import Stage
 
 OPSET = 23  # the first with Attention and RMSNormalization, the last that all consumers load
@@ -94,11 +95,23 @@ def _trace(stage: Stage) -> ir.Model:
             value.const_value = Weight(tables[name], value.dtype, name)
         elif name in filled:
             value.const_value = None
+    _place_operators(model)
     _optimize(model)
     _name_symbols(model, stage)
     _strip_metadata(model)
     _check_signature(model, stage)
     return model
+
+
+def _place_operators(model: ir.Model) -> None:
+    """Put the operators that torch does not know where they belong: into ONNX's own, of the opset
+    that they came with."""
+    placeholders = [node for node in model.graph.all_nodes() if node.domain == PLACEHOLDER]
+    for node in placeholders:
+        node.domain, node.version = "", None
+    model.opset_imports.pop(PLACEHOLDER, None)
+    if placeholders:
+        model.opset_imports[""] = PLACEHOLDER_OPSET
 
 
 def _to_bytes(model: ir.Model) -> bytes:

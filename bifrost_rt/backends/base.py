@@ -76,6 +76,10 @@ class Backend(Protocol):
     """What the driver takes of the scratch memory that a manifest states, which is counted for one
     that keeps the scores of attention in memory."""
 
+    writes_in_place: bool
+    """Whether a tensor that an engine continues, such as a K/V cache, may be bound as its input and
+    its output at once."""
+
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
         """Uninitialised memory of the device."""
 
@@ -98,6 +102,7 @@ class HostMemory:
 
     opens_in_threads = True
     scratch_share = 1.0
+    writes_in_place = True
 
     def free_memory(self) -> int | None:
         """What the machine can give without swapping."""

@@ -73,6 +73,8 @@ class OnnxRuntimeCuda:
 
     name = "onnxruntime-cuda"
     scratch_share = 1.0
+    # A replay is compared with a run on the same inputs, which must still be there.
+    writes_in_place = False
 
     def __init__(
         self, graphs: bool = False, provider: str = PROVIDER, device: str = "cuda"

@@ -12,7 +12,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from bifrost_rt.backends import linked
+from bifrost_rt.backends import linked, openvino_operators
 from bifrost_rt.backends.base import Buffer, HostMemory, check_bindings, return_freed_memory
 from bifrost_rt.backends.choice import openvino_refuses
 from bifrost_rt.errors import BackendError
@@ -46,6 +46,7 @@ class OpenVino(HostMemory):
 
     def __init__(self, processor: Processor | None = None) -> None:
         self._core = ov.Core()
+        openvino_operators.add_to(self._core)
         self._processor = processor
 
     def open(

@@ -80,6 +80,8 @@ class TensorRt:
     name = "tensorrt"
     opens_in_threads = False  # never tried on a GPU
     scratch_share = 1.0
+    # A replay is compared with a run on the same inputs, which must still be there.
+    writes_in_place = False
     module = "tensorrt"
 
     def __init__(

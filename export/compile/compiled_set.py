@@ -20,6 +20,7 @@ from bifrost_rt.manifest import Compiled, Deviation, EngineSpec
 from export import extras
 from export.compile import (
     bound,
+    cache_rows,
     capabilities,
     graphs,
     half,
@@ -204,9 +205,10 @@ def compute_type(spec: EngineSpec, compute: str | None, architectures: Sequence[
 
 
 def rewrite(graph: ir.Model, engine: Definition, compute: str) -> None:
-    """In place: quantised layers as TensorRT knows them, and all other arithmetic in `compute`, a
-    type as `compute_type` gives it."""
+    """In place: quantised layers and writing into caches as TensorRT knows them, and all other
+    arithmetic in `compute`, a type as `compute_type` gives it."""
     quantized.rewrite(graph)
+    cache_rows.rewrite(graph)
     if compute != "float32":
         half.convert(graph, engine, compute)
 

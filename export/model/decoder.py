@@ -16,7 +16,7 @@ from export.model.decoder_config import DecoderConfig
 class Attention(nn.Module):
     """Projections of one grouped-query attention; q, k and v have a bias, the output has none."""
 
-    def __init__(self, c: DecoderConfig, kv_only: bool) -> None:
+    def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = (
             c.num_attention_heads,
@@ -25,9 +25,8 @@ class Attention(nn.Module):
         )
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        if not kv_only:
-            self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
-            self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
     def query(self, x: Tensor) -> Tensor:
         """[R, S, D] -> [R, heads, S, head_dim]"""
@@ -39,15 +38,11 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
         return k, v
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor) -> Tensor:
         """Scaled dot product over [R, heads, S, head_dim], then the output projection."""
         # enable_gqa on equal head counts exports a repeat that does nothing.
         grouped = self.heads != self.kv_heads
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -65,28 +60,23 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Weights of one layer. With `kv_only` it ends at keys and values: all that the text branch's
-    last layer is needed for."""
+    """Weights of one layer."""
 
-    def __init__(self, c: DecoderConfig, kv_only: bool = False) -> None:
+    def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        self.self_attn = Attention(c, kv_only)
-        if not kv_only:
-            self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-            self.mlp = MLP(c)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.mlp = MLP(c)
 
 
 def rotary_table(c: DecoderConfig, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions 0..length-1, each [length, head_dim], in float32 as the reference.
-
-    Text positions are equal on all three axes of M-RoPE, so `mrope_section` has no effect.
-    """
+    """cos and sin of positions 0..length-1, each [length, head_dim / 2], in float32 as the
+    reference."""
     inv_freq = 1.0 / (
         c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim)
     )
     angles = torch.arange(length).float()[:, None] * inv_freq[None, :]
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 

@@ -33,6 +33,13 @@ class DecoderConfig:
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
+    mrope_section: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def sections(self) -> tuple[int, int, int]:
+        """How many of the rotary frequencies turn with time, height and width: `mrope_section`, or
+        divided as in the published models where that is not known."""
+        return self.mrope_section if any(self.mrope_section) else published_sections(self.head_dim)
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> DecoderConfig:
@@ -72,6 +79,11 @@ class DecoderConfig:
                 f"which makes {head_dim or width // heads} values a head, expected an even number",
             )
         theta = Optional(Real(1, 1e12))
+        whole = head_dim or width // heads
+        published = published_sections(whole)
+        sections = rope.get("mrope_section", Many(Whole(0), 3, 3), published)
+        if sum(sections) != whole // 2:
+            raise rope.error("mrope_section", f"expected numbers that add up to {whole // 2}")
         return cls(
             hidden_size=width,
             intermediate_size=text.get("intermediate_size", WIDTH),
@@ -84,4 +96,12 @@ class DecoderConfig:
             rope_theta=rope.get("rope_theta", theta, None)
             or text.get("rope_theta", theta, None)
             or 1e6,
+            mrope_section=sections,
         )
+
+
+def published_sections(head_dim: int) -> tuple[int, int, int]:
+    """M-RoPE's sections in the proportion of the published models: 16, 24 and 24 of 64."""
+    half = head_dim // 2
+    axis = 3 * half // 8
+    return half - 2 * axis, axis, axis

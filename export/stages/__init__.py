@@ -68,6 +68,8 @@ class Stage:
         module: called with the inputs in order, returns the outputs in order.
         carry: output -> the input that it becomes in the loop's next step.
         compared: the outputs that say most when layers are quantized; default: the first.
+        chosen: outputs that name the largest of others: they are not compared, since rounding
+            decides among near equals.
     """
 
     definition: Definition
@@ -76,6 +78,7 @@ class Stage:
     outputs: tuple[TensorSpec, ...]
     carry: dict[str, str] = field(default_factory=dict)
     compared: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

@@ -7,8 +7,8 @@ from export.stages import (
     conditioning,
     control_embed,
     denoise,
+    mllm_text,
     t5_text,
-    text_prefill,
     vae_decode,
     visual_decode,
 )
@@ -16,7 +16,7 @@ from export.stages import (
 DEFINITIONS = {
     module.DEFINITION.name: module.DEFINITION
     for module in (
-        *(text_prefill, visual_decode),
+        *(mllm_text, visual_decode),
         *(clip_text, t5_text, conditioning),
         *(control_embed, denoise, vae_decode),
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bifrost_rt.dims import BRANCHES, IMAGES, REVEALED, STEPS
+from bifrost_rt.dims import BRANCHES, IMAGES, REVEALED, STEPS, TEXT_TOKENS, TEXTS
 from bifrost_rt.manifest import TensorSpec
 from export.stages import Definition, Stage
-from export.stages.text_prefill import cache_specs
+from export.stages.mllm_text import cache_specs
 
 if TYPE_CHECKING:
     from export.model.decoder_config import DecoderConfig
@@ -30,11 +30,12 @@ def stage(module: VisualDecode, c: DecoderConfig) -> Stage:
         inputs=(
             TensorSpec("tokens", "float32", tokens),
             TensorSpec("step", "int64", (1,)),
-            TensorSpec("text_length", "int64", (BRANCHES, IMAGES)),
+            TensorSpec("text_length", "int64", (TEXTS,)),
+            TensorSpec("text_index", "int64", (BRANCHES, IMAGES)),
             TensorSpec("reveal_places", "int64", (STEPS, IMAGES, REVEALED)),
             TensorSpec("token_sources", "int64", (STEPS, IMAGES, num_tokens)),
             TensorSpec("cfg_weight", "float32", (1,)),
-            *cache_specs(c),
+            *cache_specs(c, "text", TEXT_TOKENS),
         ),
         outputs=(
             TensorSpec("next_tokens", "float32", tokens),

@@ -14,9 +14,7 @@ _TORCH_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 def mllm(shapes: Shapes) -> dict[str, Any]:
     """Flat, as Qwen2.5-VL was published, or with `text_config`, as newer transformers write it."""
     c = shapes.decoder
-    half = c.head_dim // 2
-    axis = (half - half // 4) // 2
-    sections = [half - 2 * axis, axis, axis]
+    sections = list(c.sections)
     text: dict[str, Any] = {
         "hidden_act": "silu",
         "hidden_size": c.hidden_size,

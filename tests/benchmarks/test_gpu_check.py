@@ -96,7 +96,7 @@ def test_times_are_those_of_stages_and_of_single_steps(subject: Subject) -> None
     found = gpu_trials.times(subject)
     for name in ("without_graphs", "with_graphs"):
         row = found[name]
-        assert row["stage_ms"].keys() >= {"text_prefill", "denoise", "vae_decode", "total"}
+        assert row["stage_ms"].keys() >= {"mllm_text", "denoise", "vae_decode", "total"}
         for loops in (row["loops_first_picture"], row["loops_second_picture"]):
             assert loops.keys() == {"visual_decode", "denoise"}
             for loop in loops.values():

@@ -106,9 +106,9 @@ def test_percent_is_least_time_over_measured(alpha_set: Path) -> None:
     assert found["denoise"]["limit"] == "bandwidth"
     # the prompt is as long as it is, not as it could be
     longest = work.of_set(alpha_set, facts, 3, 5)[0]
-    assert longest.engine == "text_prefill"
+    assert longest.engine == "mllm_text"
     longest_bytes = longest.weights(None) + longest.tensors - 1000
-    assert found["text_prefill"]["least_seconds"] < longest_bytes / 1e6
+    assert found["mllm_text"]["least_seconds"] < longest_bytes / 1e6
     parts = [part["least_seconds"] for name, part in found.items() if name != "total"]
     assert found["total"]["least_seconds"] == pytest.approx(sum(parts))
 

@@ -230,7 +230,7 @@ def test_a_replay_that_differs_is_not_used_and_says_so(
     with Generator(alpha_set, backend=driver) as generator:
         result = generator.run(**case.request(), output_type="np")
     assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
-    assert driver.eager.keys() == {"visual_decode", "denoise"}
+    assert driver.eager.keys() == {"mllm_text", "visual_decode", "denoise"}
     assert "denoise: runs without a CUDA graph: its first replay differs" in caplog.text
 
 
@@ -246,7 +246,7 @@ def test_another_thread_does_not_replay_and_does_not_record(
         with ThreadPoolExecutor(1) as pool:
             result = pool.submit(generator.run, **case.request(), output_type="np").result()
     assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
-    assert driver.eager.keys() == {"visual_decode", "denoise"}
+    assert driver.eager.keys() == {"visual_decode", "denoise"}  # the text is kept
     assert "denoise: runs without a CUDA graph: its steps were recorded in another" in caplog.text
 
 

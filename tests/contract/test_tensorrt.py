@@ -144,8 +144,9 @@ def test_replayed_steps_draw_the_same_picture(compiled_set: Path, either: double
             assert np.array_equal(found.images, expected.images)
     assert driver.eager == {}
     if not hasattr(either, "CudaGraphStrategy"):
-        # per loop two recordings, and all but the two first steps of the first picture replayed
-        assert either.device.captures == 2 * 2
+        # per loop two recordings, and all but the two first steps of the first picture replayed;
+        # one of the text engine, which read the prompt once
+        assert either.device.captures == 2 * 2 + 1
         assert either.device.launches >= 2 * (5 + 7) - 4
 
 
@@ -167,7 +168,8 @@ def test_steps_that_cannot_be_replayed_run_eagerly_and_say_why(
     driver = driver_on(library)
     with Generator(compiled_set, backend=driver) as generator:
         result = generator.run(**case.request(), output_type="np")
-    assert driver.eager.keys() == {"visual_decode", "denoise"}
+    spoilt = {"visual_decode", "denoise"}  # the only ones that `spoil` changes
+    assert driver.eager.keys() == (spoilt if fault == "different" else {*spoilt, "mllm_text"})
     assert all(reason in why for why in driver.eager.values())
     assert "denoise: runs without a CUDA graph: " in caplog.text
     assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
@@ -230,7 +232,7 @@ def test_the_second_context_is_checked_as_the_first_is(compiled_set: Path) -> No
     assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
 
 
-TEXT_STAGES = ("text_prefill", "clip_text", "t5_text", "conditioning")
+TEXT_STAGES = ("mllm_text", "clip_text", "t5_text", "conditioning")
 STAGES = (*TEXT_STAGES, "visual_decode", "control_embed", "denoise")
 
 

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from safetensors.numpy import load_file
 
-from bifrost_rt import backends, manifest, schedules
+from bifrost_rt import backends, manifest, schedules, text_inputs
 from bifrost_rt.engines import Engines
 from bifrost_rt.manifest import Manifest
 from tests.conftest import ALPHA, Case, difference, load_case
@@ -35,13 +35,14 @@ def prefill(engines: Engines, case: Case) -> dict[str, np.ndarray]:
     """All rows of a case, [uncond…, cond…], as the two branches of guidance."""
     rows = len(case.tensors["mllm.pad_len"])
     texts = [case.tensors[f"mllm.text_ids.{r}"] for r in range(rows)]
-    ids = np.zeros((rows, max(map(len, texts))), np.int64)
-    for row, text in zip(ids, texts, strict=True):
-        row[: len(text)] = text
+    given = text_inputs.prompts(engines.spec("mllm_text"), texts, max(map(len, texts)))
+    outputs = engines.run("mllm_text", given, {})
+    cache = {name: array for name, array in outputs.items() if name.startswith("text_")}
     text_index = np.arange(rows, dtype=np.int64).reshape(2, -1)
-    outputs = engines.run("text_prefill", {"input_ids": ids, "text_index": text_index}, {})
-    lengths = np.array([len(text) for text in texts], np.int64).reshape(2, -1)
-    return {**outputs, "text_length": lengths}
+    lengths = np.array([len(text) for text in texts], np.int64)
+    masked = np.repeat(outputs["masked_token"][:1], rows // 2, axis=0)
+    tokens = np.repeat(masked, engines.spec("visual_decode").input("tokens").shape[1], axis=1)
+    return {**cache, "tokens": tokens, "text_length": lengths, "text_index": text_index}
 
 
 def test_prefill_gives_the_references_keys_and_values(engines: Engines) -> None:
@@ -50,7 +51,7 @@ def test_prefill_gives_the_references_keys_and_values(engines: Engines) -> None:
     cache = prefill(engines, case)
     for layer in range(3):
         for name in ("keys", "values"):
-            found = cache[f"text_{name}.{layer}"][:, 0]  # [2, kv_heads, S, head_dim]
+            found = cache[f"text_{name}.{layer}"]  # [2, kv_heads, S, head_dim]
             padded = debug[f"mllm.layer{layer}.{name[0]}_cache"]  # left-padded to 48
             for row, pad in enumerate(case.tensors["mllm.pad_len"]):
                 real = padded[row, :, pad:48]

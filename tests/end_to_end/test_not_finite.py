@@ -150,7 +150,7 @@ class Spoiled(OnnxRuntime):
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ("text_prefill", "stage `visual_decode`: tokens are .*`text_keys.0`, which the stage was"),
+        ("mllm_text", "stage `visual_decode`: tokens are .*`text_keys.0`, which the stage was"),
         ("visual_decode", "stage `visual_decode`: tokens are not finite: 1024 of 2048 .*image 1"),
         (
             "clip_text",
@@ -184,7 +184,7 @@ def test_pixels_of_one_value_are_said(alpha_set: Path, caplog: pytest.LogCapture
     assert said in caplog.text
 
 
-@pytest.mark.parametrize("stage", ["text_prefill", "t5_text", "denoise"])
+@pytest.mark.parametrize("stage", ["mllm_text", "t5_text", "denoise"])
 def test_a_build_still_names_the_engine_that_differs(alpha_set: Path, stage: str) -> None:
     """Rather than the stage behind it whose values are looked at."""
     from bifrost_rt import manifest

@@ -24,7 +24,7 @@ from bifrost_rt.cli import main
 from bifrost_rt.manifest import EngineSpec, Manifest, Range
 from bifrost_rt.pipeline import Output
 
-TEXT = {"text_prefill", "clip_text", "t5_text", "conditioning"}
+TEXT = {"mllm_text", "clip_text", "t5_text", "conditioning"}
 FEW: dict[str, Any] = {"num_inference_steps": 2, "decoding_steps": 4, "output_type": "np"}
 
 
@@ -76,7 +76,7 @@ def test_a_prompt_that_comes_again_runs_no_text_engine(alpha_set: Path, uncached
             other = generator.run("a cow", seed=2, **options, **FEW)
             assert not TEXT & again.timings.keys()
             assert not TEXT & other.timings.keys()
-            assert TEXT - {"text_prefill"} <= first.timings.keys() or options == {}
+            assert TEXT - {"mllm_text"} <= first.timings.keys() or options == {}
             assert same(again, first)
             for seed, found in ((1, first), (2, other)):
                 assert same(found, uncached.run("a cow", seed=seed, **options, **FEW))
@@ -87,8 +87,8 @@ def test_a_prompt_that_comes_again_runs_no_text_engine(alpha_set: Path, uncached
     [
         ({"num_inference_steps": 3}, {"conditioning"}),
         ({"guidance_scale": 2.0}, {"conditioning"}),
-        ({"cfg_weight": 2.0}, {"text_prefill"}),
-        ({"num_images_per_prompt": 2}, {"text_prefill", "conditioning"}),
+        ({"cfg_weight": 2.0}, {"mllm_text"}),
+        ({"num_images_per_prompt": 2}, {"conditioning"}),
         ({"decoding_steps": 2, "controlnet_conditioning_scale": 0.5}, set()),
         ({"prompt": "a dog"}, TEXT),
     ],

@@ -38,10 +38,13 @@ def test_the_report_holds_every_engines_parity(alpha_set: Path) -> None:
         assert parity["max_error"] <= parity["tolerance"] * max(1, parity["largest_value"])
 
 
-def test_graphs_are_opset_23_and_tell_nothing_of_the_machine(alpha_set: Path) -> None:
+def test_graphs_have_their_opset_and_tell_nothing_of_the_machine(alpha_set: Path) -> None:
+    """Of opset 24 is only what writes into a cache."""
     for path in sorted(alpha_set.glob("*.onnx")):
         model = onnx.load(path, load_external_data=False)
-        assert {i.domain: i.version for i in model.opset_import}[""] == 23
+        writes = any(node.op_type == "TensorScatter" for node in model.graph.node)
+        assert writes == (path.stem == "mllm_text")
+        assert {i.domain: i.version for i in model.opset_import}[""] == (24 if writes else 23)
         assert str(Path.home()).encode() not in path.read_bytes()
         assert b".py" not in path.read_bytes()
         onnx.checker.check_model(str(path), full_check=True)

@@ -45,7 +45,7 @@ SOURCES = {"bf16": "fp16"}  # what is compiled from the set of another precision
 STORED = {"bf16": "float16", "nvfp4": "uint4"}  # of ONNX files, where it is another dtype
 IN_ALL_LAYERS = ("fp16", "bf16")
 STAGES = {
-    *("text_prefill", "visual_decode", "clip_text", "t5_text"),
+    *("mllm_text", "visual_decode", "clip_text", "t5_text"),
     *("conditioning", "control_embed", "denoise", "vae_decode"),
 }
 IN_16_BIT = {

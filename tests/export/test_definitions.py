@@ -13,8 +13,9 @@ import export
 from export.stages import catalog
 
 PACKAGES = [Path(package.__file__).parent for package in (bifrost_rt, export)]
-# The pipeline that calls engines, and its glimpse into the middle of a run.
-CALLERS = {"bifrost_rt/pipeline.py", "bifrost_rt/previews.py"}
+# The pipeline that calls engines, its glimpse into the middle of a run, and what drawing and
+# answering have in common.
+CALLERS = {"bifrost_rt/pipeline.py", "bifrost_rt/previews.py", "bifrost_rt/text_inputs.py"}
 # Which engines there are, and what their modules are made of.
 LISTS = {"export/stages/catalog.py", "export/assemble.py"}
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bifrost_rt import dims
 from export import flops
+from export.model.answering import MllmText
 from export.model.decoder_config import DecoderConfig
-from export.model.decoding import TextPrefill, VisualDecode
+from export.model.decoding import VisualDecode
 from export.model.text_branch import TextBranch
 from export.model.visual_branch import VisualBranch
-from export.stages import text_prefill, visual_decode
+from export.stages import mllm_text, visual_decode
 from export.trace import trace
 
 TOKENS, STEPS, MAX_LENGTH, LAYERS = 256, 256, 300, 28
-SIZES = {"branches": 1, "images": 1, "texts": 1, "text_tokens": MAX_LENGTH, "steps": STEPS}
-SIZES["revealed"] = 1  # as many steps as tokens
+SIZES = dims.of_run(text_tokens=MAX_LENGTH, steps=STEPS)  # as many steps as tokens
 
 
 def config(layers: int) -> DecoderConfig:
@@ -31,7 +32,8 @@ def ours(layers: int) -> int:
     c = config(layers)
     with torch.device("meta"):
         text, visual = TextBranch(c, MAX_LENGTH).eval(), VisualBranch(c, TOKENS).eval()
-    prefill = text_prefill.stage(TextPrefill(text, visual), c)
+        head = torch.nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+    prefill = mllm_text.stage(MllmText(text, head, visual), c)
     once = flops.count(trace(prefill), SIZES)
     step = flops.count(trace(visual_decode.stage(VisualDecode(visual), c)), SIZES)
     return once + STEPS * step

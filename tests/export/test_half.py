@@ -306,7 +306,7 @@ def test_gated_products_may_go_beyond_float16(tmp_path: Path) -> None:
     exact = run(gated(60.0), tmp_path / "exact.onnx", {"x": x})[0]
     assert np.abs(exact).max() > np.finfo(np.float16).max
     model = gated(60.0)
-    half.convert(model, DEFINITIONS["text_prefill"], "float16")
+    half.convert(model, DEFINITIONS["mllm_text"], "float16")
     simulate.simulate(model)
     found = run(model, tmp_path / "half.onnx", {"x": x})[0]
     assert np.isfinite(found).all()
@@ -315,8 +315,8 @@ def test_gated_products_may_go_beyond_float16(tmp_path: Path) -> None:
 
 def test_a_weight_beyond_float16_is_refused_by_name() -> None:
     model = gated(1e6)
-    half.convert(model, DEFINITIONS["text_prefill"], "float16")
-    where = r"stage `text_prefill`: (up|gate) reaches .*e\+06, beyond the range"
+    half.convert(model, DEFINITIONS["mllm_text"], "float16")
+    where = r"stage `mllm_text`: (up|gate) reaches .*e\+06, beyond the range"
     with pytest.raises(CompileError, match=where) as told:
         graphs.feed(None, model)  # no parser is reached
     assert "--compute bf16" in str(told.value.hint)

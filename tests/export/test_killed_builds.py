@@ -110,16 +110,16 @@ def test_killed_once(checkpoint: Path, tmp_path: Path) -> None:
     reports = until(one_engine_is_written)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    first = (reports[0].parent / "text_prefill.data").stat().st_ino
+    first = (reports[0].parent / "mllm_text.data").stat().st_ino
     said: list[str] = []
     build(recipe(checkpoint, output), said.append)
-    assert "text_prefill is there already" in said
+    assert "mllm_text is there already" in said
     assert "building vae_decode" in said
-    assert (output / "text_prefill.data").stat().st_ino == first
+    assert (output / "mllm_text.data").stat().st_ino == first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
     opened.verify(output, manifest.read(output))
 
     said.clear()  # the longest prompt concerns the engines that read it
     build(replace(recipe(checkpoint, output), mllm_max_length=60), said.append)
     built = [line.removeprefix("building ") for line in said if line.startswith("building ")]
-    assert built == ["text_prefill", "visual_decode"]
+    assert built == ["mllm_text", "visual_decode"]

@@ -17,13 +17,16 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.reference import Reference
-from bifrost_rt import Generator
+from bifrost_rt import Generator, backends, manifest
+from bifrost_rt.answering import Answering, Sampling
+from bifrost_rt.engines import Engines
 from bifrost_rt.text import Tokenizers
 from export.build import build
 from export.recipe import Recipe
 from export.synthesize import synthesize
 from export.synthetic import tokenizers
 from export.synthetic.shapes import Encoder, Flux, Layout, Shapes, Vae
+from tests.conversations import TURNS, Judge, forced_logits
 
 TOLERANCE = 1e-4  # of the largest value, where that is above 1; the rounding scale is 1e-5
 T5_LENGTH = 14
@@ -216,3 +219,34 @@ def assert_close(found: NDArray[Any], expected: NDArray[Any]) -> None:
     assert found.shape == expected.shape
     error = np.abs(found.astype(np.float64) - expected).max()
     assert error <= TOLERANCE * max(1.0, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_answers_are_those_of_transformers(built: Built, backend: str) -> None:
+    """Greedy ids, and the logits of the answer that they make."""
+    if reason := backends.DRIVERS[backend].unavailable():
+        pytest.skip(reason)
+    decoder = built.shapes.decoder
+    if decoder.hidden_size % decoder.num_attention_heads:
+        pytest.skip("transformers has no heads of their own width")
+    checkpoint = built.folder.parent / "checkpoint"
+    judge = Judge(checkpoint / "mllm", checkpoint / "bifrost")
+    facts = manifest.read(built.folder)
+    engines = Engines(
+        built.folder,
+        replace(facts, engines=(facts.engine("mllm_text"),)),
+        backends.load(backend),
+    )
+    try:
+        for seed, turns in enumerate(TURNS[5::3]):
+            asked = judge.asks(turns, seed)
+            expected = judge.answer(asked, 24)
+            run = Answering(engines, facts).answer(
+                asked.conversation, Sampling(), max_new_tokens=24, stop_ids=(), timings={}
+            )
+            assert list(run) == expected, turns.name
+            logits = judge.logits(asked, expected)
+            found = forced_logits(engines, asked.conversation, expected)
+            assert np.abs(found - logits).max() < TOLERANCE * np.abs(logits).max(), turns.name
+    finally:
+        engines.close()

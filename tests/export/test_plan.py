@@ -124,7 +124,7 @@ def test_7b_at_bf16_on_24_gb_says_what_must_give(release: list[Work]) -> None:
     assert plan.fits
     assert "conditioning" in plan.stages[6].evict
     said = " ".join(plan.changes)
-    assert "not everything stays in memory, which would take 5" in said
+    assert "not everything stays in memory, which would take 6" in said
     assert "must leave before `denoise`" in said
     assert "every further picture loads" in said
 

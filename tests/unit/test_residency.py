@@ -14,7 +14,7 @@ from bifrost_rt.residency import Need, Step, schedule
 GB = 10**9
 # Bifrost-1 of 7B at 8 bit: GB of weights, in the order of use.
 RELEASE = {
-    "text_prefill": 7.1,
+    "mllm_text": 7.1,
     "visual_decode": 6.5,
     "clip_text": 0.1,
     "t5_text": 4.8,
@@ -126,7 +126,7 @@ def test_a_stage_that_cannot_fit_is_refused_by_name() -> None:
         schedule(release(scratch=1.0), 8 * GB)
     message = str(caught.value)
     assert "memory budget 7.5 GiB: stage `denoise` needs 9.7 GiB by itself" in message
-    assert "too large are `text_prefill`, `denoise`" in message
+    assert "too large are `mllm_text`, `denoise`" in message
     assert "hint: give it at least 9.7 GiB" in message
 
 

@@ -156,7 +156,7 @@ def test_a_set_that_was_built_here_is_verified_on_an_older_processor(int8_set: P
         cwd=Path(__file__).parents[3],
     )
     assert done.returncode == 0, done.stderr
-    assert "7 engines load, self-test picture within" in done.stdout
+    assert "8 engines load, self-test picture within" in done.stdout
 
 
 def test_inspect_says_what_every_layer_is_and_why(
@@ -307,6 +307,6 @@ def test_planned_weights_are_the_built_ones(int8_set: Path) -> None:
     )
     planned = {one.engine: one.weights(STORAGES["int8"]) for one in works}
     report = json.loads((int8_set / "report.json").read_text())["engines"]
-    as_asked = ("text_prefill", "visual_decode", "conditioning", "vae_decode")  # no overrides there
+    as_asked = ("mllm_text", "visual_decode", "conditioning", "vae_decode")  # no overrides there
     found = sum(sum(report[name]["weight_bytes"].values()) for name in as_asked)
     assert sum(planned[name] for name in as_asked) == pytest.approx(found, rel=0.01)

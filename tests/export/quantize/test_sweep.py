@@ -94,7 +94,7 @@ def test_layers_are_put_back(
 def test_a_budget_keeps_the_costliest_and_no_more(
     bench: sweep.Bench, decisions: list[Decision]
 ) -> None:
-    some = [d for d in decisions if d.choice.stage in ("visual_decode", "text_prefill")]
+    some = [d for d in decisions if d.choice.stage in ("visual_decode", "mllm_text")]
     everything = bench.cost(some).psnr
     found = sweep.sweep(bench, some, everything + 3, lambda line: None)
     assert 0 < len(found.kept) < len(found.groups)
