@@ -39,14 +39,12 @@ class Calls:
         calls: how often it runs for an image.
         kernels: of one call.
         least_bytes: see `plan_report.least_bytes`.
-        held_bytes: weights, in the engine or beside it.
     """
 
     engine: str
     calls: int
     kernels: tuple[Kernel, ...]
     least_bytes: int
-    held_bytes: int
 
     @property
     def operations(self) -> int:
@@ -56,7 +54,7 @@ class Calls:
 
 @dataclass(frozen=True)
 class KernelTime:
-    """Kernels of one engine that do the same.
+    """Kernels of one engine that do the same: those of one name, and all products of one type.
 
     Attributes:
         label: what they do, such as "product int8".
@@ -64,6 +62,7 @@ class KernelTime:
         seconds: of one call, all of them; estimated.
         limit: "bandwidth" or "compute", of most of that time.
         layers: of the network, of the slowest of them.
+        name: of that one.
     """
 
     label: str
@@ -84,6 +83,7 @@ class EngineTime:
         seconds: of one call, estimated.
         arithmetic_seconds: its operations alone, at the rates of their types.
         ideal_seconds: the larger of that and its least bytes over the bandwidth.
+        ideal_limit: "compute" or "bandwidth", whichever of the two is the larger.
         kernels: the slowest first.
     """
 
@@ -92,6 +92,7 @@ class EngineTime:
     seconds: float
     arithmetic_seconds: float
     ideal_seconds: float
+    ideal_limit: str
     kernels: tuple[KernelTime, ...]
 
 
@@ -138,9 +139,7 @@ def _calls(folder: Path, spec: EngineSpec, sizes: Mapping[str, int]) -> Calls:
     least = plan_report.least_bytes(plan, weights)
     if least is None or any(k.bytes is None or k.operations is None for k in kernels):
         raise unknown
-    held = sum(t.bytes or 0 for t in plan.tensors.values() if t.constant and not t.base)
-    held += sum(weight.size for weight in spec.compiled.weights)
-    return Calls(spec.name, dims.calls(spec, sizes), tuple(kernels), least, held)
+    return Calls(spec.name, dims.calls(spec, sizes), tuple(kernels), least)
 
 
 def estimate(calls: Sequence[Calls], device: Device) -> Estimate | None:
@@ -170,20 +169,24 @@ def _engine(one: Calls, device: Device, bandwidth: float, missing: dict[str, Non
         memory = (kernel.bytes or 0) / bandwidth
         seconds = max(compute, memory)
         total, arithmetic = total + seconds, arithmetic + compute
-        group = groups.setdefault((label(kernel), _common(kernel.name)), [])
+        group = groups.setdefault(
+            (label(kernel), "" if kernel.kind == "product" else kernel.name), []
+        )
         group.append((seconds, COMPUTE if compute >= memory else BANDWIDTH, kernel))
-    times = [_group(what, name, members) for (what, name), members in groups.items()]
+    least = one.least_bytes / bandwidth
+    times = [_group(what, members) for (what, _), members in groups.items()]
     return EngineTime(
         one.engine,
         one.calls,
         total,
         arithmetic,
-        max(arithmetic, one.least_bytes / bandwidth),
+        max(arithmetic, least),
+        COMPUTE if arithmetic >= least else BANDWIDTH,
         tuple(sorted(times, key=lambda time: -time.seconds)),
     )
 
 
-def _group(what: str, name: str, members: Sequence[tuple[float, str, Kernel]]) -> KernelTime:
+def _group(what: str, members: Sequence[tuple[float, str, Kernel]]) -> KernelTime:
     limits = {
         limit: sum(seconds for seconds, found, _ in members if found == limit)
         for _, limit, _ in members
@@ -191,7 +194,7 @@ def _group(what: str, name: str, members: Sequence[tuple[float, str, Kernel]]) -
     slowest = max(members, key=lambda member: member[0])[2]
     return KernelTime(
         what,
-        name,
+        slowest.name,
         len(members),
         sum(seconds for seconds, _, _ in members),
         max(limits, key=lambda limit: limits[limit]),
@@ -208,8 +211,3 @@ def label(kernel: Kernel) -> str:
     return {"weight": "weight moved", "other": "elementwise, norms, moves"}.get(
         kernel.kind, kernel.kind
     )
-
-
-def _common(name: str) -> str:
-    """A kernel's name; products of the same kind, which have their layers' names, share one."""
-    return name if name.startswith("_") and not name.startswith("__fc") else "matrix product"

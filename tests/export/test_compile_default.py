@@ -11,10 +11,11 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+from PIL import Image
 
 from bifrost_rt import inspect, manifest, opened, residency
 from bifrost_rt.manifest import Manifest
-from export import build, flops, shipped
+from export import build, flops, plan, shipped
 from export.compile import __main__ as command
 from export.compile import builder as builders
 from export.compile import compiled_set, plan_report, plan_text
@@ -207,20 +208,44 @@ def test_every_plan_multiplies_what_the_graph_does(compiled: Compiled) -> None:
 def test_a_plan_that_contradicts_what_was_asked_is_named(compiled: Compiled) -> None:
     """The plans are right here, so what was asked is changed."""
     spec = compiled.facts.engine("visual_decode")
-    plan = plan_text.read(compiled.folder / spec.graph)
-    assert plan is not None
-    assert plan.targets == TARGETS[compiled.precision]
-    found = plan_report.kernels(plan)
+    held = plan_text.read(compiled.folder / spec.graph)
+    assert held is not None
+    assert held.targets == TARGETS[compiled.precision]
+    found = plan_report.kernels(held)
     product = next(kernel for kernel in found if kernel.kind == "product")
     layer = next(name for name in product.layers if name.startswith(("node_MatMul", "node_linear")))
     asked = Arithmetic({}, {}, {layer: product.reads}, {})
-    assert plan_report.contradictions(plan, asked) == ()
+    assert plan_report.contradictions(held, asked) == ()
     asked = Arithmetic({}, {}, {layer: "float32"}, {})
-    (said,) = plan_report.contradictions(plan, asked)
+    (said,) = plan_report.contradictions(held, asked)
     assert said == f"{layer} multiplies {product.reads}, where the network says float32"
-    (said,) = plan_report.contradictions(replace(plan, capturable=False), Arithmetic({}, {}))
+    (said,) = plan_report.contradictions(replace(held, capturable=False), Arithmetic({}, {}))
     assert said == "a call of it cannot be recorded as a CUDA graph"
-    assert plan_report.describe(replace(plan, capturable=None))["capturable"] == "unknown"
+    assert plan_report.describe(replace(held, capturable=None))["capturable"] == "unknown"
+
+
+def test_the_time_is_estimated_from_the_plans(
+    compiled: Compiled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "plan.json"
+    asked = ("--engines", compiled.folder, "--device", "rtx-5090", "--json", written)
+    ran(plan.main, *asked, "--plot", tmp_path / "plan.png")
+    said = capsys.readouterr().out
+    assert "estimated from the engines' plans" in said
+    document = json.loads(written.read_text())
+    times = {engine["engine"]: engine for engine in document["estimate"]["engines"]}
+    assert times.keys() == STAGES
+    bandwidth = 1792e9
+    for stage in document["stages"]:
+        engine = times[stage["engine"]]
+        reported = compiled.report[stage["engine"]]["plan"]
+        assert engine["seconds"] >= reported["bytes"] / bandwidth > 0
+        assert engine["seconds"] >= engine["ideal_seconds"] >= engine["arithmetic_seconds"]
+        assert stage["seconds"] == pytest.approx(engine["calls"] * engine["ideal_seconds"])
+        assert sum(time["count"] for time in engine["kernels"]) == reported["kernels"]
+    assert document["seconds"] == pytest.approx(document["estimate"]["ideal_seconds"])
+    with Image.open(tmp_path / "plan.png") as picture:
+        assert picture.height > 800
 
 
 def test_an_engine_without_a_plan_is_unknown(compiled: Compiled, tmp_path: Path) -> None:
