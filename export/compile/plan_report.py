@@ -26,6 +26,7 @@ DTYPES = {
 PRODUCTS = ("fully_connected", "corrltn", "runtime_fusion")
 HEAD = 16  # attention with heads of a multiple of this width has a kernel; of 8 it may have none
 SMALLEST = 1 << 16  # bytes of a weight that matters when it is moved
+_HIDDEN = re.compile(r"_myl_\w*(Fc|Corr|Deco)")
 _MULTIPLIED = re.compile(r"^_+(gemm|gemv)_mha")
 
 
@@ -65,7 +66,9 @@ def kernels(plan: EnginePlan, weights: Collection[str] = ()) -> list[Kernel]:
 
 
 def _kernel(op: Operation, bound: Collection[str]) -> Kernel:
-    kind, operations = "other", 0 if op.kind != "runtime_function" else None
+    kind: str = "other"
+    # a name lists what a kernel does: Fc, Corr and Deco are products
+    operations = None if op.kind == "runtime_function" and _HIDDEN.search(op.name) else 0
     first = op.inputs[0].type if op.inputs else ""
     if op.kind in PRODUCTS:
         left, right, operations = _product(op, bound)
@@ -102,8 +105,9 @@ def _product(
         left, right = op.inputs[:2]
         inner = left.dims[-2 if op.transposed[0] else -1]
         return left, right, _times(2, out.elements, inner)
-    for left in op.inputs:
-        for right in op.inputs:
+    # a residual beside them may have a shape that fits, too: weights first
+    for right in sorted(op.inputs, key=lambda t: not _is_weight(t, bound)):
+        for left in op.inputs:
             if left is not right and _multiply(left, right, out):
                 return left, right, _times(2, out.elements, left.dims[-1])
     return None, None, None

@@ -127,18 +127,22 @@ def _calls(folder: Path, spec: EngineSpec, sizes: Mapping[str, int]) -> Calls:
     assert spec.compiled is not None
     weights = [weight.name for weight in spec.compiled.weights]
     plan = plan_text.read(folder / spec.graph)
-    unknown = RecipeError(
-        f"{folder / spec.graph}: the engine holds no plan that can be read",
-        hint="plan with the ONNX set that it was compiled from",
-    )
+    hint = "plan with the ONNX set that it was compiled from"
     if plan is None:
-        raise unknown
+        raise RecipeError(
+            f"{folder / spec.graph}: the engine holds no plan that can be read", hint=hint
+        )
     doors = (*spec.inputs, *spec.outputs)
     plan = plan.at({tensor.name: dims.shape_at(tensor.shape, sizes) for tensor in doors})
     kernels = plan_report.kernels(plan, weights)
     least = plan_report.least_bytes(plan, weights)
-    if least is None or any(k.bytes is None or k.operations is None for k in kernels):
-        raise unknown
+    unclear = [k.name for k in kernels if k.bytes is None or k.operations is None]
+    if least is None or unclear:
+        raise RecipeError(
+            f"{folder / spec.graph}: the engine's plan does not say what "
+            f"{', '.join(unclear[:3]) or 'a weight'} moves or computes",
+            hint=hint,
+        )
     return Calls(spec.name, dims.calls(spec, sizes), tuple(kernels), least)
 
 

@@ -239,7 +239,7 @@ def test_the_time_is_estimated_from_the_plans(
     for stage in document["stages"]:
         engine = times[stage["engine"]]
         reported = compiled.report[stage["engine"]]["plan"]
-        assert engine["seconds"] >= reported["bytes"] / bandwidth > 0
+        assert engine["seconds"] >= 0.999 * reported["bytes"] / bandwidth > 0
         assert engine["seconds"] >= engine["ideal_seconds"] >= engine["arithmetic_seconds"]
         assert stage["seconds"] == pytest.approx(engine["calls"] * engine["ideal_seconds"])
         assert sum(time["count"] for time in engine["kernels"]) == reported["kernels"]
