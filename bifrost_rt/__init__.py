@@ -7,6 +7,7 @@ result.save("out.png")
 
 from __future__ import annotations
 
+from bifrost_rt.chat import ChatResult
 from bifrost_rt.errors import (
     BackendError,
     BifrostError,
@@ -29,6 +30,7 @@ __all__ = [
     "BackendError",
     "BifrostError",
     "BudgetError",
+    "ChatResult",
     "EngineSetError",
     "Generator",
     "GeneratorStateError",

@@ -24,7 +24,7 @@ from bifrost_rt import dims, residency, text_inputs
 from bifrost_rt.backends.base import Buffer
 from bifrost_rt.engines import Engines, Loop
 from bifrost_rt.errors import RequestError
-from bifrost_rt.manifest import Manifest
+from bifrost_rt.manifest import SetSpec
 from bifrost_rt.text_inputs import NAME, Arrays
 
 LEAST_CACHE, LEAST_ANSWER = 256, 64  # sizes of buffers are powers of two from these
@@ -135,7 +135,7 @@ class Answering:
         reuse: whether the last conversation's keys and values stay for the next one.
     """
 
-    def __init__(self, engines: Engines, manifest: Manifest, *, reuse: bool = True) -> None:
+    def __init__(self, engines: Engines, manifest: SetSpec, *, reuse: bool = True) -> None:
         self._engines, self._manifest, self._reuse = engines, manifest, reuse
         self._kept: _Kept | None = None
 
@@ -181,15 +181,23 @@ class Answering:
         """
         if max_new_tokens < 1:
             raise RequestError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if not len(asked.ids):
+        self.check(len(asked.ids))
+        return Answer(self, asked, sampling, max_new_tokens, frozenset(stop_ids), timings)
+
+    def check(self, tokens: int) -> None:
+        """Refuse a conversation of so many tokens where there is no room for an answer.
+
+        Raises:
+            RequestError: it is empty or too long.
+        """
+        if not tokens:
             raise RequestError("the conversation is empty")
-        if len(asked.ids) >= self.context:
+        if tokens >= self.context:
             raise RequestError(
-                f"the conversation has {len(asked.ids)} tokens, its answer's not counted; it may "
-                f"have {self.context - 1}",
+                f"the conversation has {tokens} tokens, its answer's not counted; it may have "
+                f"{self.context - 1}",
                 hint="leave out old turns, or give smaller images",
             )
-        return Answer(self, asked, sampling, max_new_tokens, frozenset(stop_ids), timings)
 
     def forget(self) -> None:
         """Give up the memory of the last conversation."""

@@ -52,6 +52,7 @@ class Dim:
 
 IMAGES, PROMPTS, TEXTS = "images", "prompts", "texts"
 BRANCHES, TEXT_TOKENS, STEPS, REVEALED = "branches", "text_tokens", "steps", "revealed"
+WINDOWS, VISION_TOKENS = "windows", "vision_tokens"
 NEW_TOKENS, CACHE_TOKENS = "new_tokens", "cache_tokens"
 IMAGE_TOKENS, ANSWER_TOKENS = "image_tokens", "answer_tokens"
 
@@ -64,7 +65,8 @@ CANDIDATES = 1024  # tokens that top_k and top_p choose among, at most
 # the MLLM reads, prompts the distinct prompts; with guidance there is one more text, the empty one,
 # and a second branch. Steps are those of the loop that an engine belongs to, and `revealed` is the
 # largest number of places that a decoding step reveals. The text engine reads new tokens behind
-# those of its cache, some of them an image's, and chooses the answer's.
+# those of its cache, some of them an image's, and chooses the answer's. Windows and vision tokens
+# are those of one image that is looked at.
 DIMS = {
     dim.name: dim
     for dim in (
@@ -79,6 +81,8 @@ DIMS = {
         Dim(IMAGE_TOKENS, "image_tokens", 1, "chunk", 9, "min"),
         Dim(ANSWER_TOKENS, "answer_tokens", 1, "context", 10, "max"),
         Dim(REVEALED, "revealed", 1, "num_visual_tokens", 11, "min"),
+        Dim(WINDOWS, "windows", 1, "max_windows", 12, "max", rows="windows"),
+        Dim(VISION_TOKENS, "vision_tokens", 1, "max_vision_tokens", 14, "max"),
     )
 }
 
@@ -93,8 +97,9 @@ def ranges(dims: Iterable[Dim] = DIMS.values(), **limits: int | None) -> dict[st
     """The range of every size.
 
     Args:
-        limits: `max_images`, `mllm_max_length`, `num_visual_tokens`, `max_steps`, `chunk` and
-            `context`; None, or a limit that is not given: no limit.
+        limits: `max_images`, `mllm_max_length`, `num_visual_tokens`, `max_steps`, `chunk`,
+            `context`, `max_windows` and `max_vision_tokens`; None, or a limit that is not given: no
+            limit.
     """
     return {dim.name: Range(dim.min, dim.limit(limits)) for dim in dims}
 
@@ -107,6 +112,8 @@ def of_run(
     prompts: int = 1,
     guided: bool = False,
     revealed: int = 1,
+    windows: int = 1,
+    vision_tokens: int = 1,
     new_tokens: int | None = None,
     cache_tokens: int | None = None,
     image_tokens: int = 1,
@@ -119,6 +126,7 @@ def of_run(
         steps: of the loop.
         guided: whether classifier-free guidance is on.
         revealed: most places that one decoding step reveals.
+        windows, vision_tokens: of an image that is looked at.
         new_tokens, cache_tokens: of the text engine; default: `text_tokens`, as drawing reads a
             prompt.
         image_tokens, answer_tokens: of a conversation.
@@ -126,6 +134,7 @@ def of_run(
     facts = {
         **{"images": images, "prompts": prompts, "guided": int(guided)},
         **{"text_tokens": text_tokens, "steps": steps, "revealed": revealed},
+        **{"windows": windows, "vision_tokens": vision_tokens},
         "new_tokens": text_tokens if new_tokens is None else new_tokens,
         "cache_tokens": text_tokens if cache_tokens is None else cache_tokens,
         **{"image_tokens": image_tokens, "answer_tokens": answer_tokens},
@@ -175,9 +184,20 @@ def decodes(spec: EngineSpec) -> bool:
     return REVEALED in used_by(spec)
 
 
+def looks(spec: EngineSpec) -> bool:
+    """Whether an engine belongs to looking at an image, because it reads its windows; drawing does
+    not use it."""
+    return WINDOWS in used_by(spec)
+
+
 def reads_pieces(spec: EngineSpec) -> bool:
     """Whether an engine reads a text piece by piece, behind a cache."""
     return {NEW_TOKENS, CACHE_TOKENS} <= used_by(spec)
+
+
+def drawing(engines: Iterable[EngineSpec]) -> list[str]:
+    """The names of those engines that draw, in their order."""
+    return [spec.name for spec in engines if not looks(spec)]
 
 
 def loops(spec: EngineSpec) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from bifrost_rt import residency
+from bifrost_rt import dims, residency
 from bifrost_rt.backends.base import Backend, Buffer, Engine, output_shape, symbol_sizes
 from bifrost_rt.errors import BifrostError, BudgetError
 from bifrost_rt.manifest import EngineSpec, SetSpec
@@ -66,7 +66,8 @@ class Engines:
         self._steps: dict[str, Step] = {}
         self._needs: dict[str, Need] = {}
         self._beside, self._leave_beside = 0, _nothing
-        order = [spec.name for spec in manifest.engines]
+        # an image to look at may never come, and takes as much memory as it has pixels
+        order = dims.drawing(manifest.engines)
         if budget is None:
             self._enter_all(order)
             return

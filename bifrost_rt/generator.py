@@ -16,6 +16,8 @@ from PIL import Image
 
 from bifrost_rt import (
     backends,
+    chat,
+    dims,
     engines,
     handover,
     manifest,
@@ -25,8 +27,11 @@ from bifrost_rt import (
     request,
     residency,
 )
+from bifrost_rt import messages as conversation
 from bifrost_rt.backends.base import Backend
 from bifrost_rt.backends.choice import Choice, choose
+from bifrost_rt.chat import ChatResult, OnText
+from bifrost_rt.chat_params import ChatOptions, ChatParameters
 from bifrost_rt.engines import Loop
 from bifrost_rt.errors import BudgetError, EngineSetError, RequestError, RequestTypeError
 from bifrost_rt.opened import OpenedFiles
@@ -39,6 +44,8 @@ from bifrost_rt.turns import Turns, lock_of
 
 DEFAULT_SET = Path("engines/sets/default")
 SHIPPED_SET = Path(__file__).parent / "demo"  # `make wheel` puts it there, and nothing else
+
+QUESTION = "Describe the scene."  # of an image about which nobody asks anything else
 
 log = logging.getLogger("bifrost_rt")
 
@@ -107,6 +114,7 @@ class Generator:
         with lock:
             self._engines = engines.Engines(folder, self.manifest, started, budget, files, prompts)
         self._turns = Turns(lock)
+        self._speaker = chat.Speaker(self._engines, self._tokenizers, self.manifest)
 
     @names_options
     def run(
@@ -232,7 +240,7 @@ class Generator:
             GeneratorStateError: the generator is closed.
         """
         self._turns.require_open("reloads()")
-        return not {spec.name for spec in self.manifest.engines} <= set(self._engines.resident)
+        return not set(dims.drawing(self.manifest.engines)) <= set(self._engines.resident)
 
     def _draw(
         self,
@@ -302,6 +310,77 @@ class Generator:
         # too many pictures are refused before their noise is drawn
         self._engines.begin(pipeline.stages(checked), pipeline.sizes(self.manifest, checked))
         return Previews(self._engines, self.manifest, checked, every)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: Callable[[str], None] | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> ChatResult:
+        """Answer a conversation in words. What it begins with in common with the one before, the
+        same images among it, is not computed again.
+
+        Args:
+            messages: as transformers and OpenAI write them: `{"role": "user", "content": "…"}`, or
+                a list of `{"type": "text", "text": "…"}` and `{"type": "image", "image": …}` as
+                content. An image is a path, the bytes of a file, a `PIL.Image` or an array;
+                `image_url` takes a data URI. Roles are system, user and assistant.
+            stream: called with every piece of the text, which never splits a character. An
+                exception ends the answer and leaves the generator usable. It must not use the
+                same generator.
+            options: `max_new_tokens` (512), `temperature` (0: the likeliest token), `top_p`,
+                `top_k`, `repetition_penalty`, `seed`.
+
+        Raises:
+            RequestError, RequestTypeError: a message or an option that cannot be served, an image
+                for a set that reads none, or a conversation that is too long.
+            BudgetError: it does not fit into the memory budget.
+            NumericsError: an image's tokens are not finite.
+            EngineSetError: the set's files changed since it was opened.
+            GeneratorStateError: the generator is closed, or this is its own callback.
+        """
+        self._turns.require_open("chat()")
+        asked = ChatParameters.fill(options)
+        chat.facts(self.manifest)
+        turns = conversation.read(messages)
+        return self.answer(turns, asked, lambda piece: stream(piece) if stream and piece else None)
+
+    def answer(
+        self,
+        turns: Sequence[conversation.Turn],
+        asked: ChatParameters,
+        on_text: OnText,
+    ) -> ChatResult:
+        """Answer turns that `messages.read` made; the rest is as in `chat`.
+
+        Args:
+            on_text: called after every token, with an empty piece where a character is not whole.
+        """
+
+        def guarded(piece: str) -> None:
+            self._turns.in_callback = True
+            on_text(piece)
+            self._turns.in_callback = False
+
+        with self._turns.turn("chat()"):
+            return self._speaker.answer(turns, asked, guarded)
+
+    def describe(
+        self,
+        image: Any,
+        question: str = QUESTION,
+        *,
+        stream: Callable[[str], None] | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> ChatResult:
+        """Answer a question about an image; stream, options and errors are those of `chat`.
+
+        Args:
+            image: a path, the bytes of a file, a `PIL.Image` or an array.
+        """
+        parts = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        return self.chat([{"role": "user", "content": parts}], stream=stream, **options)
 
     def no_previews(self) -> str | None:
         """Why `preview_every` cannot be served, or None where it can.

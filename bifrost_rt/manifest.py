@@ -111,6 +111,8 @@ class EngineSpec:
     `carry` pairs an output with the input that it becomes in the next step of the engine's loop.
     `scratch_bytes` is what its arithmetic needs between its doors for one picture at the default
     steps and the longest prompt, counted from the graph; 0 in sets that do not state it.
+    `square_bytes` is what comes beside where all rows of a larger run see each other: that much for
+    the square of its growth.
     `piece_scratch_bytes` is the same for `dims.CHUNK` tokens of a conversation behind
     a cache of `dims.CONTEXT`; 0 for engines that read none.
     `compiled` is None where the file is an ONNX graph.
@@ -124,6 +126,7 @@ class EngineSpec:
     carry: dict[str, str]
     precision: Precision
     scratch_bytes: int = 0
+    square_bytes: int = 0
     compiled: Compiled | None = None
     piece_scratch_bytes: int = 0
 
@@ -204,6 +207,50 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Chat:
+    """How conversations are written: Qwen2.5-VL's chat template, in ids.
+
+    Attributes:
+        turn_start, turn_end: around every message; a line break follows the end.
+        vision_start, image_pad, vision_end: around an image, and each of its tokens.
+        stop_ids: tokens that end an answer.
+        default_system: what the system says where no message does; None: nothing.
+    """
+
+    turn_start: int
+    turn_end: int
+    vision_start: int
+    vision_end: int
+    image_pad: int
+    stop_ids: tuple[int, ...]
+    default_system: str | None = None
+
+
+@dataclass(frozen=True)
+class Vision:
+    """How images become the vision tower's patches.
+
+    Attributes:
+        patch_size: pixels of a patch's side; `temporal_patch_size` times the same patch are read.
+        merge_size: patches of a token's side.
+        window: tokens of a window's side, which most layers do not look beyond.
+        min_pixels, max_pixels: smaller images are made larger, larger ones smaller.
+        rescale_factor, image_mean, image_std: pixels (0 to 255) times the factor, less the mean,
+            over the deviation.
+    """
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    window: int
+    min_pixels: int
+    max_pixels: int
+    rescale_factor: float
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class File:
     """A file of the set, beside the manifest."""
 
@@ -250,6 +297,16 @@ class SetSpec(Protocol):
         ...
 
     @property
+    def vision(self) -> Vision | None:
+        """Say how images become patches; None where the set reads none."""
+        ...
+
+    @property
+    def chat(self) -> Chat | None:
+        """Say how conversations are written; None where the set holds none."""
+        ...
+
+    @property
     def dimensions(self) -> Mapping[str, Range]:
         """Give the bounds of the sizes that callers choose."""
         ...
@@ -271,9 +328,9 @@ class SetSpec(Protocol):
 
 @dataclass(frozen=True)
 class Manifest:
-    """An engine set. `files` lists every file beside the manifest. `selftest` is how far the
-    self-test's picture was from the builder's when the engines were simulated on a CPU, where
-    they were."""
+    """An engine set. `files` lists every file beside the manifest. `vision` is None where the set
+    reads no images, `chat` where it holds no conversations. `selftest` is how far the self-test's
+    picture was from the builder's when the engines were simulated on a CPU, where they were."""
 
     format: int
     name: str
@@ -288,6 +345,8 @@ class Manifest:
     files: dict[str, File]
     calibration: Calibration | None = None
     selftest: Deviation | None = None
+    vision: Vision | None = None
+    chat: Chat | None = None
 
     def engine(self, name: str) -> EngineSpec:
         """Find an engine by its name.
@@ -303,7 +362,7 @@ class Manifest:
         for engine in data["engines"]:
             if engine["compiled"] is None:
                 del engine["compiled"]
-        for optional in ("calibration", "selftest"):
+        for optional in ("calibration", "selftest", "vision", "chat"):
             if data[optional] is None:
                 del data[optional]
         return _render(data, hashlib.sha256(_render(data, None)).hexdigest())

@@ -41,6 +41,22 @@ def problem(array: NDArray[Any], rows: str) -> str | None:
     return f"are not finite: {count} of {array.size} values ({where})"
 
 
+def refuse_infinite(stage: str, name: str, array: NDArray[Any], rows: str) -> None:
+    """Refuse what an engine has left where it is not finite, for no request of drawing.
+
+    Args:
+        rows: what the first axis counts, in the singular.
+
+    Raises:
+        NumericsError: it is not.
+    """
+    if found := problem(array, rows):
+        raise NumericsError(
+            f"stage `{stage}`: {name} {found}",
+            hint="`bifrost-rt verify DIR` tells whether this machine computes what the builder did",
+        )
+
+
 class Checks:
     """The checks of one run.
 

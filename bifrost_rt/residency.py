@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bifrost_rt import dims, schedules
+from bifrost_rt import dims, image_processor, schedules
 from bifrost_rt.dims import DIMS, REVEALED, STEPS
 from bifrost_rt.errors import BudgetError, RequestError, RequestTypeError
 from bifrost_rt.manifest import EngineSpec, SetSpec, TensorSpec
@@ -179,7 +179,7 @@ def sizes(
     num_inference_steps: int | None = None,
 ) -> Sizes:
     """What a run makes of the symbols at the engines' doors: one picture where nothing else is
-    said. Texts count as long as they can be."""
+    said. Texts count as long as they can be, and images to look at as large."""
     defaults = manifest.defaults
     common = dims.of_run(
         images=images,
@@ -187,6 +187,7 @@ def sizes(
         guided=guided,
         text_tokens=manifest.text.mllm.max_length,
         steps=num_inference_steps or defaults.num_inference_steps,
+        **_largest_image(manifest),
     )
     asked = decoding_steps or defaults.decoding_steps
     tokens = manifest.model.num_visual_tokens
@@ -197,6 +198,13 @@ def sizes(
     }
     decoders = {spec.name for spec in manifest.engines if dims.decodes(spec)}
     return lambda engine: decoding if engine in decoders else common
+
+
+def _largest_image(manifest: SetSpec) -> dict[str, int]:
+    if manifest.vision is None:
+        return {}
+    largest = image_processor.limits(manifest.vision)
+    return {"windows": largest.windows, "vision_tokens": largest.tokens}
 
 
 def needs(
@@ -242,13 +250,14 @@ def scratch_bytes(spec: EngineSpec, sizes: Mapping[str, int], longest: int) -> f
     Args:
         longest: tokens of the prompt for which the manifest states it.
     """
+    grown = growth(spec, sizes)
     if not spec.piece_scratch_bytes:
-        return spec.scratch_bytes * growth(spec, sizes)
+        return spec.scratch_bytes * grown + spec.square_bytes * (grown**2 - grown)
     # of a row it grows with the cache, whose every place attention has a score for
     short, long = spec.scratch_bytes / longest, spec.piece_scratch_bytes / dims.CHUNK
     slope = (long - short) / max(1, dims.CONTEXT - longest)
     cache = max(longest, sizes[dims.CACHE_TOKENS])
-    rows = growth(spec, sizes) * sizes[dims.NEW_TOKENS]
+    rows = grown * sizes[dims.NEW_TOKENS]
     return rows * (short + slope * (cache - longest))
 
 

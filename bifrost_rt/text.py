@@ -20,6 +20,7 @@ from bifrost_rt.errors import EngineSetError
 from bifrost_rt.files import read_text
 from bifrost_rt.manifest import REBUILD, EncoderText, Text
 from bifrost_rt.notes import Truncation, truncation
+from bifrost_rt.text_stream import TextStream
 
 # Captions of the training data begin like this; the reference strips the first match, in this
 # order, without a word boundary ("This island" becomes "Land").
@@ -81,6 +82,10 @@ class Tokenizers:
 
     def _mllm_user(self, prompt: str) -> list[int]:
         text = self._text.mllm.lead + strip_lead_in(prompt)
+        return self.mllm_ordinary(text)
+
+    def mllm_ordinary(self, text: str) -> list[int]:
+        """Ids of a text whose every character is ordinary."""
         return list(self._mllm_ordinary.encode(text, add_special_tokens=False).ids)
 
     def clip(self, prompts: Sequence[str]) -> NDArray[np.int64]:
@@ -114,10 +119,18 @@ class Tokenizers:
 
     def mllm_raw(self, text: str) -> list[int]:
         """Ids of a text in which special tokens are special. For templates, not for prompts."""
+        return list(self._mllm_whole.encode(text, add_special_tokens=False).ids)
+
+    def mllm_stream(self) -> TextStream:
+        """The text of an answer, to be fed with its tokens."""
+        return TextStream(self._mllm_whole)
+
+    @cached_property
+    def _mllm_whole(self) -> Tokenizer:
         tokenizer = Tokenizer.from_str(self._files[self._text.mllm.tokenizer])
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        return tokenizer
 
     @cached_property
     def _mllm_ordinary(self) -> Tokenizer:

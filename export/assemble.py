@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bifrost_rt import dims, schedules
-from bifrost_rt.manifest import ModelFacts
+from bifrost_rt import dims, image_processor, schedules
+from bifrost_rt.manifest import ModelFacts, Vision
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError
 from export.model.answering import MllmText
@@ -27,6 +27,7 @@ from export.stages import (
     mllm_text,
     t5_text,
     vae_decode,
+    vision_encode,
     visual_decode,
 )
 
@@ -137,9 +138,14 @@ def stages(
     mllm_max_length: int,
     clip_length: int,
     t5_length: int,
+    vision: Vision | None = None,
 ) -> Iterator[Stage]:
     """Every engine's stage, in the order in which a run uses them; weights are read as stages are
-    asked for."""
+    asked for.
+
+    Args:
+        vision: how images are read; None: they are not.
+    """
     visual = checkpoint.visual_branch()
     text = checkpoint.text_branch(context_length(checkpoint, mllm_max_length))
     head = checkpoint.text_head(text)
@@ -162,3 +168,6 @@ def stages(
         of_controlnet.width + of_transformer.width,
     )
     yield vae_decode.stage(VaeDecode(checkpoint.vae, side))
+    if vision is not None:
+        longest = image_processor.limits(vision).side * vision.merge_size
+        yield vision_encode.stage(checkpoint.vision_tower(longest))

@@ -46,7 +46,7 @@ def build(
     if recipe.backend in recipes.COMPILED:
         return _build_and_compile(recipe, progress, memory_budget)
     # torch and its company take seconds to import: not before the command line is understood
-    from export import build_plan, stage_cache
+    from export import build_plan, preprocessor, stage_cache
     from export import build_steps as steps
     from export.quantize.quantise import STATISTICS, quantise
 
@@ -54,9 +54,13 @@ def build(
     output = Path(recipe.output)
     say("reading the checkpoint")
     checkpoint, model = build_plan.read_checkpoint(recipe)
+    if reason := preprocessor.why_none(checkpoint):
+        say(f"the set will read no images: {reason}")
     with written_aside(output, finished=(stage_cache.REPORT, STATISTICS)) as folder:
         cache = stage_cache.StageCache(folder, output, keep=[STATISTICS])
         plan = build_plan.draw_up(recipe, checkpoint, model, folder)
+        if plan.chat is None:
+            say(f"the set will hold no conversations: {checkpoint.mllm} has another chat template")
         share = steps.reserve(plan, cache, memory_budget, say)
         layers = quantise(recipe, folder, plan, plan.stages, say, share.kept, output)
         built = steps.write_engines(plan, layers, checkpoint, cache, folder, say)
@@ -201,6 +205,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mllm-max-length", type=int, metavar="N", help="tokens of a chat prompt")
     parser.add_argument("--t5-max-length", type=int, metavar="N", help="tokens of T5")
     parser.add_argument("--max-images", type=int, metavar="N", help="images per run; no limit")
+    parser.add_argument(
+        "--max-image-pixels",
+        type=int,
+        metavar="N",
+        help="of an image that is looked at; larger ones are made smaller",
+    )
     parser.add_argument(
         "--target",
         type=lambda text: tuple(text.split(",")),

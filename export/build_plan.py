@@ -14,11 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 import bifrost_rt
-from bifrost_rt import dims
+from bifrost_rt import dims, image_processor
 from bifrost_rt import manifest as manifests
 from bifrost_rt.manifest import (
     Calibration,
+    Chat,
     Defaults,
     EngineSpec,
     File,
@@ -27,8 +30,9 @@ from bifrost_rt.manifest import (
     Range,
     Scheduler,
     Text,
+    Vision,
 )
-from export import assemble, budget, parity, text
+from export import assemble, budget, chat, parity, preprocessor, text
 from export.checkpoint import Checkpoint
 from export.recipe import Recipe
 from export.stages import Stage
@@ -60,6 +64,8 @@ class BuildPlan:
     scheduler: Scheduler
     defaults: Defaults
     text: Text
+    vision: Vision | None
+    chat: Chat | None
     dimensions: Mapping[str, Range]
     mllm_max_length: int
     ignored_files: tuple[str, ...]
@@ -95,6 +101,8 @@ class BuildPlan:
             scheduler=self.scheduler,
             defaults=self.defaults,
             text=self.text,
+            vision=self.vision,
+            chat=self.chat,
             dimensions=dict(self.dimensions),
             engines=self.engines,
             files=dict(files),
@@ -119,16 +127,21 @@ def draw_up(recipe: Recipe, checkpoint: Checkpoint, model: ModelFacts, folder: P
         folder: where the set is built.
 
     Raises:
-        CheckpointError: a tokenizer or a weight is missing or does not fit.
+        CheckpointError: a tokenizer, a preprocessor or a weight is missing or does not fit.
+        RecipeError: a limit that leaves no image to look at.
     """
     length = recipe.mllm_max_length or checkpoint.max_seq_length
+    vision = preprocessor.read(checkpoint, recipe.max_image_pixels)
+    largest = None if vision is None else image_processor.limits(vision)
     tokenizers = text.write(checkpoint, folder, length, recipe.t5_max_length)
     stages = {
         stage.name: stage
         for stage in assemble.stages(
-            checkpoint, model, length, tokenizers.clip.max_length, recipe.t5_max_length
+            *(checkpoint, model, length),
+            *(tokenizers.clip.max_length, recipe.t5_max_length, vision),
         )
     }
+    tokenizer = Tokenizer.from_file(str(folder / tokenizers.mllm.tokenizer))
     return BuildPlan(
         recipe=recipe,
         name=Path(recipe.output).name,
@@ -143,10 +156,14 @@ def draw_up(recipe: Recipe, checkpoint: Checkpoint, model: ModelFacts, folder: P
             controlnet_conditioning_scale=0.7,
         ),
         text=tokenizers,
+        vision=vision,
+        chat=chat.read(checkpoint.mllm, tokenizer),
         dimensions=dims.ranges(
             max_images=recipe.max_images,
             mllm_max_length=length,
             num_visual_tokens=model.num_visual_tokens,
+            max_windows=None if largest is None else largest.windows,
+            max_vision_tokens=None if largest is None else largest.tokens,
             chunk=max(dims.CHUNK, length),
             context=assemble.context_length(checkpoint, length),
         ),
@@ -154,7 +171,7 @@ def draw_up(recipe: Recipe, checkpoint: Checkpoint, model: ModelFacts, folder: P
         ignored_files=tuple(checkpoint.ignored_files),
         demand=budget.demand(
             stages.values(),
-            parity.sizes(length, model.num_visual_tokens, recipe.max_images),
+            parity.sizes(length, model, recipe.max_images, vision),
             {name: recipe.precision_of(name) for name in stages},
         ),
         engines=tuple(stage.outline() for stage in stages.values()),

@@ -20,11 +20,11 @@ from typing import Any
 
 from PIL import Image
 
-from bifrost_rt import backends, request, selftest
+from bifrost_rt import backends, image_processor, request, selftest
 from bifrost_rt import manifest as manifests
 from bifrost_rt.backends.base import Backend
 from bifrost_rt.residency import size_text
-from export import budget, chain, engine_files, parity, stage_cache
+from export import budget, chain, engine_files, memory, parity, stage_cache
 from export.budget import Share
 from export.build_plan import BuildPlan
 from export.checkpoint import Checkpoint
@@ -68,14 +68,16 @@ def write_engines(
         ExportError: torch cannot trace a module, or ONNX's checker refuses a graph.
     """
     configs = stage_cache.configs_digest(checkpoint.mllm, checkpoint.bifrost, checkpoint.flux)
+    counted = memory.one_picture(plan.mllm_max_length)
+    largest = None if plan.vision is None else image_processor.limits(plan.vision)
     engines = []
     for name, stage in plan.stages.items():
         rest = layers.rest[name]
-        key = stage_cache.key(stage, configs, rest, plan.mllm_max_length)
+        key = stage_cache.key(stage, configs, rest, counted)
         done = cache.get(name, key)
         if done is None:
             say(f"building {name}")
-            made = engine_files.write(stage, folder, rest, plan.mllm_max_length)
+            made = engine_files.write(stage, folder, rest, counted, largest)
             done = cache.put(name, key, *made)
         else:
             say(f"{name} is there already")

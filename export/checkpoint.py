@@ -32,6 +32,8 @@ from export.identity import Part
 from export.model.controlnet import LatentControlNet
 from export.model.decoder_config import DecoderConfig
 from export.model.text_branch import TextBranch
+from export.model.vision_config import VisionConfig
+from export.model.vision_tower import VisionTower
 from export.model.visual_branch import VisualBranch, visual_key
 from export.weights import Weights, fill, refuse_unused
 
@@ -41,6 +43,8 @@ BIFROST_UNUSED = (
     "vision_language_model.lm_head.",
     "vision_gen_vae_model.",
 )
+# Where a Qwen2.5-VL folder keeps its vision tower: transformers 4.52 moved it.
+TOWER = ("visual.", "model.visual.")
 TRAINED_HEAD, BASE_HEAD = "vision_language_model.lm_head.", "lm_head."
 # Of the base model only what the training did not save is read.
 MLLM_UNUSED = ("model.", "visual.", "lm_head.")
@@ -88,6 +92,11 @@ class Checkpoint:
         self.trained = Weights.open(bifrost, "model")
         self.base = Weights.open(mllm, "model")
         self._base_prefix = _base_prefix(self.base)
+        self._tower_prefix = next((p for p in TOWER if _any_below(self.base, p)), None)
+        table = config.table("vision_config")
+        self.vision: VisionConfig | None = None
+        if table is not None and self._tower_prefix is not None:
+            self.vision = VisionConfig.read(table, self.decoder.hidden_size)
 
     @property
     def ignored_files(self) -> list[str]:
@@ -165,6 +174,22 @@ class Checkpoint:
         branch = _without_values(lambda: VisualBranch(self.decoder, self.num_visual_tokens))
         self._fill(branch, "visual branch", lambda name: (self.trained, visual_key(name)))
         return branch
+
+    def vision_tower(self, longest: int) -> VisionTower:
+        """The vision tower, as the MLLM's folder has it.
+
+        Args:
+            longest: patches of the longest side of an image.
+
+        Raises:
+            CheckpointError: tensors that are missing or do not fit.
+        """
+        assert self.vision is not None
+        config, prefix = self.vision, self._tower_prefix
+        tower = _without_values(lambda: VisionTower(config, longest))
+        self._fill(tower, "vision tower", lambda name: (self.base, f"{prefix}{name}"))
+        tower.patch_embed.as_linear()
+        return tower
 
     def refuse_left_overs(self) -> None:
         """After both branches and the head were read: raise for tensors that belong to none of
@@ -293,6 +318,10 @@ def _base_prefix(weights: Weights) -> str:
         f"{weights.folder}: missing tensor model.embed_tokens.weight",
         hint="the mllm folder must be a complete Qwen2.5-VL checkpoint",
     )
+
+
+def _any_below(weights: Weights, prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in weights.entries)
 
 
 def _without_values(build: Callable[[], M]) -> M:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bifrost_rt import dims
+from bifrost_rt.image_processor import Limits
 from bifrost_rt.manifest import EngineSpec, Precision
 from export import graph, memory, precision
 from export.quantize import audit
@@ -16,13 +17,18 @@ from export.stages import Stage
 
 
 def write(
-    stage: Stage, folder: Path, rest: str, text_tokens: int
+    stage: Stage,
+    folder: Path,
+    rest: str,
+    counted: Mapping[str, int],
+    largest: Limits | None = None,
 ) -> tuple[list[Path], dict[str, Any]]:
     """Trace a stage and write its graph and weights.
 
     Args:
         rest: the precision of what is not quantized.
-        text_tokens: of the longest text.
+        counted: the sizes for which scratch memory is stated.
+        largest: image to look at.
 
     Returns:
         The files, the graph first; and bytes by type (`weight_bytes`, the most first), memory of
@@ -36,11 +42,14 @@ def write(
     precision.store(traced, rest)
     facts: dict[str, Any] = {
         "weight_bytes": precision.weight_bytes(traced),
-        "scratch_bytes": memory.scratch_bytes(traced, memory.one_picture(text_tokens)),
+        "scratch_bytes": memory.scratch_bytes(traced, counted),
         "piece_scratch_bytes": 0,
+        "square_bytes": 0,
     }
     if dims.reads_pieces(stage.outline()):
         facts["piece_scratch_bytes"] = memory.scratch_bytes(traced, memory.one_piece())
+    if largest is not None and dims.looks(stage.outline()):
+        facts["square_bytes"] = memory.square_bytes(traced, largest)
     files = graph.save(traced, folder / f"{stage.name}.onnx")
     facts["seconds"] = round(time.perf_counter() - start, 3)
     return files, facts
@@ -68,5 +77,6 @@ def describe(
         graph=files[0],
         files=tuple(files),
         scratch_bytes=facts["scratch_bytes"],
+        square_bytes=facts["square_bytes"],
         piece_scratch_bytes=facts["piece_scratch_bytes"],
     )

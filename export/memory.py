@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from bifrost_rt import dims
+from bifrost_rt.image_processor import Limits
 from bifrost_rt.residency import COUNTED_STEPS
 from export.flops import shape_of
 
@@ -23,8 +24,19 @@ ARENA = 1.5
 
 def one_picture(text_tokens: int) -> dict[str, int]:
     """The sizes for which a manifest states scratch memory: the longest prompt, the default
-    steps, no guidance."""
+    steps, no guidance; one window of an image to look at."""
     return dims.of_run(text_tokens=text_tokens, steps=COUNTED_STEPS)
+
+
+def square_bytes(model: ir.Model, largest: Limits) -> int:
+    """What the scratch memory of looking takes beside what one window takes, for the square of the
+    windows: every patch attends to all of them."""
+    n = largest.windows
+    if n == 1:
+        return 0
+    one = scratch_bytes(model, dims.of_run(text_tokens=1, steps=1))
+    sizes = dims.of_run(text_tokens=1, steps=1, windows=n, vision_tokens=largest.tokens)
+    return max(0, scratch_bytes(model, sizes) - n * one) // (n * n - n)
 
 
 def one_piece() -> dict[str, int]:

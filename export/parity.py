@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
 
-from bifrost_rt import dims, pipeline, request, schedules
+from bifrost_rt import dims, image_processor, pipeline, request, schedules
 from bifrost_rt.backends.base import Backend, Buffer, Engine
 from bifrost_rt.dims import IMAGES
 from bifrost_rt.errors import NumericsError
-from bifrost_rt.manifest import EngineSpec, Range, SetSpec
+from bifrost_rt.manifest import EngineSpec, ModelFacts, Range, SetSpec, Vision
 from export import chain, sources
 from export.budget import Share
 from export.errors import ParityError
+from export.exercise import draw_and_look
 from export.stages import Stage
 from export.streaming import streamed
 
@@ -48,8 +49,19 @@ STEPS = 4  # of the decoding loop, where there are so many places
 ROUNDED = {"int8": 0.01, "fp8": 0.02, "nvfp4": 0.04}
 
 
-def sizes(text_tokens: int, num_visual_tokens: int, max_images: int | None) -> dict[str, int]:
-    """Of the run in which engines are compared, at most."""
+def sizes(
+    text_tokens: int,
+    model: ModelFacts,
+    max_images: int | None,
+    vision: Vision | None = None,
+) -> dict[str, int]:
+    """Of the run in which engines are compared, at most; it looks at the images that it draws."""
+    num_visual_tokens = model.num_visual_tokens
+    looked_at = {}
+    if vision is not None:
+        rows, columns = image_processor.grid(model.image_height, model.image_width, vision)
+        windows = math.ceil(rows / vision.window) * math.ceil(columns / vision.window)
+        looked_at = {"windows": windows, "vision_tokens": rows * columns}
     images = min(len(PROMPTS), max_images or len(PROMPTS))
     steps = min(STEPS, num_visual_tokens)
     return dims.of_run(
@@ -59,6 +71,7 @@ def sizes(text_tokens: int, num_visual_tokens: int, max_images: int | None) -> d
         text_tokens=text_tokens,
         steps=steps,
         revealed=schedules.most_revealed(num_visual_tokens, steps),
+        **looked_at,
     )
 
 
@@ -100,7 +113,7 @@ def compare(
     stages: Mapping[str, Stage],
     driver: Backend,
     share: Share | None = None,
-    generate: pipeline.Generate = pipeline.generate,
+    generate: pipeline.Generate = draw_and_look,
 ) -> dict[str, dict[str, Any]]:
     """Run the set in `folder` and compare every engine with its stage, in no more memory than
     `share` says.

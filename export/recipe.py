@@ -21,6 +21,7 @@ QUANTISED = ("int8", "fp8", "nvfp4", "int4")
 PRECISIONS = ("fp32", *SIXTEEN_BIT, *QUANTISED)
 METHODS = ("mse", "percentile", "max")
 SIZES = ("mllm_max_length", "t5_max_length", "max_images", "max_steps", "calibration_steps")
+MOST_PIXELS = 1 << 28  # of an image
 LARGEST = 1 << 16  # of any size: tables grow with them
 CHECKPOINT = ("mllm", "bifrost", "flux")
 PATHS = (*CHECKPOINT, "output", "calibration_prompts", "statistics")
@@ -39,6 +40,8 @@ class Recipe:
         max_images: images per run; None sets no limit, which compiled engines cannot do.
         target: of compiled engines, the GPUs; none means this machine's own.
         max_steps: of compiled engines, steps of a loop; None takes the set's defaults.
+        max_image_pixels: of an image that is looked at; larger ones are made smaller. None takes
+            the checkpoint's limit, at most 1280 tokens.
         rest: what a quantised set stores its other weights in.
         stages: stage -> precision, where it is not the set's.
         layers: pattern of `stage:path` -> precision, such as "t5_text:*.block.0.*"; of several
@@ -62,6 +65,7 @@ class Recipe:
     max_images: int | None = None
     target: tuple[str, ...] = ()
     max_steps: int | None = None
+    max_image_pixels: int | None = None
     rest: str = "bf16"
     stages: dict[str, str] = field(default_factory=dict)
     layers: dict[str, str] = field(default_factory=dict)
@@ -110,6 +114,10 @@ class Recipe:
                 raise RecipeError(f"{name} must be at least 1, got {value}")
             if value is not None and value > LARGEST:
                 raise RecipeError(f"{name} must be at most {LARGEST}, got {value}")
+        if self.max_image_pixels is not None and not 1 <= self.max_image_pixels <= MOST_PIXELS:
+            raise RecipeError(
+                f"max_image_pixels must be 1 to {MOST_PIXELS}, got {self.max_image_pixels}"
+            )
         if self.backend in COMPILED and self.max_images is None:
             raise RecipeError(
                 f"backend {self.backend!r} needs max_images: engines plan memory for their largest "

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import bifrost_rt
+from bifrost_rt import dims
 from bifrost_rt import manifest as manifests
-from bifrost_rt.dims import TEXT_TOKENS
 from bifrost_rt.files import atomic_write
 from bifrost_rt.manifest import File
 from export import fingerprint, sources
@@ -46,14 +46,14 @@ class Finished:
     facts: dict[str, Any]
 
 
-def key(stage: Stage, configs: str, rest: str, text_tokens: int) -> str:
+def key(stage: Stage, configs: str, rest: str, counted: Mapping[str, int]) -> str:
     """Changes with everything that decides the bytes of a stage's engine.
 
     Args:
         stage: its tensors' sources say what was rounded and quantised, and how.
         configs: of the checkpoint, `configs_digest`.
         rest: the precision in which tensors are stored that have none of their own.
-        text_tokens: the longest prompt, for stages that read it.
+        counted: the sizes for which scratch memory is stated.
     """
     doors = [*stage.inputs, *stage.outputs]
     facts = {
@@ -64,7 +64,7 @@ def key(stage: Stage, configs: str, rest: str, text_tokens: int) -> str:
         "configs": configs,
         "rest": rest,
         "modules": str(stage.module),
-        "text_tokens": text_tokens if any(TEXT_TOKENS in d.shape for d in doors) else None,
+        "counted": {name: counted[name] for name in sorted(dims.used_by(stage.outline()))},
         **surroundings(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

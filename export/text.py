@@ -151,7 +151,7 @@ def _refuse_larger(tokenizer: Tokenizer, source: Path, network: str, vocabulary:
 
 def _mllm(source: Path, tokenizer: Tokenizer, max_length: int) -> MllmText:
     shell = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    place, template = _chat_template(source)
+    place, template = chat_template(source)
     try:
         rendered = shell.apply_chat_template(
             [{"role": "user", "content": f"Generate an image of {_PLACEHOLDER}"}],
@@ -191,7 +191,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _chat_template(source: Path) -> tuple[Path, str]:
+def chat_template(source: Path) -> tuple[Path, str]:
     """The file that holds it, and the template; from wherever the many versions of transformers
     have put it."""
     path = source / "chat_template.jinja"

@@ -87,6 +87,18 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0
 
 
+def _describe(options: argparse.Namespace) -> int:
+    from bifrost_rt.cli import describe
+
+    return describe.run(options)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from bifrost_rt.cli import chat
+
+    return chat.run(options)
+
+
 def _serve(options: argparse.Namespace) -> int:
     from bifrost_rt import serve
 
@@ -97,6 +109,8 @@ _COMMANDS = {
     "generate": _generate,
     "inspect": _inspect,
     "verify": _verify,
+    "describe": _describe,
+    "chat": _chat,
     "doctor": _doctor,
     "serve": _serve,
 }

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 import bifrost_rt
+from bifrost_rt.chat_params import OPTIONS as CHAT_OPTIONS
 from bifrost_rt.params import OPTIONS, Default, Option
 
 
@@ -48,6 +49,16 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--backend", metavar="NAME", help="default: the fastest that is installed")
     _no_cache(verify)
 
+    describe = commands.add_parser("describe", help="answer a question about an image")
+    describe.add_argument("image", metavar="IMAGE", help="the image's file")
+    describe.add_argument("question", nargs="?", help="default: to describe it")
+    _answers(describe)
+    describe.add_argument("--json", action="store_true", help="one line of JSON at the end")
+
+    chat = commands.add_parser("chat", help="hold a conversation, with images and drawing")
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told before all else")
+    _answers(chat)
+
     commands.add_parser("doctor", help="say what this machine can run, and why not the rest")
     _serve(commands.add_parser("serve", help="serve pictures over HTTP, with a page"))
     for name, command in MODULES.items():
@@ -89,6 +100,20 @@ def add_option(command: argparse.ArgumentParser, option: Option) -> None:
     command.add_argument(
         *names, dest=option.name, type=values.python_type, metavar=values.metavar, help=text
     )
+
+
+def _answers(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--engines", metavar="DIR", help="the engine set; default: the default model's"
+    )
+    for name, option in CHAT_OPTIONS.items():
+        text = option.help
+        text += "; default: random" if option.default is None else f" ({option.default})"
+        values = option.values
+        command.add_argument(
+            long_flag(name), type=values.python_type, metavar=values.metavar, help=text
+        )
+    _runs_a_set(command)
 
 
 def long_flag(name: str) -> str:

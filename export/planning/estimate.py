@@ -52,6 +52,9 @@ class Plan:
         seconds, joules: at least; None where a figure is not known.
         limit: what most of the time goes to.
         changes: what does not fit or has to give, and what to change.
+        tokens_per_second: of an answer in words, at most: none is faster than its weights are read.
+            None where a figure is not known.
+        answer_cache_bytes: keys and values of the longest conversation.
     """
 
     device: str
@@ -66,6 +69,8 @@ class Plan:
     limit: str | None
     stages: tuple[StagePlan, ...]
     changes: tuple[str, ...]
+    tokens_per_second: float | None = None
+    answer_cache_bytes: int = 0
 
 
 def plan(
@@ -122,8 +127,18 @@ def plan(
         limit=_main_limit(stages),
         stages=stages,
         changes=(),
+        tokens_per_second=_tokens_per_second(works, storage, device),
+        answer_cache_bytes=sum(w.answers.cache for w in works if w.answers),
     )
     return replace(result, changes=_changes(result, works, needs, device, storage, budget, keep))
+
+
+def _tokens_per_second(
+    works: Sequence[Work], storage: Storage | None, device: Device
+) -> float | None:
+    bandwidth = device.value("bandwidth")
+    moved = sum(w.answers.read(w.weights(storage), storage) for w in works if w.answers)
+    return None if bandwidth is None or not moved else bandwidth * 1e9 / moved
 
 
 def _loaded(works: Sequence[Work], steps: Sequence[Step], storage: Storage | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bifrost_rt.dims import CONTEXT
 from bifrost_rt.residency import size_text
 from export.planning.estimate import Plan, StagePlan
 
@@ -25,6 +26,8 @@ def describe(plan: Plan) -> str:
     ]
     if plan.joules is not None:
         lines.append(f"  energy    {plan.joules:.0f} J in that time at the device's rated power")
+    if plan.answer_cache_bytes:
+        lines.append("  answers   " + _answers(plan))
     lines += ["", *table([HEAD, *(_row(stage) for stage in plan.stages)])]
     moves = [
         f"  before {stage.engine}: {', '.join(stage.evict)} leaves"
@@ -48,6 +51,13 @@ def _time(plan: Plan) -> str:
         f"{_seconds(plan.seconds)} at least, most of it limited by {plan.limit}; "
         "loading comes on top"
     )
+
+
+def _answers(plan: Plan) -> str:
+    cache = f"{size_text(plan.answer_cache_bytes)} of keys and values for {CONTEXT} tokens"
+    if plan.tokens_per_second is None:
+        return cache
+    return f"{plan.tokens_per_second:.3g} tokens a second at most; {cache}"
 
 
 def _row(stage: StagePlan) -> tuple[str, ...]:

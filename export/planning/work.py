@@ -20,6 +20,9 @@ from bifrost_rt.dims import STEPS
 from bifrost_rt.manifest import EngineSpec, Manifest
 from export import assemble, flops, memory
 from export.checkpoint import Checkpoint
+from export.compile import half
+from export.planning import answers
+from export.planning.answers import Answers
 from export.planning.kernel_times import Calls
 from export.planning.storage import Elements, Storage
 from export.planning.trace import Trace, run_without_values, storage_key
@@ -44,6 +47,7 @@ class Work:
         linear: whether linear layers, which 8 bit and fewer apply to, do most of its arithmetic.
         all_in_16_bit: whether none of its layers is quantized, whatever is asked; False where the
             graphs themselves say it.
+        answers: of the engine that answers in words.
     """
 
     engine: str
@@ -55,12 +59,13 @@ class Work:
     scratch: int
     linear: bool
     all_in_16_bit: bool
+    answers: Answers | None = None
 
 
 def of_checkpoint(
     checkpoint: Checkpoint, mllm_max_length: int, t5_length: int, steps: int
 ) -> list[Work]:
-    """The engines that `export.build` would make of a checkpoint.
+    """The engines that draw, as `export.build` would make them of a checkpoint.
 
     Args:
         checkpoint: opened with `read=False`.
@@ -86,7 +91,7 @@ def of_set(
     decoding_steps: int | None = None,
     at: residency.Sizes | None = None,
 ) -> list[Work]:
-    """The engines of a built set, from its graphs; weights are not read.
+    """The engines of a built set that draw, from its graphs; weights are not read.
 
     Args:
         steps: denoising steps.
@@ -98,6 +103,8 @@ def of_set(
     at = at or residency.sizes(manifest, decoding_steps=decoding_steps, num_inference_steps=steps)
     found = []
     for spec in manifest.engines:
+        if dims.looks(spec):
+            continue
         graph = ir.load(folder / spec.graph)
         stored = sum(
             value.const_value.nbytes
@@ -117,6 +124,7 @@ def of_set(
                 scratch=memory.scratch_bytes(graph, at(spec.name)),
                 linear=2 * convolutions < arithmetic,
                 all_in_16_bit=False,
+                answers=answers.of(spec, at(spec.name), _table(graph)),
             )
         )
     return found
@@ -148,6 +156,13 @@ def of_calls(manifest: Manifest, calls: Sequence[Calls], at: residency.Sizes) ->
     return found
 
 
+def _table(graph: ir.Model) -> int:
+    """Bytes of the tables that rows are looked up in."""
+    looked_up = (node.inputs[0] for node in graph.graph if node.op_type == "Gather")
+    tables = {value for value in map(half.constant, looked_up) if value is not None}
+    return max((v.const_value.nbytes for v in tables if v.const_value is not None), default=0)
+
+
 def _fixed(stored: int) -> Callable[[Storage | None], int]:
     return lambda storage: stored
 
@@ -174,6 +189,7 @@ def of_stage(stage: Stage, sizes: Mapping[str, int]) -> Work:
         scratch=trace.scratch,
         linear=elements.linear > elements.other,
         all_in_16_bit=stage.definition.all_in_16_bit,
+        answers=answers.of(spec, sizes),
     )
 
 

@@ -14,6 +14,7 @@ from bifrost_rt import cache, pipeline
 from bifrost_rt.dims import IMAGES
 from bifrost_rt.manifest import Calibration, SetSpec
 from export import precision, stage_cache
+from export.exercise import draw_and_look
 from export.quantize import apply, calibrate, policy, sweep
 from export.quantize.apply import Decision
 from export.quantize.formats import FORMATS
@@ -61,7 +62,7 @@ def quantise(
     say: Callable[[str], None],
     kept: int | None = None,
     older: Path | None = None,
-    generate: pipeline.Generate = pipeline.generate,
+    generate: pipeline.Generate = draw_and_look,
 ) -> Outcome:
     """Calibrate where it is needed, decide, and change the stages' modules in place.
 

@@ -1,4 +1,5 @@
-"""The definitions of all engines, in the order in which a run uses them."""
+"""The definitions of all engines, in the order in which a run uses them; last those that no
+drawing uses."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from export.stages import (
     mllm_text,
     t5_text,
     vae_decode,
+    vision_encode,
     visual_decode,
 )
 
@@ -19,5 +21,6 @@ DEFINITIONS = {
         *(mllm_text, visual_decode),
         *(clip_text, t5_text, conditioning),
         *(control_embed, denoise, vae_decode),
+        vision_encode,
     )
 }
