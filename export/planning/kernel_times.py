@@ -112,7 +112,7 @@ class Estimate:
 
 
 def of_set(folder: Path, manifest: Manifest, at: residency.Sizes) -> list[Calls]:
-    """Read the plans of a compiled set.
+    """Read the plans of the engines of a compiled set that draw.
 
     Args:
         at: engine -> a number for every symbol of its inputs and outputs.
@@ -120,7 +120,8 @@ def of_set(folder: Path, manifest: Manifest, at: residency.Sizes) -> list[Calls]
     Raises:
         RecipeError: an engine has no plan that can be read, or not all of it is known.
     """
-    return [_calls(folder, spec, at(spec.name)) for spec in manifest.engines]
+    drawing = [spec for spec in manifest.engines if not dims.looks(spec)]
+    return [_calls(folder, spec, at(spec.name)) for spec in drawing]
 
 
 def _calls(folder: Path, spec: EngineSpec, sizes: Mapping[str, int]) -> Calls:

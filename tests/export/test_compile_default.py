@@ -48,6 +48,7 @@ IN_ALL_LAYERS = ("fp16", "bf16")
 STAGES = {
     *("mllm_text", "visual_decode", "clip_text", "t5_text"),
     *("conditioning", "control_embed", "denoise", "vae_decode"),
+    "vision_encode",
 }
 IN_16_BIT = {
     "conditioning",
@@ -111,7 +112,7 @@ def compiled(
     return Compiled(precision, output, source, before)
 
 
-def test_all_seven_engines_are_there_for_all_targets(compiled: Compiled) -> None:
+def test_all_engines_are_there_for_all_targets(compiled: Compiled) -> None:
     facts, source = compiled.facts, manifest.read(compiled.source)
     assert {spec.name for spec in facts.engines} == STAGES
     for spec in facts.engines:
@@ -234,7 +235,7 @@ def test_the_time_is_estimated_from_the_plans(
     assert "estimated from the engines' plans" in said
     document = json.loads(written.read_text())
     times = {engine["engine"]: engine for engine in document["estimate"]["engines"]}
-    assert times.keys() == STAGES
+    assert times.keys() == STAGES - {"vision_encode"}  # which looks, and draws nothing
     bandwidth = 1792e9
     for stage in document["stages"]:
         engine = times[stage["engine"]]
