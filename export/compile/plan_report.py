@@ -1,4 +1,5 @@
-"""What a compiled engine will do in one call, counted from its plan."""
+"""What a compiled engine will do in one call, counted from its plan, and where that is not what was
+asked of the builder."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from export.compile.network import Arithmetic
 from export.compile.plan_text import BITS, Dim, EnginePlan, Operation, Tensor
 
 UNKNOWN = "unknown"
@@ -22,7 +24,9 @@ DTYPES = {
     "fp4": "float4_e2m1fn",
 }
 PRODUCTS = ("fully_connected", "corrltn", "runtime_fusion")
+HEAD = 16  # attention with heads of a multiple of this width has a kernel; of 8 it may have none
 SMALLEST = 1 << 16  # bytes of a weight that matters when it is moved
+_HIDDEN = re.compile(r"_myl_\w*(Fc|Corr|Deco)")
 _MULTIPLIED = re.compile(r"^_+(gemm|gemv)_mha")
 
 
@@ -31,8 +35,9 @@ class Kernel:
     """One kernel of a plan.
 
     Attributes:
-        kind: "product", "attention", "part of attention" (a product of one that was taken apart),
-            "weight" (rewrites nothing but a weight) or "other".
+        kind: "product" (with a weight), "attention", "part of attention" (a product of two computed
+            tensors, of an attention that was taken apart), "weight" (rewrites nothing but a weight)
+            or "other".
         reads, writes: dtypes of what it multiplies, or reads first, and of its first result.
         bytes: that it reads and writes; of tables that it gathers from, the rows. None: not known.
         operations: of its multiplications, a multiply-add counted as two; 0 where it has none.
@@ -61,13 +66,15 @@ def kernels(plan: EnginePlan, weights: Collection[str] = ()) -> list[Kernel]:
 
 
 def _kernel(op: Operation, bound: Collection[str]) -> Kernel:
-    kind, operations = "other", 0 if op.kind != "runtime_function" else None
+    kind: str = "other"
+    # a name lists what a kernel does: Fc, Corr and Deco are products
+    operations = None if op.kind == "runtime_function" and _HIDDEN.search(op.name) else 0
     first = op.inputs[0].type if op.inputs else ""
     if op.kind in PRODUCTS:
         left, right, operations = _product(op, bound)
         of_weight = right is not None and _is_weight(right, bound)
-        named = any("attention" in layer for layer in op.layers)
-        kind = "part of attention" if named and right and not of_weight else "product"
+        computed = left is not None and not of_weight and not _is_weight(left, bound)
+        kind = "part of attention" if computed else "product"
         first = left.type if left else UNKNOWN
     elif _MULTIPLIED.match(op.name):
         kind, operations = "attention", _attention(op)
@@ -98,8 +105,9 @@ def _product(
         left, right = op.inputs[:2]
         inner = left.dims[-2 if op.transposed[0] else -1]
         return left, right, _times(2, out.elements, inner)
-    for left in op.inputs:
-        for right in op.inputs:
+    # a residual beside them may have a shape that fits, too: weights first
+    for right in sorted(op.inputs, key=lambda t: not _is_weight(t, bound)):
+        for left in op.inputs:
             if left is not right and _multiply(left, right, out):
                 return left, right, _times(2, out.elements, left.dims[-1])
     return None, None, None
@@ -132,10 +140,12 @@ def _times(*factors: Dim | None) -> int | None:
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> bool:
-    """Whether two tensors' product has the shape of a third."""
+    """Whether two tensors are of one type, and their product has the shape of a third."""
     if min(len(left.dims), len(right.dims), len(out.dims)) < 2:
         return False
-    if left.dims[-1] != right.dims[-2] or right.dims[-1] != out.dims[-1]:
+    if left.type != right.type or left.dims[-1] != right.dims[-2]:
+        return False
+    if right.dims[-1] != out.dims[-1]:
         return False
     rows = [dim for dim in left.dims[:-1] if dim != 1]
     return rows == [dim for dim in out.dims[:-1] if dim != 1]
@@ -172,17 +182,45 @@ def _moves_weight(op: Operation, bound: Collection[str]) -> bool:
 
 
 def _bytes(op: Operation) -> int | None:
-    """Each tensor once as it is read and once as it is written. Of what a gather reads, no more
-    than the rows that it hands on."""
+    """Each tensor once as it is read and once as it is written."""
+    moved = [*_reads(op).values(), *(tensor.bytes for tensor in op.outputs)]
+    return _total(moved)
+
+
+def _reads(op: Operation) -> dict[Tensor, int | None]:
+    """What a kernel reads of each of its inputs: of those of a gather, no more than it hands on."""
     rows = sum(t.elements or 0 for t in op.outputs) if "Gath" in op.name else None
-    total = 0
-    for tensors, most in ((op.inputs, rows), (op.outputs, None)):
-        for tensor in {t.name: t for t in tensors}.values():
-            size = tensor.bytes
-            if size is None:
-                return None
-            total += size if most is None else min(size, -(-most * BITS[tensor.type] // 8))
-    return total
+    found: dict[Tensor, int | None] = {}
+    for tensor in op.inputs:
+        size = tensor.bytes
+        if size is not None and rows is not None:
+            size = min(size, -(-rows * BITS[tensor.type] // 8))
+        found[tensor] = size
+    return found
+
+
+def least_bytes(plan: EnginePlan, weights: Collection[str] = ()) -> int | None:
+    """What a call must move whatever its kernels: the weights that it reads, and its inputs and
+    outputs, each once. None where a size is not known.
+
+    Args:
+        plan: with numbers in its dimensions.
+        weights: inputs of the engine that are weights.
+    """
+    doors = {f"{name}.1" for name in (*plan.inputs, *plan.outputs, *weights)}
+    read: dict[str, dict[str, int | None]] = {}
+    for op in plan.kernels:
+        written = dict.fromkeys(op.outputs)
+        for tensor, size in (*_reads(op).items(), *((t, t.bytes) for t in written)):
+            origin = tensor.base or tensor.name
+            if tensor.constant or origin in doors:
+                read.setdefault(origin, {})[tensor.name] = size
+    sizes = []
+    for origin, parts in read.items():
+        total = _total(parts.values())
+        whole = plan.tensors[origin].bytes if origin in plan.tensors else None
+        sizes.append(total if total is None or whole is None else min(total, whole))
+    return _total(sizes)
 
 
 def describe(plan: EnginePlan | None, weights: Collection[str] = ()) -> dict[str, Any]:
@@ -195,24 +233,59 @@ def describe(plan: EnginePlan | None, weights: Collection[str] = ()) -> dict[str
         return {"plan": UNKNOWN}
     found = kernels(plan, weights)
     products = Counter(f"{k.reads} -> {k.writes}" for k in found if k.kind == "product")
-    apart = {layer for k in found if k.kind == "part of attention" for layer in k.layers}
+    apart = sum(k.kind == "part of attention" for k in found)
     return {
         "plan": "read",
         "kernels": len(found),
         "products": dict(products.most_common()),
         "attention": {
             "fused": sum(k.kind == "attention" for k in found),
-            "decomposed": sum("attention" in layer for layer in apart),
+            "decomposed": -(-apart // 2),
         },
         "capturable": UNKNOWN if plan.capturable is None else plan.capturable,
-        "auxiliary_streams": UNKNOWN if plan.streams is None else plan.streams - 1,
+        "auxiliary_streams": _said(None if plan.streams is None else plan.streams - 1),
         "weights_moved": dict(Counter(k.name for k in found if k.kind == "weight")),
-        "bytes": _sum(k.bytes for k in found),
-        "operations": _sum(k.operations for k in found),
+        "bytes": _said(_total(k.bytes for k in found)),
+        "operations": _said(_total(k.operations for k in found)),
     }
 
 
-def _sum(numbers: Iterable[int | None]) -> int | str:
+def contradictions(
+    plan: EnginePlan, asked: Arithmetic, weights: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Where a plan does something else than the network says, one sentence each.
+
+    Args:
+        asked: what the network that was compiled computes in.
+        weights: inputs of the engine that are weights.
+    """
+    said: dict[str, None] = {}
+    if plan.capturable is False:
+        said["a call of it cannot be recorded as a CUDA graph"] = None
+    for kernel in kernels(plan, weights):
+        named = [layer for layer in kernel.layers if layer in asked.layers]
+        if kernel.kind == "product" and named and kernel.reads != UNKNOWN:
+            wanted = {asked.layers[layer] for layer in named}
+            if kernel.reads not in wanted:
+                said[
+                    f"{', '.join(named)} multiplies {kernel.reads}, where the network says "
+                    f"{' or '.join(sorted(wanted))}"
+                ] = None
+        if kernel.kind == "part of attention" and kernel.reads != "float32":
+            for layer in kernel.layers:
+                if layer in asked.heads and asked.heads[layer] % HEAD == 0:
+                    said[
+                        f"{layer}, with heads of width {asked.heads[layer]}, is several kernels, "
+                        "where one has the scores in fast memory"
+                    ] = None
+    return tuple(said)
+
+
+def _total(numbers: Iterable[int | None]) -> int | None:
     held = list(numbers)
     known = [number for number in held if number is not None]
-    return sum(known) if len(known) == len(held) else UNKNOWN
+    return sum(known) if len(known) == len(held) else None
+
+
+def _said(number: int | None) -> int | str:
+    return UNKNOWN if number is None else number

@@ -7,7 +7,7 @@ by stage. Nothing is faster; kernels, launches and loading come on top.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bifrost_rt import residency
@@ -81,6 +81,7 @@ def plan(
     in_memory: InMemory | None = None,
     ahead: bool = False,
     scratch_share: float = 1.0,
+    ideal: Mapping[str, tuple[float, str]] | None = None,
 ) -> Plan:
     """Plan one picture.
 
@@ -91,6 +92,8 @@ def plan(
             which is what a compiled engine takes on a GPU.
         ahead: whether the driver opens the next engine while one works.
         scratch_share: what it takes of the scratch memory that is counted.
+        ideal: engine -> least seconds of a call and their limit, where its kernels are known; None
+            counts a roofline at one rate for each engine.
     """
     budget = device.memory if budget is None else budget
     keep = in_memory or (lambda work, stored: stored)
@@ -106,7 +109,7 @@ def plan(
         steps, later = (), ()
     supported = _supported(device, storage)
     stages = tuple(
-        _stage(work, need, step, storage, device, scale)
+        _stage(work, need, step, storage, device, scale, ideal)
         for work, need, step in zip(works, needs, steps or (None,) * len(needs), strict=True)
     )
     seconds = _total([stage.seconds for stage in stages])
@@ -145,10 +148,22 @@ def _loaded(works: Sequence[Work], steps: Sequence[Step], storage: Storage | Non
 
 
 def _stage(
-    work: Work, need: Need, step: Step | None, storage: Storage | None, device: Device, scale: float
+    work: Work,
+    need: Need,
+    step: Step | None,
+    storage: Storage | None,
+    device: Device,
+    scale: float,
+    ideal: Mapping[str, tuple[float, str]] | None,
 ) -> StagePlan:
     stored = work.weights(storage)
-    seconds, limit = _roofline(work, stored, storage, device)
+    if ideal is None:
+        seconds, limit = _roofline(work, stored, storage, device)
+    elif work.engine in ideal:
+        seconds, limit = ideal[work.engine]
+        seconds *= work.calls
+    else:
+        seconds, limit = None, None
     return StagePlan(
         engine=work.engine,
         weight_bytes=stored,

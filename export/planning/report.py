@@ -28,7 +28,7 @@ def describe(plan: Plan) -> str:
         lines.append(f"  energy    {plan.joules:.0f} J in that time at the device's rated power")
     if plan.answer_cache_bytes:
         lines.append("  answers   " + _answers(plan))
-    lines += ["", *_table([HEAD, *(_row(stage) for stage in plan.stages)])]
+    lines += ["", *table([HEAD, *(_row(stage) for stage in plan.stages)])]
     moves = [
         f"  before {stage.engine}: {', '.join(stage.evict)} leaves"
         if len(stage.evict) == 1
@@ -79,7 +79,13 @@ def _seconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def milliseconds(seconds: float) -> str:
+    """With three digits."""
+    return f"{seconds * 1e3:.3g}"
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of aligned columns, numbers in the middle ones."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  "

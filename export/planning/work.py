@@ -8,7 +8,7 @@ built set, by reading its graphs without their weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from export.checkpoint import Checkpoint
 from export.compile import half
 from export.planning import answers
 from export.planning.answers import Answers
+from export.planning.kernel_times import Calls
 from export.planning.storage import Elements, Storage
 from export.planning.trace import Trace, run_without_values, storage_key
 from export.precision import ROUNDED, SMALL
@@ -124,6 +125,32 @@ def of_set(
                 linear=2 * convolutions < arithmetic,
                 all_in_16_bit=False,
                 answers=answers.of(spec, at(spec.name), _table(graph)),
+            )
+        )
+    return found
+
+
+def of_calls(manifest: Manifest, calls: Sequence[Calls], at: residency.Sizes) -> list[Work]:
+    """The engines of a compiled set, from the plans inside them and the builder's own figures.
+
+    Args:
+        at: what the calls were read for.
+    """
+    found = []
+    for one in calls:
+        spec = manifest.engine(one.engine)
+        assert spec.compiled is not None
+        found.append(
+            Work(
+                engine=one.engine,
+                weights=_fixed(sum(manifest.files[name].size for name in spec.files)),
+                calls=one.calls,
+                flops=one.operations,
+                cache=_cache(spec, at(one.engine)),
+                tensors=residency.tensor_bytes(spec, at(one.engine)),
+                scratch=spec.compiled.activation_bytes,
+                linear=True,
+                all_in_16_bit=False,
             )
         )
     return found
