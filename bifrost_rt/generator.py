@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,12 +21,15 @@ from bifrost_rt import (
     dims,
     engines,
     handover,
+    image_processor,
+    images,
     manifest,
     notes,
     numerics,
     pipeline,
     request,
     residency,
+    vision,
 )
 from bifrost_rt import messages as conversation
 from bifrost_rt.backends.base import Backend
@@ -34,6 +38,7 @@ from bifrost_rt.chat import ChatResult, OnText
 from bifrost_rt.chat_params import ChatOptions, ChatParameters
 from bifrost_rt.engines import Loop
 from bifrost_rt.errors import BudgetError, EngineSetError, RequestError, RequestTypeError
+from bifrost_rt.images import ImageLike
 from bifrost_rt.opened import OpenedFiles
 from bifrost_rt.params import Options, names_options
 from bifrost_rt.previews import Previews
@@ -119,8 +124,9 @@ class Generator:
     @names_options
     def run(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
+        image: ImageLike | None = None,
         height: int | None = None,
         width: int | None = None,
         order: ArrayLike | None = None,
@@ -138,8 +144,11 @@ class Generator:
         argument without effect, are logged and stand in `Result.warnings`.
 
         Args:
-            prompt: a text, or a list of texts of any lengths. Images come prompt by prompt.
+            prompt: a text, or a list of texts of any lengths. Images come prompt by prompt. None
+                takes what the MLLM says of `image`.
             {options}
+            image: to be drawn again, or varied by prompt, seed and control scale: its CLIP latents
+                take the place of those that the MLLM would predict. See `encode`.
             height, width: must be the set's own, where given.
             order: [n, N], per image a permutation of its places, instead of the seed's.
             latents: [n, S, C] packed starting noise, instead of the seed's.
@@ -166,6 +175,18 @@ class Generator:
             GeneratorStateError: the generator is closed, or this is its own callback.
         """
         self._turns.require_open("run()")
+        if image is not None:
+            if tokens is not None:
+                raise RequestError("image and tokens are two sources of CLIP latents; give one")
+            shown = images.read(image)
+            if prompt is None:
+                prompt = self.describe(shown).text
+            each = 1 if isinstance(prompt, str) else len(prompt)
+            tokens = np.repeat(
+                self.encode(shown), each * (options.get("num_images_per_prompt") or 1), axis=0
+            )
+        if prompt is None:
+            raise RequestError("run() needs a prompt or an image")
         checked = request.check(
             self.manifest,
             prompt=prompt,
@@ -205,6 +226,26 @@ class Generator:
         places = [_places(one) for one in checked]
         drawn = self._draw("run_several()", checked, callbacks, preview_every, places)
         return [_result(*one) for one in zip(checked, drawn, strict=True)]
+
+    def encode(self, image: ImageLike) -> NDArray[np.float32]:
+        """Read an image into the CLIP latents that the ControlNet reads, [1, N, D]: pass them to
+        `run` as `tokens`. What is not square is cut at its middle.
+
+        Args:
+            image: a path, the bytes of a file, a `PIL.Image` or an array.
+
+        Raises:
+            RequestError, RequestTypeError: no image, or the set reads none.
+            BudgetError: it does not fit into the memory budget.
+            NumericsError: a token is not finite.
+            GeneratorStateError: the generator is closed, or this is its own callback.
+        """
+        self._turns.require_open("encode()")
+        facts = vision.facts(self.manifest)
+        side = math.isqrt(self.manifest.model.num_visual_tokens)
+        seen = image_processor.square_patches(images.read(image), side, facts)
+        with self._turns.turn("encode()"):
+            return vision.encode(self._engines, self.manifest, seen, {})[None]
 
     def draw(
         self,

@@ -102,7 +102,22 @@ def patches(image: Image.Image, vision: Vision, name: str = "image") -> Patches:
     Raises:
         RequestError: it is far too long for its width.
     """
-    rows, columns = grid(image.height, image.width, vision, name)
+    return _patches(image, *grid(image.height, image.width, vision, name), vision)
+
+
+def square_patches(image: Image.Image, side: int, vision: Vision) -> Patches:
+    """The patches of an RGB image on the grid that the model draws on: what is not square is cut at
+    its middle.
+
+    Args:
+        side: tokens of the grid's side.
+    """
+    edge = min(image.size)
+    left, top = (image.width - edge) // 2, (image.height - edge) // 2
+    return _patches(image.crop((left, top, left + edge, top + edge)), side, side, vision)
+
+
+def _patches(image: Image.Image, rows: int, columns: int, vision: Vision) -> Patches:
     side = vision.patch_size * vision.merge_size
     resized = image.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
     pixels = np.asarray(resized, np.float64) * vision.rescale_factor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bifrost_rt import BudgetError, Generator, RequestError, image_processor, vi
 from bifrost_rt import manifest as manifests
 from bifrost_rt.backends.onnxruntime import OnnxRuntime
 from bifrost_rt.engines import Engines
+from tests.conftest import ALPHA
 
 
 def seen(engines: Engines, facts: Any, width: int = 90, height: int = 60) -> Any:
@@ -61,3 +63,55 @@ def test_a_set_without_a_tower_says_so(alpha_set: Path) -> None:
     with pytest.raises(RequestError, match="reads no images: it was built from an MLLM without"):
         vision.facts(facts)
     engines.close()
+
+
+def test_encoded_images_are_the_towers_tokens_on_the_models_grid(
+    alpha_set: Path, generator: Generator
+) -> None:
+    """As the training took them: the whole square, row by row, through transformers."""
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    facts = generator.manifest
+    assert facts.vision is not None
+    side = math.isqrt(facts.model.num_visual_tokens)
+    pixels = side * facts.vision.patch_size * facts.vision.merge_size
+    wide = Image.linear_gradient("L").resize((3 * pixels, pixels)).convert("RGB")
+    middle = wide.crop((pixels, 0, 2 * pixels, pixels))
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(ALPHA / "mllm", dtype=torch.float32)
+    size = {"shortest_edge": pixels**2, "longest_edge": pixels**2}
+    given = Qwen2VLImageProcessorPil(size=size)(images=middle, return_tensors="pt")
+    with torch.inference_mode():
+        found = model.model.visual(given["pixel_values"], given["image_grid_thw"])
+    expected = found.pooler_output.numpy()
+    tokens = generator.encode(wide)
+    assert tokens.shape == (1, side**2, facts.model.hidden_size)
+    assert np.abs(tokens[0] - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+FEW: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np", "seed": 1}
+
+
+def test_an_image_is_drawn_again_from_its_tokens(generator: Generator) -> None:
+    image = Image.radial_gradient("L").convert("RGB")
+    tokens = generator.encode(image)
+    once = generator.run("a cow", image=image, **FEW)
+    assert np.array_equal(once.images, generator.run("a cow", tokens=tokens, **FEW).images)
+    assert "visual_decode" not in once.timings
+    assert set(once.parameters["injected"]) == {"tokens"}
+    two = generator.run(["a cow", "a dog"], image=image, num_images_per_prompt=2, **FEW)
+    assert np.array_equal(two.tokens, np.repeat(tokens, 4, axis=0))
+    said = generator.describe(image).text
+    own = generator.run(image=image, **FEW)
+    assert own.parameters["prompt"] == said
+
+
+def test_what_an_image_cannot_be_drawn_from_is_named(generator: Generator) -> None:
+    with pytest.raises(RequestError, match=r"run\(\) needs a prompt or an image"):
+        generator.run(**FEW)
+    with pytest.raises(RequestError, match="image and tokens are two sources of CLIP latents"):
+        image = Image.new("RGB", (9, 9))
+        generator.run("a", image=image, tokens=np.zeros((1, 16, 64), np.float32), **FEW)
+    with pytest.raises(RequestError, match="image is no image that Pillow reads"):
+        generator.encode(b"no image")
