@@ -15,7 +15,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from bifrost_rt.serve.jobs import Job
+from bifrost_rt.serve.jobs import Answer, Job
 
 MEDIA_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
@@ -50,6 +50,21 @@ class Metrics:
             ["stage"],
             registry=self._registry,
         )
+        self._answers = Counter(
+            "bifrost_answers", "Ended answers", ["state"], registry=self._registry
+        )
+        self._tokens = Counter(
+            "bifrost_tokens",
+            "Tokens of conversations that were read, kept from before, and answered",
+            ["kind"],
+            registry=self._registry,
+        )
+        self._first_token = Histogram(
+            "bifrost_first_token_seconds",
+            "From a request to the first token of its answer, waiting included",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
         self._waiting = Gauge(
             "bifrost_waiting_pictures", "Pictures in the queue", registry=self._registry
         )
@@ -78,6 +93,17 @@ class Metrics:
         if job.state == "done":
             self._pictures.inc(job.request.images)
             self._job_seconds.observe(time.time() - job.created)
+
+    def answered_in_words(self, answer: Answer) -> None:
+        """An answer ended."""
+        self._answers.labels(answer.state).inc()
+        if answer.first_token is not None:
+            self._first_token.observe(answer.first_token - answer.created)
+        if answer.result is not None:
+            usage = answer.result.usage
+            self._tokens.labels("prompt").inc(usage.prompt_tokens - usage.cached_tokens)
+            self._tokens.labels("cached").inc(usage.cached_tokens)
+            self._tokens.labels("completion").inc(usage.completion_tokens)
 
     def text(self) -> bytes:
         """Everything, in Prometheus' format."""

@@ -27,7 +27,10 @@ from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from bifrost_rt import cache, manifest
+from bifrost_rt.chat import ChatResult, OnText
+from bifrost_rt.chat_params import ChatParameters
 from bifrost_rt.generator import Generator
+from bifrost_rt.messages import Turn
 from bifrost_rt.pipeline import Output
 from bifrost_rt.request import Request
 from bifrost_rt.serve import read_token
@@ -69,6 +72,8 @@ class Arguments(BaseModel):
     max_prompt: int = Settings.max_prompt
     max_steps: int = Settings.max_steps
     max_body: int = Settings.max_body
+    max_image_body: int = Settings.max_image_body
+    fetch_host: Names = ()
     max_batch: int = Limits.batch
     max_waiting: int = Limits.waiting
     keep: int = Limits.keep
@@ -98,6 +103,35 @@ class Replica:
     def reloads(self) -> bool:
         """The generator's answer."""
         return self._painter.reloads()
+
+    async def answer(
+        self, turns: Sequence[Turn], parameters: ChatParameters
+    ) -> AsyncIterator[str | ChatResult]:
+        """Answer: every piece of text as it comes, and the result at last. Ends when nobody
+        listens."""
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
+        stopped = threading.Event()
+
+        def on_text(piece: str) -> None:
+            if stopped.is_set():
+                raise _StoppedError
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        def speak() -> ChatResult:
+            try:
+                return self._painter.answer(turns, parameters, on_text)
+            finally:
+                loop.call_soon_threadsafe(pieces.put_nowait, None)
+
+        spoken = loop.run_in_executor(self._thread, speak)
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield piece
+            yield await spoken
+        finally:
+            stopped.set()
+            await asyncio.wait([spoken])
+            spoken.exception()  # has been raised above, or nobody is left to hear of it
 
     async def paint(
         self, requests: Sequence[Request], preview_every: int | None
@@ -150,6 +184,22 @@ class Remote:
             answers.cancel()  # without effect where it has ended
         raise AssertionError("a replica ended without pictures")
 
+    def answer(
+        self, turns: Sequence[Turn], parameters: ChatParameters, on_text: OnText
+    ) -> ChatResult:
+        """Have it answered."""
+        answers: Any = self._replicas.options(stream=True).answer.remote(turns, parameters)
+        try:
+            for answer in answers:
+                if isinstance(answer, ChatResult):
+                    return answer
+                on_text(answer)
+        except RayTaskError as error:
+            raise error.cause from error  # whose text is the message, without the replica's trace
+        finally:
+            answers.cancel()  # without effect where it has ended
+        raise AssertionError("a replica ended without an answer")
+
     def reloads(self) -> bool:
         """A replica's answer: all have the same set and budget."""
         answer: bool = self._replicas.reloads.remote().result()
@@ -178,6 +228,8 @@ class Door:
             max_prompt=given.max_prompt,
             max_steps=given.max_steps,
             max_body=given.max_body,
+            max_image_body=given.max_image_body,
+            fetch_hosts=given.fetch_host,
             limits=Limits(
                 batch=given.max_batch,
                 waiting=given.max_waiting,

@@ -36,6 +36,8 @@ class Settings:
         cors_origins: origins whose pages may use the server from a browser; `*` is any.
         max_images, max_prompt, max_steps, max_body: of one request: pictures, characters,
             denoising steps, bytes.
+        max_image_body: bytes of a request that may hold images.
+        fetch_hosts: names from which images are fetched that a conversation gives by address.
         grace: seconds for what runs when the server is told to stop.
 
     Raises:
@@ -52,6 +54,8 @@ class Settings:
     max_prompt: int = 4000
     max_steps: int = 200
     max_body: int = 65536
+    max_image_body: int = 16 << 20
+    fetch_hosts: tuple[str, ...] = ()
     grace: float = 300
     limits: Limits = field(default_factory=Limits)
 
@@ -61,6 +65,7 @@ class Settings:
             "max-prompt": self.max_prompt,
             "max-steps": self.max_steps,
             "max-body": self.max_body,
+            "max-image-body": self.max_image_body,
             "max-batch": self.limits.batch,
             "max-waiting": self.limits.waiting,
             "preview-every": self.limits.preview_every or 1,

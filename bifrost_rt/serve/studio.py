@@ -27,7 +27,7 @@ from bifrost_rt import request as requests
 from bifrost_rt.errors import BifrostError, BudgetError, NumericsError, RequestError
 from bifrost_rt.pipeline import TOGETHER, Output
 from bifrost_rt.result import Result
-from bifrost_rt.serve.jobs import Failure, Job, Stage, State
+from bifrost_rt.serve.jobs import Answer, Failure, Job, Stage, State
 from bifrost_rt.serve.metrics import Metrics
 from bifrost_rt.serve.painter import Painter
 from bifrost_rt.serve.settings import Limits
@@ -35,6 +35,7 @@ from bifrost_rt.serve.settings import Limits
 log = logging.getLogger("bifrost_rt.serve")
 # How much the newest picture counts in the estimate behind Retry-After.
 NEWEST = 0.2
+INTERNAL = "internal error; the server's log says more"
 STOPPING = Failure("the server is shutting down; try again", 503)
 
 
@@ -81,7 +82,7 @@ class Studio:
             self.no_previews = "the server was started without previews"
         self._painters = painters
         self._changed = threading.Condition()
-        self._waiting: list[Job] = []
+        self._waiting: list[Job | Answer] = []
         self._running: set[str] = set()
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._seconds_per_picture = 1.0
@@ -110,6 +111,26 @@ class Studio:
             self._waiting.append(job)
             self._changed.notify()
 
+    def submit_answer(self, answer: Answer) -> None:
+        """Put a conversation at the end of the queue, where it counts as one picture.
+
+        Raises:
+            FullError: no room for it.
+            StoppingError: the server is shutting down.
+        """
+        with self._changed:
+            if self.stopping:
+                raise StoppingError
+            waiting = self.waiting_pictures()
+            if waiting and waiting + 1 > self.limits.waiting:
+                raise FullError(waiting, self._retry_after(waiting))
+            self._waiting.append(answer)
+            self._changed.notify()
+
+    def cancel_answer(self, answer: Answer) -> None:
+        """End an answer; one that runs ends at its next token."""
+        self._end(answer, "cancelled")
+
     def get(self, job_id: str) -> Job | None:
         """The job, as long as it is remembered."""
         return self._jobs.get(job_id)
@@ -131,7 +152,7 @@ class Studio:
 
     def waiting_pictures(self) -> int:
         """Pictures in the queue."""
-        return sum(job.request.images for job in self._waiting)
+        return sum(job.request.images if isinstance(job, Job) else 1 for job in self._waiting)
 
     def stop(self) -> None:
         """Take nothing new; what waits fails, what runs is finished."""
@@ -140,7 +161,10 @@ class Studio:
             waiting, self._waiting = self._waiting, []
             self._changed.notify_all()
         for job in waiting:
-            self._finish(job, "failed", STOPPING)
+            if isinstance(job, Job):
+                self._finish(job, "failed", STOPPING)
+            else:
+                self._end(job, "failed", STOPPING)
 
     def close(self, grace: float) -> None:
         """Stop, wait for what runs, and free the painters.
@@ -165,6 +189,9 @@ class Studio:
     def _work(self, painter: Painter) -> None:
         together = TOGETHER if painter.reloads() else 1
         while batches := self._next_batches(together):
+            if isinstance(batches, Answer):
+                self._answer(painter, batches)
+                continue
             try:
                 self._draw(painter, batches)
             except (BudgetError, NumericsError, _AccidentError) as error:
@@ -176,16 +203,21 @@ class Studio:
                     if not job.finished:
                         self._draw_alone(painter, job)
 
-    def _next_batches(self, together: int) -> list[list[Job]]:
-        """Wait for work: at most so many batches, whose settings differ. Empty when there will be
-        none."""
+    def _next_batches(self, together: int) -> list[list[Job]] | Answer:
+        """Wait for work: a conversation, or at most so many batches, whose settings differ. Empty
+        when there will be none."""
         with self._changed:
             while not self._waiting:
                 if self.stopping:
                     return []
                 self._changed.wait()
+            if isinstance(first := self._waiting[0], Answer):
+                del self._waiting[0]
+                first.state = "running"
+                self._running.add(first.id)
+                return first
             batches: list[list[Job]] = []
-            while self._waiting and len(batches) < together:
+            while len(batches) < together and any(isinstance(w, Job) for w in self._waiting):
                 batches.append(self._take_batch())
         for batch in batches:
             for job in batch:
@@ -195,8 +227,9 @@ class Studio:
 
     def _take_batch(self) -> list[Job]:
         """The job that has waited longest, and those that can be drawn in one run with it."""
-        batch, pictures = [self._waiting[0]], self._waiting[0].request.images
-        for job in self._waiting[1:]:
+        first, *others = [work for work in self._waiting if isinstance(work, Job)]
+        batch, pictures = [first], first.request.images
+        for job in others:
             images = job.request.images
             same = job.request.settings == batch[0].request.settings
             if same and pictures + images <= self.limits.batch:
@@ -207,6 +240,47 @@ class Studio:
             job.state = "running"
             self._running.add(job.id)
         return batch
+
+    def _answer(self, painter: Painter, answer: Answer) -> None:
+        answer.changed()
+
+        def on_text(piece: str) -> None:
+            if answer.finished:
+                raise _CancelledError
+            if answer.first_token is None:
+                answer.first_token = time.time()
+            if piece:
+                answer.pieces.append(piece)
+                answer.changed()
+
+        try:
+            result = painter.answer(answer.turns, answer.parameters, on_text)
+        except _CancelledError:
+            return
+        except (BudgetError, RequestError) as error:
+            self._end(answer, "failed", Failure(str(error), 400, "invalid_value"))
+        except BifrostError as error:
+            log.error("%s", error)
+            code = "not_finite" if isinstance(error, NumericsError) else None
+            self._end(answer, "failed", Failure(str(error), 500, code))
+        except Exception:  # a client never sees the trace, and the next one gets its chance
+            log.exception("answering failed")
+            self._end(answer, "failed", Failure(INTERNAL, 500))
+        else:
+            answer.result = result
+            self._end(answer, "done")
+
+    def _end(self, answer: Answer, state: State, failure: Failure | None = None) -> None:
+        """The first end of an answer counts."""
+        with self._changed:
+            if answer.finished:
+                return
+            if answer in self._waiting:
+                self._waiting.remove(answer)
+            self._running.discard(answer.id)
+            answer.failure, answer.state = failure, state
+        self.metrics.answered_in_words(answer)
+        answer.changed()
 
     def _draw_alone(self, painter: Painter, job: Job) -> None:
         try:
@@ -257,7 +331,7 @@ class Studio:
             self._fail(batches, Failure(str(error), 500))
         except Exception:  # a client never sees the trace, and the next job gets its chance
             log.exception("drawing failed")
-            self._fail(batches, Failure("internal error; the server's log says more", 500))
+            self._fail(batches, Failure(INTERNAL, 500))
         else:
             each = (time.monotonic() - began) / sum(whole.images for whole in merged)
             self._seconds_per_picture += NEWEST * (each - self._seconds_per_picture)
