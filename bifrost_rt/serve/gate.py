@@ -14,14 +14,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bifrost_rt.serve import cors
-from bifrost_rt.serve.faults import fault, unexpected
+from bifrost_rt.serve.faults import CHAT, fault, unexpected
 from bifrost_rt.serve.metrics import Metrics
 from bifrost_rt.serve.settings import Settings
 
 # Nothing secret, and what a page or a probe must see before it can know a token.
 OPEN = ("/", "/page.css", "/page.js", "/healthz", "/readyz")
 STREAM = "/events"  # the end of paths whose answer goes on
-CHAT = "/v1/chat/completions"  # whose requests hold images
 
 
 class Gate:

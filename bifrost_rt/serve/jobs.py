@@ -22,8 +22,8 @@ Stage = Literal["decoding", "denoising"]
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a job has no pictures, or an answer no words, in words for the client, the HTTP status that says so, and a code
-    for programs."""
+    """Why a job has no pictures, or a conversation no answer: in words for the client, the HTTP
+    status that says so, and a code for programs."""
 
     message: str
     status: int
@@ -124,16 +124,24 @@ class Answer(Work):
     Attributes:
         turns: the conversation, checked.
         parameters: how it is answered.
-        pieces: of the text, as they come.
-        first_token: when it came.
-        result: when it is done.
+        pieces: of the text, as they come; there are only ever more of them.
+        warnings: what was asked for and has no effect, in words.
+        first_token: when it came, as `created` counts.
+        result: there when it is done.
     """
 
     turns: Sequence[Turn]
     parameters: ChatParameters
+    warnings: list[str] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     first_token: float | None = None
     result: ChatResult | None = None
+
+    async def begun(self) -> None:
+        """Return when there is a first piece, or it is finished."""
+        async for _ in self.watch():
+            if self.pieces:
+                return
 
 
 @dataclass(frozen=True, eq=False)

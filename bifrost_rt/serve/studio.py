@@ -1,9 +1,10 @@
-"""Waiting jobs, and the painters that draw them. No HTTP in here.
+"""Waiting jobs and conversations, and the painters that draw and answer them. No HTTP in here.
 
 Every painter has a thread. It takes the job that has waited longest, and with it the next ones that
 share its settings, as many as a batch may hold: their pictures come out of one run and are those
 that each would have got alone. Where a painter's engines leave for others, it takes several such
-batches, so that each engine is loaded once for all of them.
+batches, so that each engine is loaded once for all of them. A conversation is answered by itself,
+when nothing has waited longer.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from PIL import Image
 
 from bifrost_rt import notes
 from bifrost_rt import request as requests
+from bifrost_rt.chat import ChatResult
 from bifrost_rt.errors import BifrostError, BudgetError, NumericsError, RequestError
 from bifrost_rt.pipeline import TOGETHER, Output
 from bifrost_rt.result import Result
@@ -40,10 +42,12 @@ STOPPING = Failure("the server is shutting down; try again", 503)
 
 
 class FullError(BifrostError):
-    """Too many pictures wait. `retry_after` is in whole seconds."""
+    """Too many pictures and answers wait. `retry_after` is in whole seconds."""
 
-    def __init__(self, waiting: int, retry_after: int) -> None:
-        super().__init__(f"{waiting} pictures are waiting already; try again in {retry_after} s")
+    def __init__(self, pictures: int, answers: int, retry_after: int) -> None:
+        counts = {"pictures": pictures, "answers": answers}
+        waiting = " and ".join(f"{n} {name}" for name, n in counts.items() if n)
+        super().__init__(f"{waiting} are waiting already; try again in {retry_after} s")
         self.retry_after = retry_after
 
 
@@ -63,7 +67,7 @@ class _AccidentError(Exception):
 
 
 class _CancelledError(Exception):
-    """Nobody wants the pictures of this run any more."""
+    """Nobody wants what this run makes any more."""
 
 
 class Studio:
@@ -85,8 +89,9 @@ class Studio:
         self._waiting: list[Job | Answer] = []
         self._running: set[str] = set()
         self._jobs: OrderedDict[str, Job] = OrderedDict()
-        self._seconds_per_picture = 1.0
-        metrics.watch(self.waiting_pictures, lambda: len(self._running))
+        self._answers: set[Answer] = set()
+        self._seconds_each = 1.0  # of a picture or an answer
+        metrics.watch(self.waiting_pictures, self.waiting_answers, lambda: len(self._running))
         self._threads = [
             threading.Thread(target=self._work, args=(painter,), name=f"painter-{i}", daemon=True)
             for i, painter in enumerate(painters)
@@ -104,9 +109,7 @@ class Studio:
         with self._changed:
             if self.stopping:
                 raise StoppingError
-            waiting = self.waiting_pictures()
-            if waiting and waiting + job.request.images > self.limits.waiting:
-                raise FullError(waiting, self._retry_after(waiting))
+            self._refuse_full(job.request.images)
             self._jobs[job.id] = job
             self._waiting.append(job)
             self._changed.notify()
@@ -121,9 +124,8 @@ class Studio:
         with self._changed:
             if self.stopping:
                 raise StoppingError
-            waiting = self.waiting_pictures()
-            if waiting and waiting + 1 > self.limits.waiting:
-                raise FullError(waiting, self._retry_after(waiting))
+            self._refuse_full(1)
+            self._answers.add(answer)
             self._waiting.append(answer)
             self._changed.notify()
 
@@ -152,7 +154,11 @@ class Studio:
 
     def waiting_pictures(self) -> int:
         """Pictures in the queue."""
-        return sum(job.request.images if isinstance(job, Job) else 1 for job in self._waiting)
+        return sum(work.request.images for work in self._waiting if isinstance(work, Job))
+
+    def waiting_answers(self) -> int:
+        """Conversations in the queue."""
+        return sum(isinstance(work, Answer) for work in self._waiting)
 
     def stop(self) -> None:
         """Take nothing new; what waits fails, what runs is finished."""
@@ -178,13 +184,22 @@ class Studio:
             thread.join(max(0.0, until - time.monotonic()))
         for job in list(self._jobs.values()):
             self.cancel(job)
+        for answer in list(self._answers):
+            self.cancel_answer(answer)
         for thread in self._threads:
             thread.join()
         for painter in self._painters:
             painter.close()
 
-    def _retry_after(self, waiting: int) -> int:
-        return max(1, math.ceil(waiting * self._seconds_per_picture / len(self._painters)))
+    def _refuse_full(self, more: int) -> None:
+        pictures, answers = self.waiting_pictures(), self.waiting_answers()
+        waiting = pictures + answers
+        if waiting and waiting + more > self.limits.waiting:
+            seconds = math.ceil(waiting * self._seconds_each / len(self._painters))
+            raise FullError(pictures, answers, max(1, seconds))
+
+    def _took(self, seconds_each: float) -> None:
+        self._seconds_each += NEWEST * (seconds_each - self._seconds_each)
 
     def _work(self, painter: Painter) -> None:
         together = TOGETHER if painter.reloads() else 1
@@ -217,7 +232,7 @@ class Studio:
                 self._running.add(first.id)
                 return first
             batches: list[list[Job]] = []
-            while len(batches) < together and any(isinstance(w, Job) for w in self._waiting):
+            while len(batches) < together and self._waiting and isinstance(self._waiting[0], Job):
                 batches.append(self._take_batch())
         for batch in batches:
             for job in batch:
@@ -243,6 +258,7 @@ class Studio:
 
     def _answer(self, painter: Painter, answer: Answer) -> None:
         answer.changed()
+        began = time.monotonic()
 
         def on_text(piece: str) -> None:
             if answer.finished:
@@ -267,10 +283,18 @@ class Studio:
             log.exception("answering failed")
             self._end(answer, "failed", Failure(INTERNAL, 500))
         else:
-            answer.result = result
-            self._end(answer, "done")
+            self._took(time.monotonic() - began)
+            for name, seconds in result.timings.items():
+                self.metrics.stage(name, seconds)
+            self._end(answer, "done", result=result)
 
-    def _end(self, answer: Answer, state: State, failure: Failure | None = None) -> None:
+    def _end(
+        self,
+        answer: Answer,
+        state: State,
+        failure: Failure | None = None,
+        result: ChatResult | None = None,
+    ) -> None:
         """The first end of an answer counts."""
         with self._changed:
             if answer.finished:
@@ -278,8 +302,10 @@ class Studio:
             if answer in self._waiting:
                 self._waiting.remove(answer)
             self._running.discard(answer.id)
-            answer.failure, answer.state = failure, state
-        self.metrics.answered_in_words(answer)
+            self._answers.discard(answer)
+            answer.failure, answer.result = failure, result
+            answer.state = state
+        self.metrics.spoken(answer)
         answer.changed()
 
     def _draw_alone(self, painter: Painter, job: Job) -> None:
@@ -334,7 +360,7 @@ class Studio:
             self._fail(batches, Failure(INTERNAL, 500))
         else:
             each = (time.monotonic() - began) / sum(whole.images for whole in merged)
-            self._seconds_per_picture += NEWEST * (each - self._seconds_per_picture)
+            self._took(each)
 
     def _step(
         self, batch: list[Job], stage: Stage, step: int, preview: NDArray[np.uint8] | None
