@@ -15,7 +15,8 @@ _END = "data: [DONE]\n\n"
 
 def whole(answer: Answer, model: str) -> schema.ChatCompletion:
     """A finished answer."""
-    assert (result := answer.result) is not None
+    result = answer.result
+    assert result is not None
     message = schema.Message(content=result.text)
     return schema.ChatCompletion(
         id=_id(answer),

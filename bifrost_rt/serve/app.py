@@ -14,6 +14,8 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
+from starlette.types import Receive, Scope, Send
+
 from bifrost_rt import __version__, chat, chat_params, request, vision
 from bifrost_rt.chat_params import ChatParameters
 from bifrost_rt.errors import RequestError
@@ -128,11 +130,7 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
                 asked = body.stream_options or schema.StreamOptions()
                 events = answers.stream(answer, manifest.name, asked.include_usage)
                 streamed = True
-                return StreamingResponse(
-                    _cancelling(events, lambda: studio.cancel_answer(answer)),
-                    media_type="text/event-stream",
-                    headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-                )
+                return _Stream(events, lambda: studio.cancel_answer(answer))
             if answer.result is None:  # its client has hung up
                 message = answers.CANCELLED.message
                 raise _Refused(fault(499, message, code=answers.CANCELLED.code))
@@ -285,14 +283,21 @@ def _raise_failure(work: Work, cancelled: str) -> None:
         raise _Refused(fault(499, cancelled, code="cancelled"))
 
 
-async def _cancelling(events: AsyncIterator[str], cancel: Callable[[], None]) -> AsyncIterator[str]:
-    """The events; where they end before their end, because the client has hung up, so does what
-    makes them."""
-    try:
-        async for event in events:
-            yield event
-    finally:
-        cancel()
+class _Stream(StreamingResponse):
+    """An answer as it comes. However this ends, before its first event or at its last, so does what
+    makes it."""
+
+    def __init__(self, events: AsyncIterator[str], end: Callable[[], None]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._end()
 
 
 def _no_such_model(manifest: Manifest) -> JSONResponse:

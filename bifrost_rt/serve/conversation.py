@@ -15,6 +15,7 @@ from bifrost_rt.strict import nearest
 
 # Of OpenAI's newer models; it means the same.
 _ROLES = {"developer": "system"}
+_WIRE_ROLES = (*messages.ROLES, *_ROLES)
 _FULL = ("auto", "high")  # images are looked at as the model's limits allow
 
 _TEXT = {
@@ -48,7 +49,7 @@ SCHEMA = {
         "type": "object",
         "required": ["role", "content"],
         "properties": {
-            "role": {"enum": [*messages.ROLES, *_ROLES]},
+            "role": {"enum": list(_WIRE_ROLES)},
             "content": {
                 "anyOf": [
                     {"type": "string"},
@@ -78,7 +79,7 @@ def read(
             return value  # refused by `messages.read`, or a text
         kind = value.get("type")
         if kind not in ("text", "image_url"):
-            raise RequestError(f"{where}: type must be text or image_url, got {kind!r}")
+            raise RequestError(f"{where}: type must be text or image_url")
         checked = _known(value, ("type", kind), where)
         if kind == "text":
             return checked
@@ -99,8 +100,9 @@ def read(
         role, content = checked.get("role"), checked.get("content")
         if isinstance(content, list):
             content = [part(p, f"{where}.content[{k}]") for k, p in enumerate(content)]
-        role = _ROLES.get(role, role) if isinstance(role, str) else role
-        turns.append({"role": role, "content": content})
+        if role not in _WIRE_ROLES:
+            raise RequestError(f"{where}: role must be one of {', '.join(_WIRE_ROLES)}")
+        turns.append({"role": _ROLES.get(role, role), "content": content})
     return messages.read(turns)
 
 

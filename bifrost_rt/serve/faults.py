@@ -79,7 +79,8 @@ def _invalid(first: Any, path: str) -> JSONResponse:
     if first["type"] == "json_invalid":
         return fault(400, "the body is not JSON", code="invalid_json")
     if first["type"] == "extra_forbidden":
-        message = f"unknown field {field!r}{nearest(field, fields.model_fields)}"
+        near = nearest(field, fields.model_fields) if len(names) == 1 else ""
+        message = f"unknown field {field!r}{near}"
         return fault(400, message, param=field, code="unknown_parameter")
     if place == "body" and not field:
         if isinstance(first["input"], bytes):
@@ -88,8 +89,9 @@ def _invalid(first: Any, path: str) -> JSONResponse:
             message, code = f"the body must be a JSON object with {needed}", "invalid_json"
         return fault(400, message, code=code)
     message = f"{field}: {first['msg']}"
-    if first["type"] == "literal_error":
-        message = f"{field}: must be {first['ctx']['expected'].replace('False', 'false')}"
+    if first["type"] in ("literal_error", "too_long"):
+        expected = first["ctx"].get("expected", "empty").replace("False", "false")
+        message = f"{field}: must be {expected}"
         if names[0] in fields.model_fields and (about := fields.model_fields[names[0]].description):
             message += f" ({about})"
     return fault(400, message, param=field, code="invalid_value")

@@ -285,7 +285,8 @@ class Studio:
         else:
             self._took(time.monotonic() - began)
             for name, seconds in result.timings.items():
-                self.metrics.stage(name, seconds)
+                if name not in ("per_token", "total"):
+                    self.metrics.stage(name, seconds)
             self._end(answer, "done", result=result)
 
     def _end(
