@@ -13,7 +13,6 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-
 from starlette.types import Receive, Scope, Send
 
 from bifrost_rt import __version__, chat, chat_params, request, vision
