@@ -79,7 +79,7 @@ def test_an_answer_is_the_generators(
     assert answer.usage.prompt_tokens == expected.usage.prompt_tokens
     assert answer.usage.completion_tokens == expected.usage.completion_tokens
     assert answer.usage.total_tokens == expected.usage.total_tokens
-    details = answer.usage.prompt_tokens_details.model_extra
+    details = answer.usage.prompt_tokens_details.model_dump()
     assert details["image_tokens"] == expected.usage.image_tokens > 0
     assert answer.model_extra == {"seed": 3, "warnings": []}
 
