@@ -108,24 +108,29 @@ class Fetcher:
         connection = http.client.HTTPSConnection(name, port)
         with socket.create_connection(address, _left(deadline)) as plain:
             assert self._tls is not None
-            connection.sock = self._tls.wrap_socket(plain, server_hostname=name.strip("[]"))
-            with connection.sock:
+            with self._tls.wrap_socket(plain, server_hostname=name.strip("[]")) as tls:
+                connection.sock = tls
                 path = (split.path or "/") + (f"?{split.query}" if split.query else "")
                 connection.request("GET", path, headers={"Accept": "image/*"})
-                answer = connection.getresponse()
-                if answer.status in (301, 302, 303, 307, 308):
-                    return answer.headers.get("Location", "")
-                if answer.status != 200:
-                    raise RequestError(f"{where}: {name} answers {answer.status}")
-                data = bytearray()
-                while True:
-                    connection.sock.settimeout(_left(deadline))
-                    chunk = answer.read1(_CHUNK)
-                    if not chunk:
-                        return bytes(data)
-                    data += chunk
-                    if len(data) > self._most:
-                        raise RequestError(f"{where}: the image has more than {self._most} bytes")
+                with connection.getresponse() as answer:
+                    return self._read(answer, tls, where, deadline)
+
+    def _read(
+        self, answer: http.client.HTTPResponse, tls: ssl.SSLSocket, where: str, deadline: float
+    ) -> bytes | str:
+        if answer.status in (301, 302, 303, 307, 308):
+            return answer.headers.get("Location", "")
+        if answer.status != 200:
+            raise RequestError(f"{where}: the address is answered with {answer.status}")
+        data = bytearray()
+        while True:
+            tls.settimeout(_left(deadline))
+            chunk = answer.read1(_CHUNK)
+            if not chunk:
+                return bytes(data)
+            data += chunk
+            if len(data) > self._most:
+                raise RequestError(f"{where}: the image has more than {self._most} bytes")
 
     def _address(self, name: str, port: int, where: str) -> tuple[str, int]:
         """Where the name leads now; the connection goes there and nowhere else."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.serve.conftest import HANG_UP, Server
 CHAT = "/v1/chat/completions"
 TOKENS = 12
 HELLO = [{"role": "user", "content": "hello"}]
-LONG = {"messages": HELLO, "max_tokens": 4000, "temperature": 1.0, "seed": 1}
+LONG = {"messages": HELLO, "max_tokens": 4000}
 
 
 def file_of(image: Image.Image) -> bytes:
@@ -183,6 +184,7 @@ def bomb() -> bytes:
     """A few kilobytes that claim to be 400 million pixels."""
     file = bytearray(RED)
     file[16:24] = (20000).to_bytes(4, "big") * 2
+    file[29:33] = zlib.crc32(file[12:29]).to_bytes(4, "big")
     return bytes(file)
 
 
