@@ -42,7 +42,7 @@ from export.synthetic.shapes import PRESETS
 SIZES = dims.of_run(text_tokens=300, steps=256)
 # What engines are compiled for: the profile of the product, with guidance and with steps that
 # reveal more than one token. For one size alone the builder makes other kernels.
-LARGEST = dims.of_run(text_tokens=300, steps=256, guided=True, revealed=256)
+LARGEST = dims.of_run(text_tokens=300, steps=256, guided=True, revealed=256, **dims.ANSWERS)
 PROFILE = Sizes({name: (1, high) for name, high in LARGEST.items()})
 # what of the table's rates an engine's products are held to
 RATES = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "int8": "int8", "fp8": "fp8"}

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks import golden
-from bifrost_rt import Generator, manifest, residency, selftest
+from bifrost_rt import Generator, dims, manifest, residency, selftest
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.base import Backend
 from bifrost_rt.errors import BifrostError
@@ -181,7 +181,7 @@ def repeats(subject: Subject) -> dict[str, Any]:
 def _with_little_memory(subject: Subject, driver: Any, first: Result) -> dict[str, Any]:
     """The engines come and go; where the driver opens them in threads, while another one works."""
     facts = manifest.read(subject.folder)
-    order = [spec.name for spec in facts.engines]
+    order = dims.drawing(facts.engines)
     sizes = residency.sizes(facts, guided=True)
     needs = residency.needs(facts, order, sizes, driver.weights_in_memory, driver.scratch_share)
     # room for the next one, and not for all

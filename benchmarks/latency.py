@@ -162,7 +162,9 @@ def _steps(facts: manifest.Manifest, request: dict[str, Any]) -> dict[str, int]:
     """Calls of the engines that run in a loop."""
     steps = ("decoding_steps", "num_inference_steps")
     at = residency.sizes(facts, **{name: request[name] for name in steps})
-    return {spec.name: dims.calls(spec, at(spec.name)) for spec in facts.engines if spec.carry}
+    return {
+        spec.name: dims.calls(spec, at(spec.name)) for spec in facts.engines if dims.loops(spec)
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from bifrost_rt import backends, command, manifest, residency
+from bifrost_rt import backends, command, dims, manifest, residency
 from bifrost_rt.generator import Generator
 from bifrost_rt.residency import Need
 
@@ -67,7 +67,7 @@ def engines(folder: Path, backend: str) -> list[dict[str, Any]]:
 def needs(folder: Path, backend: str) -> list[Need]:
     """What the schedule of one picture counts with."""
     facts, driver = manifest.read(folder), backends.load(backend)
-    order = [spec.name for spec in facts.engines]
+    order = dims.drawing(facts.engines)
     at = residency.sizes(facts, **STEPS)
     return residency.needs(facts, order, at, driver.weights_in_memory, driver.scratch_share)
 

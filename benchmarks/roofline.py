@@ -15,7 +15,7 @@ from benchmarks import ceilings
 from benchmarks.ceilings import Ceilings
 from benchmarks.contenders import Spec
 from bifrost_rt import backends, manifest, residency
-from bifrost_rt.dims import TEXT_TOKENS
+from bifrost_rt.dims import CACHE_TOKENS, NEW_TOKENS, TEXT_TOKENS
 from bifrost_rt.errors import EngineSetError
 from bifrost_rt.manifest import EngineSpec, Manifest
 from bifrost_rt.text import Tokenizers
@@ -84,6 +84,7 @@ def of_contender(
         num_inference_steps=request["num_inference_steps"],
     )
     ids = Tokenizers(folder, facts.text).mllm_prompt(request["prompt"])
+    read = (TEXT_TOKENS, NEW_TOKENS, CACHE_TOKENS)
     bandwidth = bounds.device.value("bandwidth")
     found: dict[str, Any] = {}
     for one in work.of_set(
@@ -91,7 +92,7 @@ def of_contender(
         manifest.read(graphs),
         request["num_inference_steps"],
         request["decoding_steps"],
-        lambda engine: {**base(engine), TEXT_TOKENS: len(ids)},
+        lambda engine: {**base(engine), **dict.fromkeys(read, len(ids))},
     ):
         engine = facts.engine(one.engine)
         rate = rate_of(engine, spec.backend, bounds)

@@ -39,6 +39,7 @@ from scenes.world import BACKGROUNDS, COLOURS, SHAPES, Placed
 
 RENDERS = 300
 SEED = 20261126
+KINDS = ("scenes", "anywhere")  # as prompts ask for, with jitter; objects anywhere, up to four
 TOKENS = 64  # more than the longest description has
 CHECKPOINT = Path("engines/checkpoints/scenes")
 
@@ -48,15 +49,15 @@ Describe = Callable[[Pixels], str]
 
 @dataclass(frozen=True)
 class Render:
-    """An image, and the words that describe it exactly."""
+    """An image, the words that describe it exactly, and which of `KINDS` it is of."""
 
     pixels: Pixels
     words: str
+    kind: str
 
 
 def fresh(number: int) -> list[Render]:
-    """Renders that no training has seen: half of them scenes as prompts ask for, with jitter, half
-    with objects anywhere."""
+    """Renders that no training has seen, of both kinds by turns."""
     rng, found = np.random.default_rng(SEED), []
     for i in range(number):
         spec = training_spec(rng)
@@ -64,7 +65,8 @@ def fresh(number: int) -> list[Render]:
         if i % 2:
             objects = scatter(rng, int(rng.integers(1, 5)))
             background = tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
-        found.append(Render(render(objects, background), describe(objects, background)))
+        words = describe(objects, background)
+        found.append(Render(render(objects, background), words, KINDS[i % 2]))
     return found
 
 
@@ -150,12 +152,15 @@ def with_transformers(checkpoint: Path) -> Describe:
 
 
 def look(renders: Sequence[Render], say: Describe) -> tuple[dict[str, Any], list[str]]:
-    """Describe every render: shares in percent, seconds an image, and the words."""
+    """Describe every render: shares in percent by kind, seconds an image, and the words."""
     began = time.perf_counter()
     words = [say(one.pixels) for one in renders]
     seconds = (time.perf_counter() - began) / len(renders)
     right = [parts_right(said, one.words) for said, one in zip(words, renders, strict=True)]
-    shares = {name: percent([r[name] for r in right]) for name in right[0]}
+    shares = {}
+    for kind in KINDS:
+        of = [r for r, one in zip(right, renders, strict=True) if one.kind == kind]
+        shares[kind] = {name: percent([r[name] for r in of]) for name in right[0]}
     return {**shares, "seconds": round(seconds, 4)}, words
 
 
@@ -183,10 +188,12 @@ def percent(right: Sequence[bool]) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """The result as lines for a person."""
-    names = ("exact", "number", "colours", "shapes", "background", "seconds")
-    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    names = ("exact", "number", "colours", "shapes", "background")
+    lines = ["| | " + " | ".join(("renders", *names)) + " |", "|---|" + "---|" * (len(names) + 1)]
     for who, found in result["descriptions"].items():
-        lines.append(f"| {who} | " + " | ".join(str(found[name]) for name in names) + " |")
+        for kind in KINDS:
+            shares = " | ".join(str(found[kind][name]) for name in names)
+            lines.append(f"| {who} | {kind} | {shares} |")
     for who, equal in result["equal"].items():
         lines.append(f"\nwords equal to those of {who}: {equal} %")
     if trip := result["round_trip"]:

@@ -57,7 +57,7 @@ class ChatResult:
         finish_reason: "stop" where the model ended it, "length" at the limit or at the end of the
             context.
         usage: tokens.
-        timings: seconds of `vision_encode`, `prefill` and `decode`, of the engines, and `total`;
+        timings: seconds of every engine, of `prefill` and `decode`, and `total`;
             `per_token` is `decode` over the tokens that it gave.
         seed: passed to `chat` again, it gives the same answer.
     """

@@ -11,7 +11,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from bifrost_rt.manifest import EngineSpec, Range
 
@@ -56,6 +56,7 @@ WINDOWS, VISION_TOKENS = "windows", "vision_tokens"
 NEW_TOKENS, CACHE_TOKENS = "new_tokens", "cache_tokens"
 IMAGE_TOKENS, ANSWER_TOKENS = "image_tokens", "answer_tokens"
 
+CONTEXT = 4096  # tokens of the longest conversation, where the model takes so many
 CHUNK = 512  # tokens of a long prompt that one call of the text engine reads
 CANDIDATES = 1024  # tokens that top_k and top_p choose among, at most
 
@@ -83,6 +84,12 @@ DIMS = {
         Dim(WINDOWS, "windows", 1, "max_windows", 12, "max", rows="windows"),
         Dim(VISION_TOKENS, "vision_tokens", 1, "max_vision_tokens", 14, "max"),
     )
+}
+
+# What `of_run` takes for the largest call of an answer.
+ANSWERS: dict[str, Any] = {
+    **{"new_tokens": CHUNK, "cache_tokens": CONTEXT},
+    **{"image_tokens": CHUNK, "answer_tokens": CONTEXT},
 }
 
 
@@ -188,10 +195,21 @@ def reads_pieces(spec: EngineSpec) -> bool:
     return {NEW_TOKENS, CACHE_TOKENS} <= used_by(spec)
 
 
+def drawing(engines: Iterable[EngineSpec]) -> list[str]:
+    """The names of those engines that draw, in their order."""
+    return [spec.name for spec in engines if not looks(spec)]
+
+
+def loops(spec: EngineSpec) -> bool:
+    """Whether an engine belongs to a loop of drawing: it carries something from step to step. The
+    text engine does so in answers alone."""
+    return bool(spec.carry) and STEPS in used_by(spec)
+
+
 def calls(spec: EngineSpec, sizes: Mapping[str, int]) -> int:
     """How often an engine runs for a picture: once a step where a loop of drawing carries something
     from step to step, once in all where none does."""
-    return sizes[STEPS] if spec.carry and STEPS in used_by(spec) else 1
+    return sizes[STEPS] if loops(spec) else 1
 
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {

@@ -67,7 +67,7 @@ class Engines:
         self._needs: dict[str, Need] = {}
         self._beside, self._leave_beside = 0, _nothing
         # an image to look at may never come, and takes as much memory as it has pixels
-        order = [spec.name for spec in manifest.engines if not dims.looks(spec)]
+        order = dims.drawing(manifest.engines)
         if budget is None:
             self._enter_all(order)
             return

@@ -240,8 +240,7 @@ class Generator:
             GeneratorStateError: the generator is closed.
         """
         self._turns.require_open("reloads()")
-        drawing = {spec.name for spec in self.manifest.engines if not dims.looks(spec)}
-        return not drawing <= set(self._engines.resident)
+        return not set(dims.drawing(self.manifest.engines)) <= set(self._engines.resident)
 
     def _draw(
         self,

@@ -110,6 +110,49 @@ def precision(folder: Path, manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
+def plan(folder: Path, manifest: Manifest) -> str:
+    """What every compiled engine does in one call, as read from the plan inside it.
+
+    Raises:
+        EngineSetError: the set's report does not say.
+        IntegrityError: the report was changed after the build.
+    """
+    if REPORT in manifest.files:
+        manifests.verify_file(folder, REPORT, manifest.files[REPORT])
+    try:
+        found = json.loads(read_text(folder / REPORT))["compiled"]["engines"]
+        plans = {spec.name: found[spec.name]["plan"] for spec in manifest.engines}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise EngineSetError(
+            f"{folder / REPORT}: does not say what the engines' plans are",
+            hint="sets of `python -m export.compile` have plans; compile older ones again",
+        ) from None
+    lines = [f"{manifest.name}: one call of every engine, read from the plan inside it"]
+    for name, said in plans.items():
+        lines.append("")
+        if said["plan"] != "read":
+            lines.append(f"{name}: unknown: the engine holds no plan that can be read")
+            continue
+        lines.append(
+            f"{name}: {said['kernels']} kernels, {_figure(said['bytes'], 1e6, 'MB')}, "
+            f"{_figure(said['operations'], 1e9, 'GFLOP')}"
+        )
+        rows = [(f"{count} products", kind) for kind, count in said["products"].items()]
+        attention = [f"{n} {how}" for how, n in said["attention"].items() if n]
+        rows.append(("attention", ", ".join(attention) or "none"))
+        capturable = {True: "yes", False: "no"}.get(said["capturable"], "unknown")
+        rows.append(("CUDA graph", capturable))
+        rows.append(("auxiliary streams", str(said["auxiliary_streams"])))
+        moved = [f"{n} x {kernel}" for kernel, n in said["weights_moved"].items()]
+        rows.append(("weights moved", ", ".join(moved) or "none"))
+        lines += _table(rows)
+    return "\n".join(lines)
+
+
+def _figure(number: int | str, scale: float, unit: str) -> str:
+    return f"unknown {unit}" if isinstance(number, str) else f"{number / scale:.4g} {unit}"
+
+
 def _kernels(counts: Mapping[str, int] | None) -> str:
     """What onnxruntime computes quantised layers with, where it has kernels for them."""
     of = {k: n for k, n in (counts or {}).items() if k in ("MatMulIntegerToFloat", "MatMulNBits")}

@@ -114,7 +114,7 @@ class EngineSpec:
     `square_bytes` is what comes beside where all rows of a larger run see each other: that much for
     the square of its growth.
     `piece_scratch_bytes` is the same for `dims.CHUNK` tokens of a conversation behind
-    a cache of `residency.COUNTED_CACHE`; 0 for engines that read none.
+    a cache of `dims.CONTEXT`; 0 for engines that read none.
     `compiled` is None where the file is an ONNX graph.
     """
 
@@ -127,8 +127,8 @@ class EngineSpec:
     precision: Precision
     scratch_bytes: int = 0
     square_bytes: int = 0
-    piece_scratch_bytes: int = 0
     compiled: Compiled | None = None
+    piece_scratch_bytes: int = 0
 
     def input(self, name: str) -> TensorSpec | None:
         """The input called `name`, or None where this engine has none of that name."""

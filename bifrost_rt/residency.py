@@ -25,7 +25,6 @@ from bifrost_rt.manifest import EngineSpec, SetSpec, TensorSpec
 MARGIN = 0.1
 # The sizes for which a manifest states an engine's scratch memory; text is as long as it can be.
 COUNTED_STEPS = 28
-COUNTED_CACHE = 4096
 _ITEM_BYTES = {"bool": 1, "uint8": 1, "float16": 2, "float32": 4, "int64": 8}
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{kind}": base**power
@@ -256,7 +255,7 @@ def scratch_bytes(spec: EngineSpec, sizes: Mapping[str, int], longest: int) -> f
         return spec.scratch_bytes * grown + spec.square_bytes * (grown**2 - grown)
     # of a row it grows with the cache, whose every place attention has a score for
     short, long = spec.scratch_bytes / longest, spec.piece_scratch_bytes / dims.CHUNK
-    slope = (long - short) / max(1, COUNTED_CACHE - longest)
+    slope = (long - short) / max(1, dims.CONTEXT - longest)
     cache = max(longest, sizes[dims.CACHE_TOKENS])
     rows = grown * sizes[dims.NEW_TOKENS]
     return rows * (short + slope * (cache - longest))

@@ -125,6 +125,8 @@ def check(generator: Generator) -> Outcome:
     """
     wanted = expected(generator)
     found = draw(generator)
+    if generator.manifest.vision is not None and generator.manifest.chat is not None:
+        generator.describe(found, max_new_tokens=1)  # what drawing does not run, runs too
     outcome = Outcome(
         int(np.abs(found.astype(int) - wanted).max()),
         deviation(found, wanted),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bifrost_rt import image_processor, schedules
+from bifrost_rt import dims, image_processor, schedules
 from bifrost_rt.manifest import ModelFacts, Vision
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError
@@ -30,10 +30,6 @@ from export.stages import (
     vision_encode,
     visual_decode,
 )
-
-# Tokens of the longest conversation, where the model takes so many: of the K/V cache, whose memory
-# a conversation takes as it grows, and of a table of rotary positions.
-CONTEXT = 4096
 
 
 def facts(checkpoint: Checkpoint) -> ModelFacts:
@@ -131,8 +127,9 @@ def _check_schedule(checkpoint: Checkpoint, image_tokens: int) -> None:
 
 
 def context_length(checkpoint: Checkpoint, mllm_max_length: int) -> int:
-    """Tokens of the longest conversation."""
-    return max(mllm_max_length, min(CONTEXT, checkpoint.positions))
+    """Tokens of the longest conversation: of the K/V cache, whose memory a conversation takes as it
+    grows, and of a table of rotary positions."""
+    return max(mllm_max_length, min(dims.CONTEXT, checkpoint.positions))
 
 
 def stages(

@@ -188,6 +188,7 @@ class Checkpoint:
         config, prefix = self.vision, self._tower_prefix
         tower = _without_values(lambda: VisionTower(config, longest))
         self._fill(tower, "vision tower", lambda name: (self.base, f"{prefix}{name}"))
+        tower.patch_embed.as_linear()
         return tower
 
     def refuse_left_overs(self) -> None:

@@ -45,6 +45,7 @@ def to_graph(stage: Stage) -> ir.Model:
         if value.const_value is None:
             assert value.dtype is not None
             value.const_value = Weight(found[name], value.dtype, name)
+    _share_weights(model.graph)
     _transpose_weights(model.graph)
     return model
 
@@ -61,6 +62,19 @@ def _as_linear(module: nn.Module, layers: dict[str, QuantizedLinear]) -> Iterato
     finally:
         for path, layer in layers.items():
             module.set_submodule(path, layer)
+
+
+def _share_weights(graph: ir.Graph) -> None:
+    """What is one tensor of the checkpoint is stored once, as where a head is tied to the embedding
+    and both were rounded."""
+    first: dict[tuple[str, ir.DataType], ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
+        if not isinstance(value.const_value, Weight):
+            continue
+        same = first.setdefault((value.const_value.source.identity, value.const_value.dtype), value)
+        if same is not value:
+            value.replace_all_uses_with(same)
+            del graph.initializers[name]
 
 
 def _transposed_weight(node: ir.Node) -> ir.Value | None:

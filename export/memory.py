@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from bifrost_rt import dims
 from bifrost_rt.image_processor import Limits
-from bifrost_rt.residency import COUNTED_CACHE, COUNTED_STEPS
+from bifrost_rt.residency import COUNTED_STEPS
 from export.flops import shape_of
 
 SCORES = 2 * 4  # bytes: scores and softmax, in float32
@@ -42,12 +42,7 @@ def square_bytes(model: ir.Model, largest: Limits) -> int:
 def one_piece() -> dict[str, int]:
     """The sizes for which a manifest states the scratch memory of reading a conversation: a piece
     of the prompt, behind a long cache."""
-    return dims.of_run(
-        text_tokens=dims.CHUNK,
-        steps=1,
-        cache_tokens=COUNTED_CACHE,
-        image_tokens=dims.CHUNK,
-    )
+    return dims.of_run(text_tokens=dims.CHUNK, steps=1, **dims.ANSWERS)
 
 
 def scratch_bytes(model: ir.Model, sizes: Mapping[str, int]) -> int:

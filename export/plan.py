@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from bifrost_rt import backends, command, residency, strict
 from bifrost_rt import manifest as manifests
 from bifrost_rt.backends.base import Backend
-from bifrost_rt.manifest import EngineSpec, Precision
+from bifrost_rt.manifest import EngineSpec, Manifest, Precision
 from export import extras, shipped
 from export import recipe as recipes
 from export.errors import RecipeError
@@ -26,6 +26,7 @@ from export.planning.storage import STORAGES, Storage
 
 if TYPE_CHECKING:
     from export.planning.estimate import InMemory, Plan
+    from export.planning.kernel_times import Estimate
     from export.planning.work import Work
 
 RELEASE_T5_LENGTH = 512
@@ -40,23 +41,27 @@ def main(arguments: list[str] | None = None) -> int:
 
     @extras.needed("export")
     def planned() -> int:
-        plan = _plan(options)
+        plan, times = _plan(options)
         if options.json:
-            document = json.dumps(dataclasses.asdict(plan), indent=1) + "\n"
-            options.json.write_text(document, encoding="utf-8")
+            content = dataclasses.asdict(plan)
+            if times is not None:
+                content["estimate"] = dataclasses.asdict(times)
+            options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         if options.plot:
             from export.planning import picture
 
-            picture.draw(plan).save(options.plot)
-        from export.planning import report
+            picture.draw(plan, times).save(options.plot)
+        from export.planning import kernel_report, report
 
         print(report.describe(plan))
+        if times is not None:
+            print(f"\n{kernel_report.describe(times)}")
         return 0 if plan.fits else 3
 
     return command.run(planned, debug=options.debug)
 
 
-def _plan(options: argparse.Namespace) -> Plan:
+def _plan(options: argparse.Namespace) -> tuple[Plan, Estimate | None]:
     # torch takes seconds to import: not before the command line is understood
     device = devices.find(options.device)
     budget = None if options.memory_budget is None else residency.parse(options.memory_budget)
@@ -64,10 +69,36 @@ def _plan(options: argparse.Namespace) -> Plan:
     if options.engines and storage is not None:
         raise RecipeError("--precision does not apply to a built set")
     if options.engines:
-        return of_set(options.engines, device, budget)
+        manifest = manifests.read(options.engines)
+        if any(spec.compiled is not None for spec in manifest.engines):
+            return of_compiled(options.engines, manifest, device, budget)
+        return of_set(options.engines, device, budget), None
     if options.recipe:
-        return of_recipe(shipped.find(options.recipe), device, storage, budget)
-    return of_shapes(options.like, device, storage or STORAGES["bf16"], budget)
+        return of_recipe(shipped.find(options.recipe), device, storage, budget), None
+    return of_shapes(options.like, device, storage or STORAGES["bf16"], budget), None
+
+
+def of_compiled(
+    folder: Path, manifest: Manifest, device: devices.Device, budget: int | None = None
+) -> tuple[Plan, Estimate | None]:
+    """Plan a compiled set, and estimate its time from the plans inside its engines; None where the
+    device's figures are not known.
+
+    Raises:
+        RecipeError: an engine has no plan that can be read.
+    """
+    from export.planning import estimate, kernel_times, work
+
+    at = residency.sizes(manifest)
+    calls = kernel_times.of_set(folder, manifest, at)
+    times = kernel_times.estimate(calls, device)
+    ideal = (
+        {}
+        if times is None
+        else {engine.engine: (engine.ideal_seconds, engine.ideal_limit) for engine in times.engines}
+    )
+    works = work.of_calls(manifest, calls, at)
+    return estimate.plan(works, device, None, budget, ideal=ideal), times
 
 
 def of_set(folder: Path, device: devices.Device, budget: int | None = None) -> Plan:

@@ -59,7 +59,10 @@ def _inspect(options: argparse.Namespace) -> int:
 
     folder = Path(options.engines)
     found = manifest.read(folder)
-    print(inspect.precision(folder, found) if options.precision else inspect.describe(found))
+    if options.plan:
+        print(inspect.plan(folder, found))
+    else:
+        print(inspect.precision(folder, found) if options.precision else inspect.describe(found))
     return 0
 
 

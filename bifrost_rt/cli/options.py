@@ -36,8 +36,12 @@ def parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="say what an engine set holds")
     inspect.add_argument("engines", metavar="DIR", help="the engine set")
-    inspect.add_argument(
+    shown = inspect.add_mutually_exclusive_group()
+    shown.add_argument(
         "--precision", action="store_true", help="what every layer is, read back from the files"
+    )
+    shown.add_argument(
+        "--plan", action="store_true", help="what a call of every compiled engine does"
     )
 
     verify = commands.add_parser("verify", help="check a set: hashes, engines, a test picture")

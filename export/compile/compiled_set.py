@@ -12,13 +12,23 @@ from typing import Any
 
 import onnx_ir as ir
 
+from bifrost_rt import dims, opened, pipeline, residency
 from bifrost_rt import manifest as manifests
-from bifrost_rt import opened, pipeline, residency
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.tensorrt_log import logger
 from bifrost_rt.manifest import Compiled, Deviation, EngineSpec
 from export import extras
-from export.compile import bound, cache_rows, capabilities, graphs, half, messages, quantized
+from export.compile import (
+    bound,
+    cache_rows,
+    capabilities,
+    graphs,
+    half,
+    messages,
+    plan_report,
+    plan_text,
+    quantized,
+)
 from export.compile import builder as builders
 from export.compile.builder import Builder
 from export.compile.capabilities import ARCHITECTURES
@@ -117,6 +127,7 @@ def compile_set(
         for name in manifest.files.keys() - used:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)
+        at = residency.sizes(dataclasses.replace(manifest, dimensions=bounds.ranges()))
         compiled: list[EngineSpec] = []
         record: dict[str, dict[str, Any]] = {}
         for job in jobs:
@@ -127,11 +138,13 @@ def compile_set(
                 builder, source, folder, bounds, architectures, current=CURRENT in targets
             )
             compiled.append(spec)
+            planned = read_plan(folder, spec, at(name), arithmetic)
             record[name] = {
                 "seconds": round(time.perf_counter() - start, 3),
                 "bytes": (folder / spec.graph).stat().st_size,
                 "products": arithmetic.products,
                 "weight_bytes": arithmetic.weights,
+                "plan": planned,
                 **({"sixteen_bit": errors[name]} if name in errors else {}),
             }
         _write_report(folder, record)
@@ -322,6 +335,35 @@ class _Job:
             spec, graph=engine, files=files, precision=precision, compiled=about
         )
         return made, built.arithmetic
+
+
+def read_plan(
+    folder: Path, spec: EngineSpec, sizes: Mapping[str, int], asked: Arithmetic
+) -> dict[str, Any]:
+    """What a compiled engine will do in one call: see `plan_report`.
+
+    Args:
+        sizes: a number for every symbol at the engine's door; bytes are counted for them.
+        asked: what its network computes in.
+
+    Raises:
+        CompileError: the plan does something else.
+    """
+    assert spec.compiled is not None
+    weights = [weight.name for weight in spec.compiled.weights]
+    plan = plan_text.read(folder / spec.graph)
+    if plan is None:
+        return plan_report.describe(None)
+    if found := plan_report.contradictions(plan, asked, weights):
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        raise CompileError(
+            f"stage `{spec.name}`: the engine's plan contradicts its network: "
+            f"{'; '.join(found[:3])}{more}",
+            hint="compile for other targets or with another --compute, and please report this",
+        )
+    doors = (*spec.inputs, *spec.outputs)
+    shapes = {tensor.name: dims.shape_at(tensor.shape, sizes) for tensor in doors}
+    return plan_report.describe(plan.at(shapes), weights)
 
 
 def _check_memory(stage: str, weights: int, *, can_bind: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bifrost_rt.manifest import INDICES
@@ -17,6 +17,7 @@ _NAMES = {
     "FP4": "float4_e2m1fn",
 }
 _PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "ATTENTION_INPUT")
+_ATTENTION = "_AttentionInput"  # the parser makes two layers of one attention
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,14 @@ class Arithmetic:
     Attributes:
         products: dtype -> how many matrix products, convolutions and attentions compute in it.
         weights: dtype -> bytes of constants, and of inputs that are weights.
+        layers: each of those products, by its layer's name -> dtype.
+        heads: attention, by its layer's name -> how wide a head is.
     """
 
     products: dict[str, int]
     weights: dict[str, int]
+    layers: dict[str, str] = field(default_factory=dict)
+    heads: dict[str, int] = field(default_factory=dict)
 
     @property
     def compute(self) -> str:
@@ -58,12 +63,18 @@ def read(trt: Any, network: Any, weights: Collection[str] = ()) -> Arithmetic:
         for layer in layers
         if layer.type.name == "CAST"
     }
+    computes: dict[str, str] = {}
+    heads: dict[str, int] = {}
     products: Counter[str] = Counter()
     held: Counter[str] = Counter()
     for layer in layers:
         kind = layer.type.name
         if kind in _PRODUCTS:
-            products[_computes_in(layer, made_by)] += 1
+            dtype = _computes_in(layer, made_by)
+            products[dtype] += 1
+            computes[layer.name.removesuffix(_ATTENTION)] = dtype
+        if kind == "ATTENTION_INPUT":
+            heads[layer.name.removesuffix(_ATTENTION)] = layer.get_input(0).shape[-1]
         if kind == "CONSTANT":
             tensor = unpacked.get(layer.get_output(0).name, layer.get_output(0))
             held[name(tensor.dtype)] += _bits(tensor) // 8
@@ -74,7 +85,8 @@ def read(trt: Any, network: Any, weights: Collection[str] = ()) -> Arithmetic:
         tensor = network.get_input(i)
         if tensor.name in weights:
             held[name(tensor.dtype)] += _bits(tensor) // 8
-    return Arithmetic(dict(products), {dtype: size for dtype, size in held.items() if size})
+    stored = {dtype: size for dtype, size in held.items() if size}
+    return Arithmetic(dict(products), stored, computes, heads)
 
 
 def name(dtype: Any) -> str:

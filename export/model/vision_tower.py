@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from export import sources
 from export.model.decoder import rotate
 from export.model.vision_config import VisionConfig
 
@@ -71,16 +72,32 @@ class VisionBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A convolution whose stride is its kernel: one product for each patch."""
+    """A convolution whose stride is its kernel: one product for each patch.
+
+    It has the checkpoint's shape until `as_linear` was called.
+    """
 
     def __init__(self, c: VisionConfig) -> None:
         super().__init__()
         kernel = (c.temporal_patch_size, c.patch_size, c.patch_size)
-        self.proj = nn.Conv3d(c.channels, c.hidden_size, kernel, stride=kernel, bias=False)
+        self.proj: nn.Module = nn.Conv3d(c.channels, c.hidden_size, kernel, kernel, bias=False)
+
+    def as_linear(self) -> None:
+        """Put the product in the convolution's place."""
+        weight = self.proj.get_parameter("weight")
+        with torch.device("meta"):
+            linear = nn.Linear(weight[0].numel(), len(weight), bias=False)
+        linear.weight = nn.Parameter(weight.detach().flatten(1), requires_grad=False)
+        if source := sources.lazy(self.proj).get("weight"):
+            shape = tuple(linear.weight.shape)
+            flat = source.map("flatten(1)", lambda values: values.flatten(1), shape=shape)
+            sources.attach(linear, "weight", flat)
+        self.proj = linear.eval()
 
     def forward(self, patches: Tensor) -> Tensor:
         """[W, L, patch values] -> [W, L, D]"""
-        return F.linear(patches, self.proj.weight.flatten(1))
+        found: Tensor = self.proj(patches)
+        return found
 
 
 class Merger(nn.Module):

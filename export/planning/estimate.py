@@ -7,7 +7,7 @@ by stage. Nothing is faster; kernels, launches and loading come on top.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bifrost_rt import residency
@@ -52,6 +52,9 @@ class Plan:
         seconds, joules: at least; None where a figure is not known.
         limit: what most of the time goes to.
         changes: what does not fit or has to give, and what to change.
+        tokens_per_second: of an answer in words, at most: none is faster than its weights are read.
+            None where a figure is not known.
+        answer_cache_bytes: keys and values of the longest conversation.
     """
 
     device: str
@@ -66,6 +69,8 @@ class Plan:
     limit: str | None
     stages: tuple[StagePlan, ...]
     changes: tuple[str, ...]
+    tokens_per_second: float | None = None
+    answer_cache_bytes: int = 0
 
 
 def plan(
@@ -76,6 +81,7 @@ def plan(
     in_memory: InMemory | None = None,
     ahead: bool = False,
     scratch_share: float = 1.0,
+    ideal: Mapping[str, tuple[float, str]] | None = None,
 ) -> Plan:
     """Plan one picture.
 
@@ -86,6 +92,8 @@ def plan(
             which is what a compiled engine takes on a GPU.
         ahead: whether the driver opens the next engine while one works.
         scratch_share: what it takes of the scratch memory that is counted.
+        ideal: engine -> least seconds of a call and their limit, where its kernels are known; None
+            counts a roofline at one rate for each engine.
     """
     budget = device.memory if budget is None else budget
     keep = in_memory or (lambda work, stored: stored)
@@ -101,7 +109,7 @@ def plan(
         steps, later = (), ()
     supported = _supported(device, storage)
     stages = tuple(
-        _stage(work, need, step, storage, device, scale)
+        _stage(work, need, step, storage, device, scale, ideal)
         for work, need, step in zip(works, needs, steps or (None,) * len(needs), strict=True)
     )
     seconds = _total([stage.seconds for stage in stages])
@@ -119,8 +127,18 @@ def plan(
         limit=_main_limit(stages),
         stages=stages,
         changes=(),
+        tokens_per_second=_tokens_per_second(works, storage, device),
+        answer_cache_bytes=sum(w.answers.cache for w in works if w.answers),
     )
     return replace(result, changes=_changes(result, works, needs, device, storage, budget, keep))
+
+
+def _tokens_per_second(
+    works: Sequence[Work], storage: Storage | None, device: Device
+) -> float | None:
+    bandwidth = device.value("bandwidth")
+    moved = sum(w.answers.read(w.weights(storage), storage) for w in works if w.answers)
+    return None if bandwidth is None or not moved else bandwidth * 1e9 / moved
 
 
 def _loaded(works: Sequence[Work], steps: Sequence[Step], storage: Storage | None) -> int:
@@ -130,10 +148,22 @@ def _loaded(works: Sequence[Work], steps: Sequence[Step], storage: Storage | Non
 
 
 def _stage(
-    work: Work, need: Need, step: Step | None, storage: Storage | None, device: Device, scale: float
+    work: Work,
+    need: Need,
+    step: Step | None,
+    storage: Storage | None,
+    device: Device,
+    scale: float,
+    ideal: Mapping[str, tuple[float, str]] | None,
 ) -> StagePlan:
     stored = work.weights(storage)
-    seconds, limit = _roofline(work, stored, storage, device)
+    if ideal is None:
+        seconds, limit = _roofline(work, stored, storage, device)
+    elif work.engine in ideal:
+        seconds, limit = ideal[work.engine]
+        seconds *= work.calls
+    else:
+        seconds, limit = None, None
     return StagePlan(
         engine=work.engine,
         weight_bytes=stored,

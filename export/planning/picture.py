@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from PIL import Image, ImageDraw, ImageFont
 
 from bifrost_rt.residency import size_text
+from export.planning import kernel_report
 from export.planning.estimate import Plan, StagePlan
+from export.planning.kernel_times import Estimate
 
 WIDTH, HEIGHT = 1000, 620
 LEFT, TOP, BOTTOM = 90, 90, 130
@@ -16,7 +18,19 @@ COLORS = ("#4e79a7", "#f28e2b", "#9c755f", "#76b7b2", "#59a14f", "#e15759", "#b0
 INK, FAINT, ALARM = "#222222", "#dddddd", "#c00000"
 
 
-def draw(plan: Plan) -> Image.Image:
+def draw(plan: Plan, times: Estimate | None = None) -> Image.Image:
+    """Memory, and where the time of kernels is estimated, that below it."""
+    memory = _draw(plan)
+    if times is None:
+        return memory
+    kernels = kernel_report.draw(times)
+    image = Image.new("RGB", (WIDTH, HEIGHT + kernels.height), "white")
+    image.paste(memory, (0, 0))
+    image.paste(kernels, (0, HEIGHT))
+    return image
+
+
+def _draw(plan: Plan) -> Image.Image:
     """One column per stage: engines in memory, this stage's tensors and scratch on top."""
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(image)

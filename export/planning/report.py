@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bifrost_rt.dims import CONTEXT
 from bifrost_rt.residency import size_text
 from export.planning.estimate import Plan, StagePlan
 
@@ -25,7 +26,9 @@ def describe(plan: Plan) -> str:
     ]
     if plan.joules is not None:
         lines.append(f"  energy    {plan.joules:.0f} J in that time at the device's rated power")
-    lines += ["", *_table([HEAD, *(_row(stage) for stage in plan.stages)])]
+    if plan.answer_cache_bytes:
+        lines.append("  answers   " + _answers(plan))
+    lines += ["", *table([HEAD, *(_row(stage) for stage in plan.stages)])]
     moves = [
         f"  before {stage.engine}: {', '.join(stage.evict)} leaves"
         if len(stage.evict) == 1
@@ -50,6 +53,13 @@ def _time(plan: Plan) -> str:
     )
 
 
+def _answers(plan: Plan) -> str:
+    cache = f"{size_text(plan.answer_cache_bytes)} of keys and values for {CONTEXT} tokens"
+    if plan.tokens_per_second is None:
+        return cache
+    return f"{plan.tokens_per_second:.3g} tokens a second at most; {cache}"
+
+
 def _row(stage: StagePlan) -> tuple[str, ...]:
     return (
         stage.engine,
@@ -69,7 +79,13 @@ def _seconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def milliseconds(seconds: float) -> str:
+    """With three digits."""
+    return f"{seconds * 1e3:.3g}"
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of aligned columns, numbers in the middle ones."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  "

@@ -8,7 +8,7 @@ built set, by reading its graphs without their weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,10 @@ from bifrost_rt.dims import STEPS
 from bifrost_rt.manifest import EngineSpec, Manifest
 from export import assemble, flops, memory
 from export.checkpoint import Checkpoint
+from export.compile import half
+from export.planning import answers
+from export.planning.answers import Answers
+from export.planning.kernel_times import Calls
 from export.planning.storage import Elements, Storage
 from export.planning.trace import Trace, run_without_values, storage_key
 from export.precision import ROUNDED, SMALL
@@ -43,6 +47,7 @@ class Work:
         linear: whether linear layers, which 8 bit and fewer apply to, do most of its arithmetic.
         all_in_16_bit: whether none of its layers is quantized, whatever is asked; False where the
             graphs themselves say it.
+        answers: of the engine that answers in words.
     """
 
     engine: str
@@ -54,6 +59,7 @@ class Work:
     scratch: int
     linear: bool
     all_in_16_bit: bool
+    answers: Answers | None = None
 
 
 def of_checkpoint(
@@ -118,9 +124,43 @@ def of_set(
                 scratch=memory.scratch_bytes(graph, at(spec.name)),
                 linear=2 * convolutions < arithmetic,
                 all_in_16_bit=False,
+                answers=answers.of(spec, at(spec.name), _table(graph)),
             )
         )
     return found
+
+
+def of_calls(manifest: Manifest, calls: Sequence[Calls], at: residency.Sizes) -> list[Work]:
+    """The engines of a compiled set, from the plans inside them and the builder's own figures.
+
+    Args:
+        at: what the calls were read for.
+    """
+    found = []
+    for one in calls:
+        spec = manifest.engine(one.engine)
+        assert spec.compiled is not None
+        found.append(
+            Work(
+                engine=one.engine,
+                weights=_fixed(sum(manifest.files[name].size for name in spec.files)),
+                calls=one.calls,
+                flops=one.operations,
+                cache=_cache(spec, at(one.engine)),
+                tensors=residency.tensor_bytes(spec, at(one.engine)),
+                scratch=spec.compiled.activation_bytes,
+                linear=True,
+                all_in_16_bit=False,
+            )
+        )
+    return found
+
+
+def _table(graph: ir.Model) -> int:
+    """Bytes of the tables that rows are looked up in."""
+    looked_up = (node.inputs[0] for node in graph.graph if node.op_type == "Gather")
+    tables = {value for value in map(half.constant, looked_up) if value is not None}
+    return max((v.const_value.nbytes for v in tables if v.const_value is not None), default=0)
 
 
 def _fixed(stored: int) -> Callable[[Storage | None], int]:
@@ -149,6 +189,7 @@ def of_stage(stage: Stage, sizes: Mapping[str, int]) -> Work:
         scratch=trace.scratch,
         linear=elements.linear > elements.other,
         all_in_16_bit=stage.definition.all_in_16_bit,
+        answers=answers.of(spec, sizes),
     )
 
 

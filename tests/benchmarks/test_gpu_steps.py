@@ -131,7 +131,12 @@ def test_the_engines_that_are_timed_are_compiled_for_the_products_sizes() -> Non
     """For one size alone the builder makes other kernels, and moves a weight at every step."""
     assert benchmark.PROFILE == compiling.SIZES
     product = profiles.sizes(
-        dims.ranges(mllm_max_length=300, num_visual_tokens=256), DEFAULTS, 1, None
+        dims.ranges(
+            mllm_max_length=300, num_visual_tokens=256, chunk=dims.CHUNK, context=dims.CONTEXT
+        ),
+        DEFAULTS,
+        1,
+        None,
     )
     assert product == benchmark.PROFILE
     assert benchmark.PROFILE.bounds["revealed"] == (1, benchmark.SIZES["steps"])

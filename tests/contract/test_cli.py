@@ -339,7 +339,7 @@ def test_verify_draws_what_the_builder_drew(
     if reason := backends.DRIVERS[backend].unavailable():
         pytest.skip(reason)
     assert main(["verify", str(set_for(backend)), "--backend", backend]) == 0
-    assert "8 engines load, self-test picture within" in capsys.readouterr().out
+    assert "9 engines load, self-test picture within" in capsys.readouterr().out
 
 
 def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:

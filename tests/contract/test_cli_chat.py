@@ -37,7 +37,8 @@ def test_describe_says_what_the_generator_says(
     assert found["token_ids"] == expected.token_ids
     assert found["usage"]["completion_tokens"] == len(expected.token_ids)
     asked = generator.describe(photo, "why?", max_new_tokens=6, temperature=2.0, seed=3)
-    main([*command, "why?", "--temperature", "2", "--seed", "3"])
+    command.insert(2, "why?")
+    main([*command, "--temperature", "2", "--seed", "3"])
     assert capsys.readouterr().out == f"{asked.text}\n"
 
 

@@ -122,6 +122,7 @@ def test_public_names_are_frozen() -> None:
         "BackendError",
         "BifrostError",
         "BudgetError",
+        "ChatResult",
         "EngineSetError",
         "Generator",
         "GeneratorStateError",

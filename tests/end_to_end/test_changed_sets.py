@@ -15,7 +15,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from bifrost_rt import EngineSetError, Generator, IntegrityError, manifest, opened, residency
+from bifrost_rt import EngineSetError, Generator, IntegrityError, dims, manifest, opened, residency
 from bifrost_rt.backends.onnxruntime import OnnxRuntime, OnnxRuntimeEngine
 from bifrost_rt.manifest import BoundWeight, Compiled, EngineSpec, Manifest, Range
 from bifrost_rt.opened import OpenedFiles
@@ -74,7 +74,7 @@ def replace(folder: Path, by: Path) -> None:
 
 def half(folder: Path) -> int:
     facts = manifest.read(folder)
-    order = [spec.name for spec in facts.engines]
+    order = dims.drawing(facts.engines)
     needs = residency.needs(facts, order, residency.sizes(facts), OnnxRuntime().weights_in_memory)
     return sum(need.held for need in needs) // 2
 

@@ -16,6 +16,7 @@ from bifrost_rt import (
     BackendError,
     BudgetError,
     Generator,
+    dims,
     manifest,
     pipeline,
     residency,
@@ -55,7 +56,7 @@ def facts(alpha_set: Path) -> Manifest:
 
 
 def needs(facts: Manifest, **sizes: Any) -> list[residency.Need]:
-    order = [spec.name for spec in facts.engines]
+    order = dims.drawing(facts.engines)
     return residency.needs(
         facts, order, residency.sizes(facts, **sizes), OnnxRuntime().weights_in_memory
     )
@@ -78,7 +79,9 @@ def test_half_the_memory_gives_the_same_bits(
         assert np.array_equal(a.tokens, b.tokens)
         assert np.array_equal(a.latents, b.latents)
     # the second picture found some engines where the first had left them
-    assert len(facts.engines) < len(driver.opened) < 2 * len(facts.engines)
+    assert (
+        len(dims.drawing(facts.engines)) < len(driver.opened) < 2 * len(dims.drawing(facts.engines))
+    )
 
 
 def test_an_engine_that_left_is_gone(alpha_set: Path, facts: Manifest) -> None:
@@ -226,10 +229,10 @@ def test_within_a_budget_buffers_go_with_their_stage(alpha_set: Path, facts: Man
 def test_without_a_budget_everything_stays(alpha_set: Path, facts: Manifest) -> None:
     driver = Watched()
     with Generator(alpha_set, backend=driver) as whole:
-        assert set(driver.opened) == {spec.name for spec in facts.engines}
+        assert set(driver.opened) == set(dims.drawing(facts.engines))
         whole.run("a cow", **FEW)
         whole.run("a cow", **FEW)
-    assert len(driver.opened) == len(facts.engines)
+    assert len(driver.opened) == len(dims.drawing(facts.engines))
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_opened(alpha_set: Path) -> None:
@@ -256,7 +259,7 @@ def test_a_driver_that_keeps_16_bit_is_told_to_build_it(alpha_set: Path, facts: 
 
     sized = residency.needs(
         facts,
-        [spec.name for spec in facts.engines],
+        dims.drawing(facts.engines),
         residency.sizes(facts),
         Compact().weights_in_memory,
     )
@@ -292,7 +295,7 @@ def test_the_command_line_takes_a_budget(
 
 
 def test_a_requests_stages_are_those_that_run(generator: Generator, facts: Manifest) -> None:
-    assert [spec.name for spec in facts.engines] == list(
+    assert dims.drawing(facts.engines) == list(
         pipeline.stages(_checked(generator, output_type="np"))
     )
     tokens = np.zeros((1, facts.model.num_visual_tokens, facts.model.hidden_size), np.float32)
@@ -328,4 +331,4 @@ def test_where_a_device_does_not_say_everything_is_opened(alpha_set: Path, facts
 
     driver = Silent()
     with Generator(alpha_set, backend=driver):
-        assert len(driver.opened) == len(facts.engines)
+        assert len(driver.opened) == len(dims.drawing(facts.engines))

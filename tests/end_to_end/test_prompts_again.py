@@ -14,6 +14,7 @@ from bifrost_rt import (
     Generator,
     NumericsError,
     RequestError,
+    dims,
     manifest,
     pipeline,
     request,
@@ -49,7 +50,7 @@ def facts(alpha_set: Path) -> Manifest:
 
 def small_budget(facts: Manifest) -> int:
     """Half of what the open engines hold."""
-    order = [spec.name for spec in facts.engines]
+    order = dims.drawing(facts.engines)
     in_memory = OnnxRuntime().weights_in_memory
     needs = residency.needs(facts, order, residency.sizes(facts), in_memory)
     return sum(need.held for need in needs) // 2
@@ -150,7 +151,7 @@ def test_within_a_budget_a_prompt_that_comes_again_loads_no_text_engine(
 def test_no_engine_leaves_for_what_is_kept(alpha_set: Path, facts: Manifest) -> None:
     """At the budget at which all engines just stay, they stay, and nothing is kept."""
     driver = Watched()
-    order = [spec.name for spec in facts.engines]
+    order = dims.drawing(facts.engines)
     at = residency.sizes(facts)
     needs = residency.needs(facts, order, at, OnnxRuntime().weights_in_memory)
     budget = sum(need.held for need in needs) + max(need.tensors for need in needs)
@@ -159,7 +160,7 @@ def test_no_engine_leaves_for_what_is_kept(alpha_set: Path, facts: Manifest) -> 
         generator.run("a cow", seed=1, **FEW)
         again = generator.run("a cow", seed=1, **FEW)
         assert again.timings.keys() >= TEXT
-    assert len(driver.opened) == len(facts.engines)
+    assert len(driver.opened) == len(dims.drawing(facts.engines))
 
 
 def queue(facts: Manifest, **common: Any) -> list[request.Request]:
@@ -190,7 +191,7 @@ def test_a_queue_under_half_of_the_memory_opens_every_engine_once(
     with Generator(alpha_set, backend=driver, memory_budget=small_budget(facts)) as generator:
         assert generator.reloads()
         found = generator.draw_several(asked)
-    assert sorted(driver.opened) == sorted(spec.name for spec in facts.engines)
+    assert sorted(driver.opened) == sorted(dims.drawing(facts.engines))
     for one, of in zip(found, asked, strict=True):
         alone: Output = uncached.draw(of)
         assert np.array_equal(one.tokens, alone.tokens)
@@ -316,7 +317,7 @@ def test_a_file_of_prompts_under_half_of_the_memory_opens_every_engine_once(
         command += ["--prompts", str(tmp_path / "prompts.txt"), "--num-inference-steps", "1"]
         command += ["--decoding-steps", "2", "--seed", "1", "-o", str(tmp_path / f"{name}.png")]
         assert main(command) == 0
-        assert sorted(opened) == sorted(spec.name for spec in facts.engines)
+        assert sorted(opened) == sorted(dims.drawing(facts.engines))
     for i in range(2):
         images = [Image.open(tmp_path / f"{name}-{i}.png") for name in ("whole", "half")]
         assert images[0].tobytes() == images[1].tobytes()

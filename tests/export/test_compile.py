@@ -28,6 +28,7 @@ from export.compile import builder as builders
 from export.compile.compiled_set import compile_set
 from export.errors import CompileError, RecipeError
 from export.recipe import Recipe
+from export.stages.catalog import DEFINITIONS
 from tests.conftest import alpha_recipe
 from tests.export.conftest import SMALL, TARGETS, holding, rewritten
 
@@ -295,7 +296,7 @@ def test_every_engine_compiles_in_16_bit_for_every_generation(
     facts = manifest.read(output)
     assert facts.selftest is not None  # what `verify` then allows four times of
     assert 45 < facts.selftest.psnr < 100
-    assert len(facts.engines) == 7
+    assert len(facts.engines) == len(DEFINITIONS)
     for spec in facts.engines:
         assert spec.precision.compute == {"fp16": "float16", "bf16": "bfloat16"}[compute]
         measured = report[spec.name]["sixteen_bit"]
@@ -317,7 +318,7 @@ def test_every_set_compiles_for_every_generation(
     )
     output = compile_set(source, tmp_path / "rtx", targets=targets, max_images=4)
     facts = manifest.read(output)
-    assert len(facts.engines) == 7
+    assert len(facts.engines) == len(DEFINITIONS)
     computes = {"int8": "int8", "fp8": "float8_e4m3fn", "nvfp4": "float4_e2m1fn"}
     expected = {"fp32": "float32", "fp16": "float16"}.get(precision, "bfloat16")
     assert facts.engine("denoise").precision.compute == computes.get(precision, expected)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from bifrost_rt import manifest, residency
+from bifrost_rt import dims, manifest, residency
 from export import assemble, graph, precision
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError, RecipeError
@@ -89,8 +89,9 @@ def test_doors_are_those_of_the_set(works: dict[str, Work], built: dict[str, Wor
 def test_the_manifest_states_the_scratch_memory_of_the_graph(
     alpha_set: Path, built: dict[str, Work]
 ) -> None:
-    for spec in manifest.read(alpha_set).engines:
-        assert spec.scratch_bytes == built[spec.name].scratch
+    facts = manifest.read(alpha_set)
+    for name in dims.drawing(facts.engines):
+        assert facts.engine(name).scratch_bytes == built[name].scratch
 
 
 def test_7b_has_the_published_sizes_and_cost(release: list[Work]) -> None:
@@ -103,6 +104,33 @@ def test_7b_has_the_published_sizes_and_cost(release: list[Work]) -> None:
     assert at["denoise"].calls * at["denoise"].flops / 1e12 == pytest.approx(658, rel=0.01)
     assert at["t5_text"].flops / 1e12 == pytest.approx(4.8, rel=0.02)
     assert at["vae_decode"].flops / 1e12 == pytest.approx(2.5, rel=0.02)
+
+
+def test_7b_answers_at_the_pace_of_its_memory(release: list[Work]) -> None:
+    """All weights of the text branch and the head, [152064, 3584] in 16 bit, are read for a token,
+    and one row of as large an embedding."""
+    for name, linear in (("bf16", 2), ("fp8", 1)):
+        plan = on(release, "rtx-4090", name)
+        read = 6.53e9 * linear + 2 * 152064 * 3584
+        assert plan.tokens_per_second == pytest.approx(1008e9 / read, rel=0.01)
+        assert plan.answer_cache_bytes == 28 * 2 * 4 * 128 * 4096 * 4
+    assert "tokens a second at most; 448 MiB of keys and values for 4096 tokens" in report.describe(
+        plan
+    )
+
+
+def test_a_set_and_its_checkpoint_answer_alike(
+    works: dict[str, Work], built: dict[str, Work]
+) -> None:
+    for found in (works, built):
+        assert [name for name, one in found.items() if one.answers] == ["mllm_text"]
+    planned, counted = works["mllm_text"].answers, built["mllm_text"].answers
+    assert planned is not None
+    assert counted is not None
+    assert planned.cache == counted.cache
+    fp32 = STORAGES["fp32"]
+    stored = works["mllm_text"].weights(fp32)
+    assert planned.read(stored, fp32) == counted.read(stored, None) == stored - 640 * 64 * 4
 
 
 def test_7b_at_fp8_fits_12_gb_and_says_why(release: list[Work]) -> None:
@@ -166,7 +194,7 @@ def test_the_schedule_is_the_runtimes(alpha_set: Path) -> None:
 
     needs = residency.needs(
         facts,
-        [spec.name for spec in facts.engines],
+        dims.drawing(facts.engines),
         residency.sizes(facts),
         OnnxRuntime().weights_in_memory,
     )

@@ -16,6 +16,7 @@ from bifrost_rt import (
     EngineSetError,
     Generator,
     NumericsError,
+    dims,
     manifest,
     request,
     residency,
@@ -345,7 +346,7 @@ def scarce(alpha_set: Path) -> Iterator[tuple[Studio, Watched, Opened]]:
     """A studio whose painter has half of the memory that the open engines hold."""
     driver = Opened()
     facts = manifest.read(alpha_set)
-    order = [spec.name for spec in facts.engines]
+    order = dims.drawing(facts.engines)
     needs = residency.needs(facts, order, residency.sizes(facts), driver.weights_in_memory)
     budget = sum(need.held for need in needs) // 2
     with Generator(alpha_set, backend=driver, memory_budget=budget) as generator:

@@ -42,7 +42,8 @@ def test_examples_cannot_be_mistaken_for_each_other_or_for_a_constant() -> None:
 def test_a_runs_sizes_lie_in_the_ranges_of_a_set_that_was_built_for_it() -> None:
     sizes = dims.of_run(text_tokens=48, steps=16, images=3, prompts=3, guided=True, revealed=7)
     limits = {"max_images": 3, "mllm_max_length": 48, "max_steps": 16, "num_visual_tokens": 16}
-    ranges = dims.ranges(**limits, chunk=48, context=64)
+    limits |= {"chunk": 48, "context": 64, "max_windows": 9, "max_vision_tokens": 99}
+    ranges = dims.ranges(**limits)
     assert ranges.keys() == sizes.keys()
     assert sizes["texts"] == 4  # the empty one too
     for name, bounds in ranges.items():
