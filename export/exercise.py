@@ -1,28 +1,43 @@
-"""A run in which every engine of a set takes part: it draws, and looks at what it has drawn."""
+"""A run in which every engine of a set takes part: it draws, looks at what it has drawn, and says
+something about it."""
 
 from __future__ import annotations
 
 from PIL import Image
 
-from bifrost_rt import image_processor, pipeline, vision
+from bifrost_rt import chat, image_processor, pipeline, vision
+from bifrost_rt.chat_params import ChatParameters
 from bifrost_rt.engines import Engines
+from bifrost_rt.generator import QUESTION
 from bifrost_rt.manifest import SetSpec
+from bifrost_rt.messages import Turn
 from bifrost_rt.pipeline import Output
 from bifrost_rt.request import Request
 from bifrost_rt.text import Tokenizers
 
+# Of the answer: one behind the prompt, and one in a step of its own.
+TOKENS = 2
 
-def draw_and_look(
+
+def draw_look_answer(
     engines: Engines, tokenizers: Tokenizers, manifest: SetSpec, request: Request
 ) -> Output:
-    """Draw a checked request, and encode each image where the set reads images.
+    """Draw a checked request, encode each image where the set reads images, and answer a question
+    about the first where it holds conversations.
 
     Raises:
         NumericsError: what an engine has left is not finite.
     """
     out = pipeline.generate(engines, tokenizers, manifest, request)
-    if manifest.vision is not None and out.images is not None:
-        for image in out.images:
-            seen = image_processor.patches(Image.fromarray(image), manifest.vision)
-            vision.encode(engines, manifest, seen, out.timings)
+    if manifest.vision is None or out.images is None:
+        return out
+    pictures = [Image.fromarray(image) for image in out.images]
+    for picture in pictures:
+        seen = image_processor.patches(picture, manifest.vision)
+        vision.encode(engines, manifest, seen, out.timings)
+    if manifest.chat is not None:
+        asked = ChatParameters.fill({"max_new_tokens": TOKENS, "seed": 0})
+        turn = Turn("user", (pictures[0], QUESTION))
+        speaker = chat.Speaker(engines, tokenizers, manifest)
+        speaker.answer([turn], asked, lambda piece: None)
     return out

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 
 from bifrost_rt import dims, image_processor, pipeline, request, schedules
+from bifrost_rt.answering import LEAST_CACHE
 from bifrost_rt.backends.base import Backend, Buffer, Engine
 from bifrost_rt.dims import IMAGES
 from bifrost_rt.errors import NumericsError
@@ -26,7 +27,7 @@ from bifrost_rt.manifest import EngineSpec, ModelFacts, Range, SetSpec, Vision
 from export import chain, sources
 from export.budget import Share
 from export.errors import ParityError
-from export.exercise import draw_and_look
+from export.exercise import draw_look_answer
 from export.stages import Stage
 from export.streaming import streamed
 
@@ -38,6 +39,7 @@ PROMPTS = (
     "café 猫",
 )
 
+QUESTION_TOKENS = 64  # of the question about an image, in its template, at most
 STEPS = 4  # of the decoding loop, where there are so many places
 
 # Relative error in the mean that one layer with rounded activations may add. The smallest
@@ -62,6 +64,9 @@ def sizes(
         rows, columns = image_processor.grid(model.image_height, model.image_width, vision)
         windows = math.ceil(rows / vision.window) * math.ceil(columns / vision.window)
         looked_at = {"windows": windows, "vision_tokens": rows * columns}
+        said = max(text_tokens, rows * columns + QUESTION_TOKENS)
+        cache = max(LEAST_CACHE, 1 << said.bit_length())
+        looked_at |= {"new_tokens": said, "cache_tokens": cache, "image_tokens": said}
     images = min(len(PROMPTS), max_images or len(PROMPTS))
     steps = min(STEPS, num_visual_tokens)
     return dims.of_run(
@@ -113,7 +118,7 @@ def compare(
     stages: Mapping[str, Stage],
     driver: Backend,
     share: Share | None = None,
-    generate: pipeline.Generate = draw_and_look,
+    generate: pipeline.Generate = draw_look_answer,
 ) -> dict[str, dict[str, Any]]:
     """Run the set in `folder` and compare every engine with its stage, in no more memory than
     `share` says.

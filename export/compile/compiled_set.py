@@ -37,7 +37,7 @@ from export.compile.options import COMPUTE
 from export.compile.profiles import Sizes, sizes
 from export.engine_set import describe_files, written_aside
 from export.errors import CompileError
-from export.exercise import draw_and_look
+from export.exercise import draw_look_answer
 from export.stages import Definition
 from export.stages.catalog import DEFINITIONS
 
@@ -62,7 +62,7 @@ def compile_set(
     measure: bool = False,
     progress: Callable[[str], None] | None = None,
     definitions: Mapping[str, Definition] = DEFINITIONS,
-    generate: pipeline.Generate = draw_and_look,
+    generate: pipeline.Generate = draw_look_answer,
 ) -> Path:
     """Compile every engine of a set, and return the new set's folder.
 

@@ -24,7 +24,7 @@ from export import parity
 from export.compile import graphs, half, simulate
 from export.engine_set import describe_files
 from export.errors import CompileError, ParityError
-from export.exercise import draw_and_look
+from export.exercise import draw_look_answer
 from export.stages import Definition, Stage
 from export.stages.catalog import DEFINITIONS
 
@@ -36,7 +36,7 @@ def measure(
     manifest: Manifest,
     types: Mapping[str, str],
     definitions: Mapping[str, Definition] = DEFINITIONS,
-    generate: pipeline.Generate = draw_and_look,
+    generate: pipeline.Generate = draw_look_answer,
 ) -> tuple[dict[str, dict[str, Any]], Deviation | None]:
     """Compare a set with itself in 16 bit.
 
@@ -73,7 +73,7 @@ def measure(
                 hint="compile with --compute bf16, whose range is that of float32, or --compute "
                 "fp32",
             ) from error
-        product = generate is draw_and_look  # what a generator runs
+        product = generate is draw_look_answer  # what a generator runs
         deviation = _picture(source, folder, manifest, driver) if product else None
     return {n: record for n, record in found.items() if types[n] != "float32"}, deviation
 

@@ -21,7 +21,7 @@ from bifrost_rt.errors import TextFileError
 from bifrost_rt.manifest import SetSpec
 from export import chain
 from export.errors import CalibrationError
-from export.exercise import draw_and_look
+from export.exercise import draw_look_answer
 from export.quantize.policy import linears
 from export.quantize.statistics import Observed, Statistics
 from export.stages import Stage
@@ -79,7 +79,7 @@ def calibrate(
     steps: int | None = None,
     kept: int | None = None,
     keep: Callable[[Statistics], None] = lambda found: None,
-    generate: pipeline.Generate = draw_and_look,
+    generate: pipeline.Generate = draw_look_answer,
 ) -> Statistics:
     """Run the chain on every prompt and record what every linear layer of every stage sees.
 

@@ -14,7 +14,7 @@ from bifrost_rt import cache, pipeline
 from bifrost_rt.dims import IMAGES
 from bifrost_rt.manifest import Calibration, SetSpec
 from export import precision, stage_cache
-from export.exercise import draw_and_look
+from export.exercise import draw_look_answer
 from export.quantize import apply, calibrate, policy, sweep
 from export.quantize.apply import Decision
 from export.quantize.formats import FORMATS
@@ -62,7 +62,7 @@ def quantise(
     say: Callable[[str], None],
     kept: int | None = None,
     older: Path | None = None,
-    generate: pipeline.Generate = draw_and_look,
+    generate: pipeline.Generate = draw_look_answer,
 ) -> Outcome:
     """Calibrate where it is needed, decide, and change the stages' modules in place.
 
