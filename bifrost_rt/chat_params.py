@@ -100,6 +100,15 @@ class ChatParameters:
         assert found.sampling  # checks the bounds
         return found
 
+    def without_effect(self, given: ChatOptions) -> list[str]:
+        """Say in words which of the options that were given do nothing beside the others."""
+        named = [name for name in ("top_p", "top_k") if given.get(name) not in (None, _off(name))]
+        return [
+            f"{name} has no effect: temperature is 0, which takes the likeliest token"
+            for name in named
+            if self.temperature == 0
+        ]
+
     @property
     def sampling(self) -> Sampling:
         """How the next token is chosen.
@@ -109,3 +118,7 @@ class ChatParameters:
         """
         names = {field.name for field in dataclasses.fields(Sampling)}
         return Sampling(**{n: v for n, v in dataclasses.asdict(self).items() if n in names})
+
+
+def _off(name: str) -> int | float | None:
+    return OPTIONS[name].default

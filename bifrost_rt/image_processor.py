@@ -96,6 +96,21 @@ def limits(vision: Vision) -> Limits:
     return Limits(tokens, windows, max(columns for _, columns in grids))
 
 
+def fit(image: Image.Image, vision: Vision, name: str = "image") -> Image.Image:
+    """An RGB image as small as the model makes it, and no larger than it was. Its patches are the
+    same.
+
+    Raises:
+        RequestError: it is far too long for its width.
+    """
+    rows, columns = grid(image.height, image.width, vision, name)
+    side = vision.patch_size * vision.merge_size
+    if image.height * image.width <= rows * columns * side**2:
+        return image
+    grid(rows * side, columns * side, vision, name)  # rounding may have made it longer still
+    return image.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+
+
 def patches(image: Image.Image, vision: Vision, name: str = "image") -> Patches:
     """The patches of an RGB image.
 

@@ -125,11 +125,16 @@ def _part(part: Any, where: str, fetch: Fetch) -> Part:
         url = given.get("url") if isinstance(given, Mapping) else given
         if not isinstance(url, str):
             raise RequestTypeError(f"{where}: image_url must hold a url, got {type(url).__name__}")
-        return images.read(_data(url, where, fetch), where)
+        return images.read(data(url, where, fetch), where)
     raise RequestError(f"{where}: type must be text, image or image_url, got {kind!r}")
 
 
-def _data(url: str, where: str, fetch: Fetch) -> bytes:
+def data(url: str, where: str, fetch: Fetch) -> bytes:
+    """The bytes of a data URI, or of what `fetch` finds at another address.
+
+    Raises:
+        RequestError: it is no data URI in base64, or `fetch` refuses it.
+    """
     if not url.startswith("data:"):
         return fetch(url, where)
     head = _DATA_URI.match(url)

@@ -150,11 +150,38 @@ def _serve(command: argparse.ArgumentParser) -> None:
         "https://app.example; may be repeated (none)",
     )
     add("--max-batch", type=int, default=4, metavar="N", help="pictures drawn together (4)")
-    add("--max-waiting", type=int, default=64, metavar="N", help="pictures in the queue (64)")
-    add("--max-images", type=int, default=8, metavar="N", help="pictures of one request (8)")
+    add(
+        "--max-waiting",
+        type=int,
+        default=64,
+        metavar="N",
+        help="pictures and answers in the queue (64)",
+    )
+    add(
+        "--max-images",
+        type=int,
+        default=8,
+        metavar="N",
+        help="pictures of one request, drawn or looked at (8)",
+    )
     add("--max-prompt", type=int, default=4000, metavar="N", help="characters of a prompt (4000)")
     add("--max-steps", type=int, default=200, metavar="N", help="denoising steps (200)")
     add("--max-body", type=int, default=65536, metavar="N", help="bytes of a request (65536)")
+    add(
+        "--max-image-body",
+        type=int,
+        default=16 << 20,
+        metavar="N",
+        help="bytes of a request with images (16777216)",
+    )
+    add(
+        "--fetch-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a host from which images of a conversation are fetched, by https; may be repeated, "
+        "and may name a port (none)",
+    )
     add("--keep", type=int, default=64, metavar="N", help="finished jobs to remember (64)")
     add("--preview-every", type=int, default=4, metavar="N", help="previews of jobs; 0: none (4)")
     add("--grace", type=int, default=300, metavar="S", help="to finish what runs, on SIGTERM (300)")

@@ -38,6 +38,8 @@ def run(options: argparse.Namespace) -> int:
         max_prompt=options.max_prompt,
         max_steps=options.max_steps,
         max_body=options.max_body,
+        max_image_body=options.max_image_body,
+        fetch_hosts=tuple(options.fetch_host),
         grace=options.grace,
         limits=Limits(
             batch=options.max_batch,

@@ -1,30 +1,37 @@
-"""The routes: OpenAI's image API, jobs with progress, probes, figures, and the page."""
+"""The routes: OpenAI's image and chat APIs, jobs with progress, probes, figures, and the page."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from starlette.types import Receive, Scope, Send
 
-from bifrost_rt import __version__, request
+from bifrost_rt import __version__, chat, chat_params, request, vision
+from bifrost_rt.chat_params import ChatParameters
+from bifrost_rt.errors import RequestError
 from bifrost_rt.manifest import Manifest
 from bifrost_rt.params import OPTIONS
-from bifrost_rt.serve import schema
-from bifrost_rt.serve.faults import RESPONSES, error_type, fault, handle
+from bifrost_rt.serve import answers, conversation, schema
+from bifrost_rt.serve.faults import CHAT, RESPONSES, error_type, fault, handle
+from bifrost_rt.serve.fetching import Fetcher
 from bifrost_rt.serve.gate import Gate
-from bifrost_rt.serve.jobs import Job
+from bifrost_rt.serve.jobs import Answer, Job, Work
 from bifrost_rt.serve.metrics import MEDIA_TYPE
 from bifrost_rt.serve.settings import Settings
 from bifrost_rt.serve.studio import Studio
 
 PAGE = Path(__file__).parent / "page"
 # The page runs what comes from this server and shows pictures that it was sent; nothing else.
+READERS = 2  # conversations whose images are unpacked at once
 POLICY = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"
 
 
@@ -42,6 +49,10 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(studio.close, settings.grace)
+        readers.shutdown(cancel_futures=True)
+
+    readers = ThreadPoolExecutor(READERS, "reader")
+    fetch = Fetcher(settings.fetch_hosts, settings.max_image_body)
 
     app = FastAPI(
         title="bifrost-rt",
@@ -79,17 +90,13 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
         """Draw, and answer with the pictures. Who hangs up cancels."""
         job = submitted(body, previews=False)
         try:
-            await _finished_or_gone(job, http)
+            await _unless_gone(job.wait(), http)
         finally:
             studio.cancel(job)  # without effect on a finished job
         by_url = body.response_format == "url"
         if not by_url:
             studio.forget(job)
-        if job.failure:
-            failure = job.failure
-            raise _Refused(fault(failure.status, failure.message, code=failure.code))
-        if job.state == "cancelled":
-            raise _Refused(fault(499, "the job was cancelled", code="cancelled"))
+        _raise_failure(job, "the job was cancelled")
         base = str(http.base_url).rstrip("/")
         return schema.ImageResponse(
             created=int(job.created),
@@ -104,6 +111,32 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
             seed=job.request.parameters.seed,
             warnings=job.warnings,
         )
+
+    @app.post(CHAT, response_model=schema.ChatCompletion)
+    async def completions(body: schema.ChatRequest, http: Request) -> Response:
+        """Answer a conversation in words, whole or as a stream. Who hangs up cancels."""
+
+        def read() -> Answer:
+            return _answer(body, manifest, settings, fetch)
+
+        answer = await asyncio.get_running_loop().run_in_executor(readers, read)
+        studio.submit_answer(answer)
+        streamed = False
+        try:
+            await _unless_gone(answer.begun() if body.stream else answer.wait(), http)
+            _raise_failure(answer, answers.CANCELLED.message)
+            if body.stream:
+                asked = body.stream_options or schema.StreamOptions()
+                events = answers.stream(answer, manifest.name, asked.include_usage)
+                streamed = True
+                return _Stream(events, lambda: studio.cancel_answer(answer))
+            if answer.result is None:  # its client has hung up
+                message = answers.CANCELLED.message
+                raise _Refused(fault(499, message, code=answers.CANCELLED.code))
+            return JSONResponse(answers.whole(answer, manifest.name).model_dump())
+        finally:
+            if not streamed:
+                studio.cancel_answer(answer)  # without effect on a finished one
 
     @app.post("/v1/jobs", status_code=202)
     async def start(body: schema.JobRequest, answer: Response) -> schema.JobResponse:
@@ -221,19 +254,64 @@ def _job(body: schema.ImageRequest, previews: bool, manifest: Manifest, settings
     return Job(checked, (body.output_format or "png").upper(), previews)
 
 
+def _answer(
+    body: schema.ChatRequest, manifest: Manifest, settings: Settings, fetch: Fetcher
+) -> Answer:
+    """What is asked for, checked, with its images."""
+    if body.model is not None and body.model != manifest.name:
+        raise _Refused(_no_such_model(manifest))
+    chat.facts(manifest)
+    given = body.options()
+    try:
+        asked = ChatParameters.fill(given)
+    except RequestError as error:
+        param = next((n for n in chat_params.OPTIONS if error.message.startswith(n)), None)
+        raise _Refused(fault(400, str(error), param=param, code="invalid_value")) from None
+    try:
+        turns = conversation.read(body.messages, manifest, fetch, settings.max_images)
+    except RequestError as error:
+        raise _Refused(fault(400, str(error), param="messages", code="invalid_value")) from None
+    return Answer(turns, asked, warnings=asked.without_effect(given))
+
+
+def _raise_failure(work: Work, cancelled: str) -> None:
+    if work.failure:
+        failure = work.failure
+        raise _Refused(fault(failure.status, failure.message, code=failure.code))
+    if work.state == "cancelled":
+        raise _Refused(fault(499, cancelled, code="cancelled"))
+
+
+class _Stream(StreamingResponse):
+    """An answer as it comes. However this ends, before its first event or at its last, so does what
+    makes it."""
+
+    def __init__(self, events: AsyncIterator[str], end: Callable[[], None]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._end()
+
+
 def _no_such_model(manifest: Manifest) -> JSONResponse:
     message = f"model: this server has {manifest.name!r}"
     return fault(404, message, param="model", code="model_not_found")
 
 
-async def _finished_or_gone(job: Job, http: Request) -> None:
-    """Return when the job is finished, or its client has hung up."""
+async def _unless_gone(wait: Coroutine[Any, Any, None], http: Request) -> None:
+    """Return when it has come to what is waited for, or its client has hung up."""
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.create_task(job.wait()), asyncio.create_task(gone())]
+    tasks = [asyncio.create_task(wait), asyncio.create_task(gone())]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -270,6 +348,14 @@ def _size(manifest: Manifest) -> str:
     return f"{manifest.model.image_width}x{manifest.model.image_height}"
 
 
+def _why_not(facts: Callable[[Manifest], Any], manifest: Manifest) -> str | None:
+    try:
+        facts(manifest)
+    except RequestError as error:
+        return error.message
+    return None
+
+
 def _about(manifest: Manifest, settings: Settings, studio: Studio) -> schema.About:
     defaults = manifest.defaults
     return schema.About(
@@ -284,4 +370,6 @@ def _about(manifest: Manifest, settings: Settings, studio: Studio) -> schema.Abo
         max_prompt=settings.max_prompt,
         max_steps=settings.max_steps,
         no_previews=studio.no_previews,
+        no_chat=_why_not(chat.facts, manifest),
+        no_vision=_why_not(vision.facts, manifest),
     )

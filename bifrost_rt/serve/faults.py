@@ -9,10 +9,11 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from bifrost_rt.errors import RequestError
-from bifrost_rt.serve.schema import Fault, FaultResponse, ImageRequest, JobRequest
+from bifrost_rt.serve.schema import ChatRequest, Fault, FaultResponse, JobRequest
 from bifrost_rt.serve.studio import STOPPING, FullError, StoppingError
 from bifrost_rt.strict import nearest
 
@@ -32,7 +33,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         405: "a method that the path does not have",
         413: "more bytes than the server reads",
         429: "the queue is full; Retry-After says when to come back",
-        500: "drawing failed",
+        500: "drawing or answering failed",
         503: "the server is shutting down",
     }.items()
 }
@@ -65,25 +66,34 @@ def unexpected(method: str, path: str, error: Exception) -> JSONResponse:
     return fault(500, "internal error; the server's log says more")
 
 
-def _invalid(first: Any) -> JSONResponse:
+# what requests to a path are; to all others, jobs, whose fields are those of all that is drawn
+CHAT = "/v1/chat/completions"
+_BODIES: dict[str, tuple[type[BaseModel], str]] = {CHAT: (ChatRequest, "messages")}
+
+
+def _invalid(first: Any, path: str) -> JSONResponse:
     """What the validation of a request found first, in words for who wrote the request."""
     place, *names = first["loc"]  # body, path or query, and the field
+    fields, needed = _BODIES.get(path, (JobRequest, "a prompt"))
     field = ".".join(map(str, names)).encode("ascii", "backslashreplace").decode()[:80]
     if first["type"] == "json_invalid":
         return fault(400, "the body is not JSON", code="invalid_json")
     if first["type"] == "extra_forbidden":
-        message = f"unknown field {field!r}{nearest(field, ImageRequest.model_fields)}"
+        near = nearest(field, fields.model_fields) if len(names) == 1 else ""
+        message = f"unknown field {field!r}{near}"
         return fault(400, message, param=field, code="unknown_parameter")
     if place == "body" and not field:
         if isinstance(first["input"], bytes):
             message, code = "the Content-Type must be application/json", "invalid_content_type"
         else:
-            message, code = "the body must be a JSON object with a prompt", "invalid_json"
+            message, code = f"the body must be a JSON object with {needed}", "invalid_json"
         return fault(400, message, code=code)
     message = f"{field}: {first['msg']}"
-    if first["type"] == "literal_error":
-        about = JobRequest.model_fields[field].description
-        message = f"{field}: must be {first['ctx']['expected'].replace('False', 'false')} ({about})"
+    if first["type"] in ("literal_error", "too_long"):
+        expected = first["ctx"].get("expected", "empty").replace("False", "false")
+        message = f"{field}: must be {expected}"
+        if names[0] in fields.model_fields and (about := fields.model_fields[names[0]].description):
+            message += f" ({about})"
     return fault(400, message, param=field, code="invalid_value")
 
 
@@ -92,7 +102,7 @@ def handle(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _invalid(error.errors()[0])
+        return _invalid(error.errors()[0], request.url.path)
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> JSONResponse:

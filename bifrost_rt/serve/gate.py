@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bifrost_rt.serve import cors
-from bifrost_rt.serve.faults import fault, unexpected
+from bifrost_rt.serve.faults import CHAT, fault, unexpected
 from bifrost_rt.serve.metrics import Metrics
 from bifrost_rt.serve.settings import Settings
 
@@ -32,7 +32,6 @@ class Gate:
         self._metrics = metrics
         self._hosts = settings.hosts
         self._origins = settings.origins
-        self._too_large = f"a request has at most {settings.max_body} bytes here"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -65,7 +64,7 @@ class Gate:
             await answer(scope, receive, answered)
             return
         try:
-            await self._app(inner, self._measured(receive), answered)
+            await self._app(inner, self._measured(receive, self._most(path)), answered)
         except Exception as error:
             if begun:
                 raise
@@ -93,8 +92,8 @@ class Gate:
             answer = fault(401, "a bearer token is missing or wrong", code="invalid_api_key")
             answer.headers["WWW-Authenticate"] = "Bearer"
             return answer
-        if _size(headers) > self._settings.max_body:
-            return fault(413, self._too_large)
+        if _size(headers) > (most := self._most(path)):
+            return fault(413, _too_large(most))
         if method == "POST" and self._unasked(headers):
             return fault(
                 400,
@@ -110,7 +109,11 @@ class Gate:
         typeless = not headers.get("content-type")
         return typeless and origin is not None and not self._origins.allows(origin)
 
-    def _measured(self, receive: Receive) -> Receive:
+    def _most(self, path: str) -> int:
+        """Bytes that a request may have."""
+        return self._settings.max_image_body if path == CHAT else self._settings.max_body
+
+    def _measured(self, receive: Receive, most: int) -> Receive:
         """What states no size is counted while it arrives."""
         size = 0
 
@@ -118,8 +121,8 @@ class Gate:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > self._settings.max_body:
-                raise HTTPException(413, self._too_large)
+            if size > most:
+                raise HTTPException(413, _too_large(most))
             return message
 
         return measured
@@ -131,6 +134,10 @@ class Gate:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         same = hmac.compare_digest(given.strip().encode(), token.encode())
         return same and scheme.lower() == "bearer"
+
+
+def _too_large(most: int) -> str:
+    return f"a request has at most {most} bytes here"
 
 
 def _size(headers: Headers) -> int:

@@ -1,4 +1,4 @@
-"""A job: what was asked, how far it is, what came of it."""
+"""A job or an answer: what was asked, how far it is, what came of it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bifrost_rt.chat import ChatResult
+from bifrost_rt.chat_params import ChatParameters
+from bifrost_rt.messages import Turn
 from bifrost_rt.request import Request
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -19,41 +22,26 @@ Stage = Literal["decoding", "denoising"]
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a job has no pictures, in words for the client, the HTTP status that says so, and a code
-    for programs."""
+    """Why a job has no pictures, or a conversation no answer: in words for the client, the HTTP
+    status that says so, and a code for programs."""
 
     message: str
     status: int
     code: str | None = None
 
 
-@dataclass(eq=False)
-class Job:
-    """One request on its way. Its fields change under the studio's lock; `watch` is for any thread
-    with an event loop.
+@dataclass(eq=False, kw_only=True)
+class Work:
+    """What is waited for. Its fields change under the studio's lock; `watch` is for any thread with
+    an event loop.
 
     Attributes:
-        request: checked; its images are drawn in one run, alone or with those of other jobs.
-        file_format: of the pictures, as Pillow calls it.
-        previews: whether someone wants to see it become.
-        preview: (denoising step, WebP) of the first picture.
-        pictures: the files, when it is done.
-        warnings: what was asked for and not done, in words; see `bifrost_rt.notes`.
         version: grows with every change.
     """
 
-    request: Request
-    file_format: str = "PNG"
-    previews: bool = False
     id: str = field(default_factory=lambda: secrets.token_hex(16))
     created: float = field(default_factory=time.time)
     state: State = "queued"
-    stage: Stage | None = None
-    step: int = 0
-    preview: tuple[int, bytes] | None = None
-    pictures: list[bytes] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
     failure: Failure | None = None
     version: int = 0
     _watchers: set[_Watcher] = field(default_factory=set)
@@ -64,12 +52,6 @@ class Job:
         """Whether nothing more will happen to it."""
         return self.state in ("done", "failed", "cancelled")
 
-    @property
-    def steps(self) -> int:
-        """How many steps its present stage has."""
-        decoding, options = self.stage == "decoding", self.request.parameters
-        return options.decoding_steps if decoding else options.num_inference_steps
-
     def changed(self) -> None:
         """Wake everyone who watches."""
         self.version += 1
@@ -78,7 +60,7 @@ class Job:
                 watcher.wake()
 
     async def watch(self) -> AsyncIterator[int]:
-        """The job's version now and after every change, until it is finished. Who reads slowly
+        """The version now and after every change, until it is finished. Who reads slowly
         misses versions between; none are kept."""
         watcher = _Watcher(asyncio.get_running_loop(), asyncio.Event())
         with self._lock:
@@ -100,9 +82,66 @@ class Job:
                 self._watchers.discard(watcher)
 
     async def wait(self) -> None:
-        """Return when the job is finished."""
+        """Return when it is finished."""
         async for _ in self.watch():
             pass
+
+
+@dataclass(eq=False)
+class Job(Work):
+    """Pictures on their way.
+
+    Attributes:
+        request: checked; its images are drawn in one run, alone or with those of other jobs.
+        file_format: of the pictures, as Pillow calls it.
+        previews: whether someone wants to see it become.
+        preview: (denoising step, WebP) of the first picture.
+        pictures: the files, when it is done.
+        warnings: what was asked for and not done, in words; see `bifrost_rt.notes`.
+    """
+
+    request: Request
+    file_format: str = "PNG"
+    previews: bool = False
+    stage: Stage | None = None
+    step: int = 0
+    preview: tuple[int, bytes] | None = None
+    pictures: list[bytes] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """How many steps its present stage has."""
+        decoding, options = self.stage == "decoding", self.request.parameters
+        return options.decoding_steps if decoding else options.num_inference_steps
+
+
+@dataclass(eq=False)
+class Answer(Work):
+    """Words on their way.
+
+    Attributes:
+        turns: the conversation, checked.
+        parameters: how it is answered.
+        pieces: of the text, as they come; there are only ever more of them.
+        warnings: what was asked for and has no effect, in words.
+        first_token: when it came, as `created` counts.
+        result: there when it is done.
+    """
+
+    turns: Sequence[Turn]
+    parameters: ChatParameters
+    warnings: list[str] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    first_token: float | None = None
+    result: ChatResult | None = None
+
+    async def begun(self) -> None:
+        """Return when there is a first piece, or it is finished."""
+        async for _ in self.watch():
+            if self.pieces:
+                return
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from bifrost_rt.serve.jobs import Job
+from bifrost_rt.serve.jobs import Answer, Job
 
 MEDIA_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
@@ -46,18 +46,46 @@ class Metrics:
         )
         self._stages = Summary(
             "bifrost_stage_seconds",
-            "Seconds of an engine per run",
+            "Seconds of an engine, or of a part of an answer, per run",
             ["stage"],
+            registry=self._registry,
+        )
+        self._answers = Counter(
+            "bifrost_answers", "Ended answers", ["state"], registry=self._registry
+        )
+        self._prompt_tokens = Counter(
+            "bifrost_prompt_tokens", "Tokens of conversations", registry=self._registry
+        )
+        self._cached_tokens = Counter(
+            "bifrost_cached_prompt_tokens",
+            "Of these, those that were not read again",
+            registry=self._registry,
+        )
+        self._completion_tokens = Counter(
+            "bifrost_completion_tokens", "Tokens of answers", registry=self._registry
+        )
+        self._first_token = Histogram(
+            "bifrost_first_token_seconds",
+            "From a request to the first token of its answer, waiting included",
+            buckets=_SECONDS,
             registry=self._registry,
         )
         self._waiting = Gauge(
             "bifrost_waiting_pictures", "Pictures in the queue", registry=self._registry
         )
-        self._running = Gauge("bifrost_running_jobs", "Jobs being drawn", registry=self._registry)
+        self._waiting_answers = Gauge(
+            "bifrost_waiting_answers", "Conversations in the queue", registry=self._registry
+        )
+        self._running = Gauge(
+            "bifrost_running_jobs", "Jobs being drawn or answered", registry=self._registry
+        )
 
-    def watch(self, waiting: Callable[[], int], running: Callable[[], int]) -> None:
+    def watch(
+        self, pictures: Callable[[], int], answers: Callable[[], int], running: Callable[[], int]
+    ) -> None:
         """Read these numbers whenever the figures are asked for."""
-        self._waiting.set_function(waiting)
+        self._waiting.set_function(pictures)
+        self._waiting_answers.set_function(answers)
         self._running.set_function(running)
 
     def answered(self, method: str, route: str, status: int) -> None:
@@ -78,6 +106,17 @@ class Metrics:
         if job.state == "done":
             self._pictures.inc(job.request.images)
             self._job_seconds.observe(time.time() - job.created)
+
+    def spoken(self, answer: Answer) -> None:
+        """An answer ended."""
+        self._answers.labels(answer.state).inc()
+        if answer.first_token is not None:
+            self._first_token.observe(answer.first_token - answer.created)
+        if answer.result is not None:
+            usage = answer.result.usage
+            self._prompt_tokens.inc(usage.prompt_tokens)
+            self._cached_tokens.inc(usage.cached_tokens)
+            self._completion_tokens.inc(usage.completion_tokens)
 
     def text(self) -> bytes:
         """Everything, in Prometheus' format."""

@@ -1,4 +1,5 @@
-"""The seam between waiting and drawing: a painter draws a few requests at a time."""
+"""The seam between waiting and drawing: a painter draws a few requests at a time, or answers one
+conversation."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from bifrost_rt.chat import ChatResult, OnText
+from bifrost_rt.chat_params import ChatParameters
 from bifrost_rt.generator import Generator, StepCallback
+from bifrost_rt.messages import Turn
 from bifrost_rt.pipeline import Output
 from bifrost_rt.request import Request
 from bifrost_rt.serve.jobs import Stage
@@ -25,6 +29,11 @@ class Painter(Protocol):
     ) -> list[Output]:
         """Draw them all. What `on_step` raises ends the run, frees what it held, and comes out
         again."""
+
+    def answer(
+        self, turns: Sequence[Turn], parameters: ChatParameters, on_text: OnText
+    ) -> ChatResult:
+        """Answer a conversation. What `on_text` raises ends the answer and comes out again."""
 
     def reloads(self) -> bool:
         """Whether engines leave for others while it draws, so that several requests together are
@@ -59,6 +68,12 @@ class Local:
 
         callbacks = [after_step_of(i) for i in range(len(requests))]
         return self._generator.draw_several(requests, callbacks, preview_every)
+
+    def answer(
+        self, turns: Sequence[Turn], parameters: ChatParameters, on_text: OnText
+    ) -> ChatResult:
+        """Answer with the generator."""
+        return self._generator.answer(turns, parameters, on_text)
 
     def reloads(self) -> bool:
         """The generator's answer."""

@@ -11,9 +11,11 @@ Requests therefore never meet a door that does not know their job.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections import abc
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +29,10 @@ from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from bifrost_rt import cache, manifest
+from bifrost_rt.chat import ChatResult, OnText
+from bifrost_rt.chat_params import ChatParameters
 from bifrost_rt.generator import Generator
+from bifrost_rt.messages import Turn
 from bifrost_rt.pipeline import Output
 from bifrost_rt.request import Request
 from bifrost_rt.serve import read_token
@@ -69,6 +74,8 @@ class Arguments(BaseModel):
     max_prompt: int = Settings.max_prompt
     max_steps: int = Settings.max_steps
     max_body: int = Settings.max_body
+    max_image_body: int = Settings.max_image_body
+    fetch_host: Names = ()
     max_batch: int = Limits.batch
     max_waiting: int = Limits.waiting
     keep: int = Limits.keep
@@ -103,29 +110,45 @@ class Replica:
         self, requests: Sequence[Request], preview_every: int | None
     ) -> AsyncIterator[Step | list[Output]]:
         """Draw: every step as it is done, and the outputs at last. Ends when nobody listens."""
-        loop, steps = asyncio.get_running_loop(), asyncio.Queue[Step | None]()
+        paint = self._painter.paint
+        async for told in self._streamed(
+            lambda tell: paint(requests, lambda *step: tell(step), preview_every)
+        ):
+            yield told
+
+    async def answer(
+        self, turns: Sequence[Turn], parameters: ChatParameters
+    ) -> AsyncIterator[str | ChatResult]:
+        """Answer: every token's piece of text, and the result at last. Ends when nobody listens."""
+        answer = self._painter.answer
+        async for told in self._streamed(lambda tell: answer(turns, parameters, tell)):
+            yield told
+
+    async def _streamed(self, work: Callable[[Callable[[Any], None]], Any]) -> AsyncIterator[Any]:
+        """Run in the painter's thread what tells of its progress: what it tells, and its result."""
+        loop, steps = asyncio.get_running_loop(), asyncio.Queue[tuple[Any] | None]()
         stopped = threading.Event()
 
-        def on_step(*step: Any) -> None:
+        def tell(step: Any) -> None:
             if stopped.is_set():
                 raise _StoppedError
-            loop.call_soon_threadsafe(steps.put_nowait, step)
+            loop.call_soon_threadsafe(steps.put_nowait, (step,))
 
-        def draw() -> list[Output]:
+        def run() -> Any:
             try:
-                return self._painter.paint(requests, on_step, preview_every)
+                return work(tell)
             finally:
                 loop.call_soon_threadsafe(steps.put_nowait, None)
 
-        drawn = loop.run_in_executor(self._thread, draw)
+        done = loop.run_in_executor(self._thread, run)
         try:
             while (step := await steps.get()) is not None:
-                yield step
-            yield await drawn
+                yield step[0]
+            yield await done
         finally:
             stopped.set()
-            await asyncio.wait([drawn])
-            drawn.exception()  # has been raised above, or nobody is left to hear of it
+            await asyncio.wait([done])
+            done.exception()  # has been raised above, or nobody is left to hear of it
 
 
 class Remote:
@@ -138,17 +161,25 @@ class Remote:
         self, requests: Sequence[Request], on_step: OnStep, preview_every: int | None
     ) -> list[Output]:
         """Have them drawn."""
-        answers: Any = self._replicas.options(stream=True).paint.remote(requests, preview_every)
-        try:
-            for answer in answers:
-                if isinstance(answer, list):
-                    return answer
-                on_step(*answer)
-        except RayTaskError as error:
-            raise error.cause from error  # whose text is the message, without the replica's trace
-        finally:
-            answers.cancel()  # without effect where it has ended
+        call = self._replicas.options(stream=True).paint.remote(requests, preview_every)
+        with contextlib.closing(_told(call)) as all_told:
+            for told in all_told:
+                if isinstance(told, list):
+                    return told
+                on_step(*told)
         raise AssertionError("a replica ended without pictures")
+
+    def answer(
+        self, turns: Sequence[Turn], parameters: ChatParameters, on_text: OnText
+    ) -> ChatResult:
+        """Have it answered."""
+        call = self._replicas.options(stream=True).answer.remote(turns, parameters)
+        with contextlib.closing(_told(call)) as all_told:
+            for told in all_told:
+                if isinstance(told, ChatResult):
+                    return told
+                on_text(told)
+        raise AssertionError("a replica ended without an answer")
 
     def reloads(self) -> bool:
         """A replica's answer: all have the same set and budget."""
@@ -162,6 +193,16 @@ class Remote:
 
     def close(self) -> None:
         """Ray ends the replicas."""
+
+
+def _told(call: Any) -> abc.Generator[Any, None, None]:
+    """What a replica tells. Who ends this early ends the replica's work."""
+    try:
+        yield from call
+    except RayTaskError as error:
+        raise error.cause from error  # whose text is the message, without the replica's trace
+    finally:
+        call.cancel()  # without effect where it has ended
 
 
 class Door:
@@ -178,6 +219,8 @@ class Door:
             max_prompt=given.max_prompt,
             max_steps=given.max_steps,
             max_body=given.max_body,
+            max_image_body=given.max_image_body,
+            fetch_hosts=given.fetch_host,
             limits=Limits(
                 batch=given.max_batch,
                 waiting=given.max_waiting,

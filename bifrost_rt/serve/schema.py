@@ -1,4 +1,4 @@
-"""What goes over the wire, in the shapes of OpenAI's image API where it has one."""
+"""What goes over the wire, in the shapes of OpenAI's image and chat APIs where they have one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from bifrost_rt import chat_params
+from bifrost_rt.answering import FinishReason
+from bifrost_rt.chat_params import ChatOption, ChatOptions
 from bifrost_rt.params import LARGEST, OPTIONS, Default, Integer, Option
+from bifrost_rt.serve import conversation
 from bifrost_rt.serve.jobs import Stage, State
 
 _EXACT = 2**53  # up to here a float64 holds every whole number
@@ -42,10 +46,21 @@ Size = Annotated[
 ]
 
 
-class OpenAIRequest(BaseModel):
-    """OpenAI's fields. Those that choose what there is one of here take their neutral values."""
+class _Given(BaseModel):
+    """A request. Null is for what is not given; an unknown field is refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {field: value for field, value in body.items() if value is not None}
+
+
+class OpenAIRequest(_Given):
+    """OpenAI's fields. Those that choose what there is one of here take their neutral values."""
 
     prompt: str
     model: str | None = Field(None, description="the name that /v1/models gives")
@@ -79,13 +94,6 @@ class OpenAIRequest(BaseModel):
     )
     user: str | None = Field(None, description="without effect")
     safety_identifier: str | None = Field(None, description="without effect")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _given(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        return {field: value for field, value in body.items() if value is not None}
 
     def options(self) -> dict[str, Any]:
         """The options of `Generator.run` by name; None is for what is not given."""
@@ -129,6 +137,194 @@ class JobRequest(ImageRequest):
     previews: bool | None = Field(
         None, description="send pictures of the first image as it becomes; default false"
     )
+
+
+class StreamOptions(_Given):
+    """What a stream has beside the text."""
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class _TextFormat(_Given):
+    type: Literal["text"]
+
+
+class OpenAIChatRequest(_Given):
+    """OpenAI's fields of a conversation. Those that choose what there is one of here take their
+    neutral values."""
+
+    messages: Annotated[list[Any], WithJsonSchema(conversation.SCHEMA)]
+    model: str | None = Field(None, description="the name that /v1/models gives")
+    stream: bool | None = Field(None, description="send the text as it comes; default false")
+    stream_options: StreamOptions | None = None
+    n: Annotated[Literal[1], Whole] | None = Field(
+        None, description="without effect: there is one answer"
+    )
+    stop: Annotated[list[str], Field(max_length=0)] | None = Field(
+        None, description="without effect: the model ends its answers"
+    )
+    frequency_penalty: Annotated[Literal[0], Whole] | None = Field(
+        None, description="without effect: repetition_penalty is what there is"
+    )
+    presence_penalty: Annotated[Literal[0], Whole] | None = Field(
+        None, description="without effect: repetition_penalty is what there is"
+    )
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = Field(
+        None, description="without effect"
+    )
+    logprobs: Literal[False] | None = Field(None, description="without effect: none are given")
+    top_logprobs: Annotated[Literal[0], Whole] | None = Field(
+        None, description="without effect: none are given"
+    )
+    response_format: _TextFormat | None = Field(
+        None, description="without effect: answers are text"
+    )
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = Field(
+        None, description="without effect: answers are text"
+    )
+    tools: Annotated[list[Any], Field(max_length=0)] | None = Field(
+        None, description="without effect: the model calls none"
+    )
+    tool_choice: Literal["none", "auto"] | None = Field(
+        None, description="without effect: the model calls no tools"
+    )
+    parallel_tool_calls: bool | None = Field(None, description="without effect")
+    reasoning_effort: Literal["none"] | None = Field(
+        None, description="without effect: the model answers at once"
+    )
+    verbosity: Literal["medium"] | None = Field(
+        None, description="without effect: the conversation decides"
+    )
+    service_tier: Literal["auto", "default"] | None = Field(None, description="without effect")
+    store: Literal[False] | None = Field(None, description="without effect: nothing is stored")
+    metadata: dict[str, str] | None = Field(None, description="without effect")
+    prompt_cache_key: str | None = Field(
+        None, description="without effect: what conversations begin with in common is found"
+    )
+    user: str | None = Field(None, description="without effect")
+    safety_identifier: str | None = Field(None, description="without effect")
+
+    def options(self) -> ChatOptions:
+        """The options of `Generator.chat`; None is for what is not given."""
+        given: Any = {
+            name: next((v for f in chat_fields(name) if (v := getattr(self, f)) is not None), None)
+            for name in chat_params.OPTIONS
+        }
+        found: ChatOptions = given
+        return found
+
+
+def chat_fields(name: str) -> tuple[str, ...]:
+    """The fields of an option of `Generator.chat`; the first that is given counts."""
+    return chat_params.OPTIONS[name].api_names or (name,)
+
+
+def chat_option_field(option: ChatOption) -> tuple[Any, Any]:
+    """The field of an option of `Generator.chat`: its type, and its description and default."""
+    values = option.values
+    kind: Any = Number
+    if isinstance(values, Integer):
+        kind = Annotated[int, Field(ge=values.least, le=values.most), Whole]
+    text = option.help + (
+        "; default: random" if option.default is None else f"; default {option.default}"
+    )
+    return kind | None, Field(None, description=text)
+
+
+if TYPE_CHECKING:
+    ChatRequest = OpenAIChatRequest
+else:
+    ChatRequest = create_model(
+        "ChatRequest",
+        __base__=OpenAIChatRequest,
+        __doc__="OpenAI's fields, and below them the options of `Generator.chat`. Null is for what "
+        "is not given. Fields of OpenAI's that choose what there is one of here take their neutral "
+        "values. An unknown field is refused: what is not read is not obeyed.",
+        __module__=__name__,
+        **{
+            field: chat_option_field(option)
+            for name, option in chat_params.OPTIONS.items()
+            for field in chat_fields(name)
+        },
+    )
+
+
+class PromptTokensDetails(BaseModel):
+    """Of the prompt's tokens: those that were not read again, and those of images."""
+
+    cached_tokens: int
+    image_tokens: int
+
+
+class Usage(BaseModel):
+    """What an answer took."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Message(BaseModel):
+    """The answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    """The one answer. `finish_reason`: `stop` where the model ended it, `length` at the limit or
+    at the end of what it can read."""
+
+    index: Literal[0] = 0
+    message: Message
+    logprobs: None = None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(BaseModel):
+    """OpenAI's answer, the seed that gives it again, and in `warnings` what was asked for and has
+    no effect."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    seed: int
+    warnings: list[str] = []
+
+
+class Delta(BaseModel):
+    """What comes next: the role at first, then pieces of the text."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(BaseModel):
+    """A part of the one answer; the last says why it ended."""
+
+    index: Literal[0] = 0
+    delta: Delta
+    finish_reason: FinishReason | None = None
+
+
+class Chunk(BaseModel):
+    """An event of a stream. The first has `warnings` too, and the last `seed`; where
+    `include_usage` asks for it, one without choices follows and has `usage`."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+    seed: int | None = None
+    warnings: list[str] | None = None
 
 
 class Picture(BaseModel):
@@ -214,3 +410,5 @@ class About(BaseModel):
     max_prompt: int
     max_steps: int
     no_previews: str | None
+    no_chat: str | None
+    no_vision: str | None

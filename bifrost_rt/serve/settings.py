@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from bifrost_rt.errors import RequestError
 from bifrost_rt.serve.cors import Origins
+from bifrost_rt.serve.fetching import is_name
 from bifrost_rt.serve.hosts import Hosts
 
 # A token that can be guessed is none.
@@ -36,6 +37,9 @@ class Settings:
         cors_origins: origins whose pages may use the server from a browser; `*` is any.
         max_images, max_prompt, max_steps, max_body: of one request: pictures, characters,
             denoising steps, bytes.
+        max_image_body: bytes of a request that may hold images.
+        fetch_hosts: names from which images are fetched that a conversation gives by address; see
+            `fetching.py`.
         grace: seconds for what runs when the server is told to stop.
 
     Raises:
@@ -52,6 +56,8 @@ class Settings:
     max_prompt: int = 4000
     max_steps: int = 200
     max_body: int = 65536
+    max_image_body: int = 16 << 20
+    fetch_hosts: tuple[str, ...] = ()
     grace: float = 300
     limits: Limits = field(default_factory=Limits)
 
@@ -61,6 +67,7 @@ class Settings:
             "max-prompt": self.max_prompt,
             "max-steps": self.max_steps,
             "max-body": self.max_body,
+            "max-image-body": self.max_image_body,
             "max-batch": self.limits.batch,
             "max-waiting": self.limits.waiting,
             "preview-every": self.limits.preview_every or 1,
@@ -72,6 +79,11 @@ class Settings:
             raise RequestError("--grace and --keep cannot be negative")
         if not 0 <= self.port < 65536:
             raise RequestError(f"--port must be from 0 to 65535, got {self.port}")
+        if bad := [name for name in self.fetch_hosts if not is_name(name)]:
+            raise RequestError(
+                f"--fetch-host {bad[0]}: expected a name or an address, like images.example",
+                hint="leave scheme and path out; a port other than 443 stands behind a colon",
+            )
         if self.token is not None and len(self.token) < SHORTEST_TOKEN:
             raise RequestError(
                 f"the token has {len(self.token)} characters, at least {SHORTEST_TOKEN} are asked "

@@ -1,9 +1,10 @@
-"""Waiting jobs, and the painters that draw them. No HTTP in here.
+"""Waiting jobs and conversations, and the painters that draw and answer them. No HTTP in here.
 
 Every painter has a thread. It takes the job that has waited longest, and with it the next ones that
 share its settings, as many as a batch may hold: their pictures come out of one run and are those
 that each would have got alone. Where a painter's engines leave for others, it takes several such
-batches, so that each engine is loaded once for all of them.
+batches, so that each engine is loaded once for all of them. A conversation is answered by itself,
+when nothing has waited longer.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from PIL import Image
 
 from bifrost_rt import notes
 from bifrost_rt import request as requests
+from bifrost_rt.chat import ChatResult
 from bifrost_rt.errors import BifrostError, BudgetError, NumericsError, RequestError
 from bifrost_rt.pipeline import TOGETHER, Output
 from bifrost_rt.result import Result
-from bifrost_rt.serve.jobs import Failure, Job, Stage, State
+from bifrost_rt.serve.jobs import Answer, Failure, Job, Stage, State
 from bifrost_rt.serve.metrics import Metrics
 from bifrost_rt.serve.painter import Painter
 from bifrost_rt.serve.settings import Limits
@@ -35,14 +37,17 @@ from bifrost_rt.serve.settings import Limits
 log = logging.getLogger("bifrost_rt.serve")
 # How much the newest picture counts in the estimate behind Retry-After.
 NEWEST = 0.2
+INTERNAL = "internal error; the server's log says more"
 STOPPING = Failure("the server is shutting down; try again", 503)
 
 
 class FullError(BifrostError):
-    """Too many pictures wait. `retry_after` is in whole seconds."""
+    """Too many pictures and answers wait. `retry_after` is in whole seconds."""
 
-    def __init__(self, waiting: int, retry_after: int) -> None:
-        super().__init__(f"{waiting} pictures are waiting already; try again in {retry_after} s")
+    def __init__(self, pictures: int, answers: int, retry_after: int) -> None:
+        counts = {"pictures": pictures, "answers": answers}
+        waiting = " and ".join(f"{n} {name}" for name, n in counts.items() if n)
+        super().__init__(f"{waiting} are waiting already; try again in {retry_after} s")
         self.retry_after = retry_after
 
 
@@ -62,7 +67,7 @@ class _AccidentError(Exception):
 
 
 class _CancelledError(Exception):
-    """Nobody wants the pictures of this run any more."""
+    """Nobody wants what this run makes any more."""
 
 
 class Studio:
@@ -81,11 +86,12 @@ class Studio:
             self.no_previews = "the server was started without previews"
         self._painters = painters
         self._changed = threading.Condition()
-        self._waiting: list[Job] = []
+        self._waiting: list[Job | Answer] = []
         self._running: set[str] = set()
         self._jobs: OrderedDict[str, Job] = OrderedDict()
-        self._seconds_per_picture = 1.0
-        metrics.watch(self.waiting_pictures, lambda: len(self._running))
+        self._answers: set[Answer] = set()
+        self._seconds_each = 1.0  # of a picture or an answer
+        metrics.watch(self.waiting_pictures, self.waiting_answers, lambda: len(self._running))
         self._threads = [
             threading.Thread(target=self._work, args=(painter,), name=f"painter-{i}", daemon=True)
             for i, painter in enumerate(painters)
@@ -103,12 +109,29 @@ class Studio:
         with self._changed:
             if self.stopping:
                 raise StoppingError
-            waiting = self.waiting_pictures()
-            if waiting and waiting + job.request.images > self.limits.waiting:
-                raise FullError(waiting, self._retry_after(waiting))
+            self._refuse_full(job.request.images)
             self._jobs[job.id] = job
             self._waiting.append(job)
             self._changed.notify()
+
+    def submit_answer(self, answer: Answer) -> None:
+        """Put a conversation at the end of the queue, where it counts as one picture.
+
+        Raises:
+            FullError: no room for it.
+            StoppingError: the server is shutting down.
+        """
+        with self._changed:
+            if self.stopping:
+                raise StoppingError
+            self._refuse_full(1)
+            self._answers.add(answer)
+            self._waiting.append(answer)
+            self._changed.notify()
+
+    def cancel_answer(self, answer: Answer) -> None:
+        """End an answer; one that runs ends at its next token."""
+        self._end(answer, "cancelled")
 
     def get(self, job_id: str) -> Job | None:
         """The job, as long as it is remembered."""
@@ -131,7 +154,11 @@ class Studio:
 
     def waiting_pictures(self) -> int:
         """Pictures in the queue."""
-        return sum(job.request.images for job in self._waiting)
+        return sum(work.request.images for work in self._waiting if isinstance(work, Job))
+
+    def waiting_answers(self) -> int:
+        """Conversations in the queue."""
+        return sum(isinstance(work, Answer) for work in self._waiting)
 
     def stop(self) -> None:
         """Take nothing new; what waits fails, what runs is finished."""
@@ -140,7 +167,10 @@ class Studio:
             waiting, self._waiting = self._waiting, []
             self._changed.notify_all()
         for job in waiting:
-            self._finish(job, "failed", STOPPING)
+            if isinstance(job, Job):
+                self._finish(job, "failed", STOPPING)
+            else:
+                self._end(job, "failed", STOPPING)
 
     def close(self, grace: float) -> None:
         """Stop, wait for what runs, and free the painters.
@@ -154,17 +184,29 @@ class Studio:
             thread.join(max(0.0, until - time.monotonic()))
         for job in list(self._jobs.values()):
             self.cancel(job)
+        for answer in list(self._answers):
+            self.cancel_answer(answer)
         for thread in self._threads:
             thread.join()
         for painter in self._painters:
             painter.close()
 
-    def _retry_after(self, waiting: int) -> int:
-        return max(1, math.ceil(waiting * self._seconds_per_picture / len(self._painters)))
+    def _refuse_full(self, more: int) -> None:
+        pictures, answers = self.waiting_pictures(), self.waiting_answers()
+        waiting = pictures + answers
+        if waiting and waiting + more > self.limits.waiting:
+            seconds = math.ceil(waiting * self._seconds_each / len(self._painters))
+            raise FullError(pictures, answers, max(1, seconds))
+
+    def _took(self, seconds_each: float) -> None:
+        self._seconds_each += NEWEST * (seconds_each - self._seconds_each)
 
     def _work(self, painter: Painter) -> None:
         together = TOGETHER if painter.reloads() else 1
         while batches := self._next_batches(together):
+            if isinstance(batches, Answer):
+                self._answer(painter, batches)
+                continue
             try:
                 self._draw(painter, batches)
             except (BudgetError, NumericsError, _AccidentError) as error:
@@ -176,16 +218,21 @@ class Studio:
                     if not job.finished:
                         self._draw_alone(painter, job)
 
-    def _next_batches(self, together: int) -> list[list[Job]]:
-        """Wait for work: at most so many batches, whose settings differ. Empty when there will be
-        none."""
+    def _next_batches(self, together: int) -> list[list[Job]] | Answer:
+        """Wait for work: a conversation, or at most so many batches, whose settings differ. Empty
+        when there will be none."""
         with self._changed:
             while not self._waiting:
                 if self.stopping:
                     return []
                 self._changed.wait()
+            if isinstance(first := self._waiting[0], Answer):
+                del self._waiting[0]
+                first.state = "running"
+                self._running.add(first.id)
+                return first
             batches: list[list[Job]] = []
-            while self._waiting and len(batches) < together:
+            while len(batches) < together and self._waiting and isinstance(self._waiting[0], Job):
                 batches.append(self._take_batch())
         for batch in batches:
             for job in batch:
@@ -195,8 +242,9 @@ class Studio:
 
     def _take_batch(self) -> list[Job]:
         """The job that has waited longest, and those that can be drawn in one run with it."""
-        batch, pictures = [self._waiting[0]], self._waiting[0].request.images
-        for job in self._waiting[1:]:
+        first, *others = [work for work in self._waiting if isinstance(work, Job)]
+        batch, pictures = [first], first.request.images
+        for job in others:
             images = job.request.images
             same = job.request.settings == batch[0].request.settings
             if same and pictures + images <= self.limits.batch:
@@ -207,6 +255,59 @@ class Studio:
             job.state = "running"
             self._running.add(job.id)
         return batch
+
+    def _answer(self, painter: Painter, answer: Answer) -> None:
+        answer.changed()
+        began = time.monotonic()
+
+        def on_text(piece: str) -> None:
+            if answer.finished:
+                raise _CancelledError
+            if answer.first_token is None:
+                answer.first_token = time.time()
+            if piece:
+                answer.pieces.append(piece)
+                answer.changed()
+
+        try:
+            result = painter.answer(answer.turns, answer.parameters, on_text)
+        except _CancelledError:
+            return
+        except (BudgetError, RequestError) as error:
+            self._end(answer, "failed", Failure(str(error), 400, "invalid_value"))
+        except BifrostError as error:
+            log.error("%s", error)
+            code = "not_finite" if isinstance(error, NumericsError) else None
+            self._end(answer, "failed", Failure(str(error), 500, code))
+        except Exception:  # a client never sees the trace, and the next one gets its chance
+            log.exception("answering failed")
+            self._end(answer, "failed", Failure(INTERNAL, 500))
+        else:
+            self._took(time.monotonic() - began)
+            for name, seconds in result.timings.items():
+                if name not in ("per_token", "total"):
+                    self.metrics.stage(name, seconds)
+            self._end(answer, "done", result=result)
+
+    def _end(
+        self,
+        answer: Answer,
+        state: State,
+        failure: Failure | None = None,
+        result: ChatResult | None = None,
+    ) -> None:
+        """The first end of an answer counts."""
+        with self._changed:
+            if answer.finished:
+                return
+            if answer in self._waiting:
+                self._waiting.remove(answer)
+            self._running.discard(answer.id)
+            self._answers.discard(answer)
+            answer.failure, answer.result = failure, result
+            answer.state = state
+        self.metrics.spoken(answer)
+        answer.changed()
 
     def _draw_alone(self, painter: Painter, job: Job) -> None:
         try:
@@ -257,10 +358,10 @@ class Studio:
             self._fail(batches, Failure(str(error), 500))
         except Exception:  # a client never sees the trace, and the next job gets its chance
             log.exception("drawing failed")
-            self._fail(batches, Failure("internal error; the server's log says more", 500))
+            self._fail(batches, Failure(INTERNAL, 500))
         else:
             each = (time.monotonic() - began) / sum(whole.images for whole in merged)
-            self._seconds_per_picture += NEWEST * (each - self._seconds_per_picture)
+            self._took(each)
 
     def _step(
         self, batch: list[Job], stage: Stage, step: int, preview: NDArray[np.uint8] | None

@@ -161,3 +161,29 @@ def test_a_token_is_asked_for(browser: Any, serving: Callable[..., Any], tmp_pat
         opened.get_by_text("Drawn in").wait_for()
         assert opened.locator("#pictures img").count() == 1
         opened.close()
+
+
+def test_questions_about_a_drawn_and_a_chosen_image(
+    page: Any, generator: Generator, tmp_path: Path
+) -> None:
+    page.keyboard.type("a red circle")
+    fill_options(page, seed=5, **STEPS)
+    page.keyboard.press("Enter")
+    page.get_by_text("Drawn in").wait_for()
+    page.get_by_role("button", name="Ask about it").focus()
+    page.keyboard.press("Enter")
+    assert focused(page) == "question"
+    page.keyboard.type("What is this?")
+    page.keyboard.press("Enter")
+    page.get_by_text("tokens read").wait_for()
+    drawn = generator.run("a red circle", seed=5, **STEPS).image
+    expected = generator.describe(drawn, "What is this?")
+    assert page.locator("#answer").text_content() == expected.text
+    drawn.crop((0, 0, 90, 60)).save(tmp_path / "chosen.png")
+    page.locator("#file").set_input_files(tmp_path / "chosen.png")
+    assert page.locator("#answer-facts").inner_text() == ""
+    page.locator("#question").focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("tokens read").wait_for()
+    chosen = generator.describe(tmp_path / "chosen.png", "What is this?")
+    assert page.locator("#answer").text_content() == chosen.text

@@ -111,6 +111,31 @@ def test_progress_comes_through(scaled: Scaled) -> None:
     assert {"progress", "preview"} <= set(names)
 
 
+def test_an_answer_is_that_of_the_generator(scaled: Scaled, generator: Generator) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    expected = generator.chat(messages, max_new_tokens=12, temperature=1.0, seed=2).text
+    body = {"messages": messages, "max_tokens": 12, "temperature": 1.0, "seed": 2}
+    answer = scaled.client.post("/v1/chat/completions", json=body).json()
+    assert answer["choices"][0]["message"]["content"] == expected
+    text = scaled.client.post("/v1/chat/completions", json={**body, "stream": True}).text
+    *events, end = [line[6:] for line in text.splitlines() if line]
+    assert end == "[DONE]"
+    deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
+    assert "".join(delta.get("content", "") for delta in deltas) == expected
+    long = scaled.client.post("/v1/chat/completions", json={**body, "max_tokens": 0})
+    assert long.json()["error"]["param"] == "max_tokens"
+
+
+def test_an_answer_that_nobody_waits_for_ends(scaled: Scaled) -> None:
+    before = scaled.figure('bifrost_answers_total{state="cancelled"}')
+    asked = {"max_tokens": 4000, "stream": True}
+    body = {"messages": [{"role": "user", "content": "hello"}], **asked}
+    with scaled.client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        next(answer.iter_lines())
+    until(lambda: scaled.figure('bifrost_answers_total{state="cancelled"}') == before + 1)
+    assert [scaled.draw(seed=i).status_code for i in range(3)] == [200] * 3
+
+
 def test_a_client_that_hangs_up_cancels(scaled: Scaled) -> None:
     before = scaled.figure('bifrost_jobs_total{state="cancelled"}')
     body = {"prompt": "a cow", **LONG, "num_inference_steps": 200, "n": 8}

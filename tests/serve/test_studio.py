@@ -21,10 +21,14 @@ from bifrost_rt import (
     request,
     residency,
 )
+from bifrost_rt import messages as conversation
 from bifrost_rt.backends.onnxruntime import OnnxRuntime, OnnxRuntimeEngine
+from bifrost_rt.chat import ChatResult, OnText
+from bifrost_rt.chat_params import ChatParameters
 from bifrost_rt.manifest import EngineSpec, Range
+from bifrost_rt.messages import Turn
 from bifrost_rt.pipeline import Output
-from bifrost_rt.serve.jobs import Job
+from bifrost_rt.serve.jobs import Answer, Job
 from bifrost_rt.serve.metrics import Metrics
 from bifrost_rt.serve.painter import Local, OnStep
 from bifrost_rt.serve.settings import Limits
@@ -41,6 +45,8 @@ class Watched(Local):
         self.go = threading.Event()
         self.asked: list[request.Request] = []  # in all calls
         self.together: list[int] = []  # requests in each call
+        self.order: list[Any] = []  # requests and turns, as they were taken
+        self.tokens = 0  # of all answers
         self.raises: Callable[[request.Request], Exception | None] = lambda _: None
 
     def paint(
@@ -49,9 +55,22 @@ class Watched(Local):
         self.go.wait()
         self.asked += requests
         self.together.append(len(requests))
+        self.order += requests
         if error := next(filter(None, map(self.raises, requests)), None):
             raise error
         return super().paint(requests, on_step, preview_every)
+
+    def answer(
+        self, turns: Sequence[Turn], parameters: ChatParameters, on_text: OnText
+    ) -> ChatResult:
+        self.go.wait()
+
+        def heard(piece: str) -> None:
+            self.tokens += 1
+            on_text(piece)
+
+        self.order.append(turns)
+        return super().answer(turns, parameters, heard)
 
     def close(self) -> None:
         """The generator is the session's."""
@@ -82,7 +101,13 @@ def job(generator: Generator) -> Callable[..., Job]:
     return make
 
 
-def finished(*jobs: Job) -> list[str]:
+def question(words: str = "hello", tokens: int = 2) -> Answer:
+    turns = conversation.read([{"role": "user", "content": words}])
+    asked = ChatParameters.fill({"max_new_tokens": tokens, "temperature": 0.0})
+    return Answer(turns, asked)
+
+
+def finished(*jobs: Job | Answer) -> list[str]:
     until(lambda: all(job.finished for job in jobs))
     return [job.state for job in jobs]
 
@@ -138,6 +163,71 @@ def test_a_batch_ends_when_nobody_wants_it(
     assert finished(after) == ["done"]
     assert batch[1].step < 2000
     assert not batch[0].pictures
+
+
+def test_answers_and_drawings_take_turns(
+    studio: Studio, painter: Watched, job: Callable[..., Job], generator: Generator
+) -> None:
+    first = job("first")
+    studio.submit(first)
+    while first.state == "queued":
+        time.sleep(0.005)
+    early, late = job("a", seed=1), job("b", num_inference_steps=2)
+    answers = [question("one"), question("two")]
+    studio.submit(early)
+    studio.submit_answer(answers[0])
+    studio.submit(late)
+    studio.submit_answer(answers[1])
+    assert (studio.waiting_pictures(), studio.waiting_answers()) == (2, 2)
+    painter.go.set()
+    assert finished(first, early, late, *answers) == ["done"] * 5
+    expected = [first.request, early.request, answers[0].turns, late.request, answers[1].turns]
+    assert len(painter.order) == 5
+    for found, one in zip(painter.order, expected, strict=True):
+        prompts = getattr(one, "prompts", None)
+        assert getattr(found, "prompts", None) == prompts if prompts else found is one
+    assert answers[0].result is not None
+    assert "".join(answers[0].pieces) == answers[0].result.text
+    told = generator.answer(answers[0].turns, answers[0].parameters, lambda piece: None)
+    assert told.text == answers[0].result.text
+
+
+def test_an_answer_ends_when_nobody_wants_it(studio: Studio, painter: Watched) -> None:
+    painter.go.set()
+    long, waits = question(tokens=4000), question()
+    studio.submit_answer(long)
+    until(lambda: long.pieces)
+    studio.submit_answer(waits)
+    studio.cancel_answer(long)
+    assert finished(waits) == ["done"]
+    assert long.state == "cancelled"
+    assert painter.tokens < 3000
+
+
+def test_a_queue_full_of_answers_and_grace(
+    studio: Studio, painter: Watched, job: Callable[..., Job]
+) -> None:
+    running = question(tokens=4000)
+    studio.submit_answer(running)
+    while running.state == "queued":
+        time.sleep(0.005)
+    waiting = [question() for _ in range(4)]
+    for one in waiting:
+        studio.submit_answer(one)
+    studio.submit(job(n=2))
+    with pytest.raises(FullError, match="2 pictures and 4 answers are waiting"):
+        studio.submit_answer(question())
+    studio.cancel_answer(waiting[0])
+    studio.submit_answer(question())
+    painter.go.set()
+    until(lambda: running.pieces)
+    studio.close(grace=0)
+    assert running.state == "cancelled"
+    assert finished(*waiting) == ["cancelled", "failed", "failed", "failed"]
+    assert waiting[1].failure is not None
+    assert waiting[1].failure.status == 503
+    with pytest.raises(StoppingError):
+        studio.submit_answer(question())
 
 
 def test_grace_has_an_end(studio: Studio, painter: Watched, job: Callable[..., Job]) -> None:

@@ -1,4 +1,5 @@
-// The page: one job at a time, seen becoming, and a history of how pictures were made.
+// The page: one job at a time, seen becoming, a history of how pictures were made, and questions
+// about an image, whose answers come word by word.
 // Requests carry a token where the server asks for one, so pictures and events come by fetch.
 "use strict";
 
@@ -13,6 +14,8 @@ const NAMES = {
 let about = null;
 let running = null;   // the job's id
 let shown = null;     // the entry of the history that is on the page
+let asked = null;     // the image that is asked about
+let asking = null;    // ends the answer that is on its way
 const blobs = new Map(); // entry -> pictures, as long as the page is open
 
 async function call(path, options = {}) {
@@ -32,8 +35,8 @@ async function call(path, options = {}) {
     (wait ? `; try again in ${wait} s` : ""));
 }
 
-async function* events(path) {
-  const reader = (await call(path)).body.pipeThrough(new TextDecoderStream()).getReader();
+async function* events(path, options) {
+  const reader = (await call(path, options)).body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
     const { value, done } = await reader.read();
@@ -42,7 +45,7 @@ async function* events(path) {
     for (let end; (end = text.indexOf("\n\n")) >= 0; text = text.slice(end + 2)) {
       const lines = text.slice(0, end).split("\n");
       const get = (key) => lines.filter((l) => l.startsWith(`${key}: `)).map((l) => l.slice(key.length + 2)).join("\n");
-      if (get("data")) yield [get("event"), JSON.parse(get("data"))];
+      if (get("data") && get("data") !== "[DONE]") yield [get("event"), JSON.parse(get("data"))];
     }
   }
 }
@@ -147,6 +150,11 @@ function show(entry) {
     });
     const caption = document.createElement("figcaption");
     caption.append(link);
+    if (about !== null && canAsk()) {
+      const ask = Object.assign(document.createElement("button"), { type: "button", textContent: "Ask about it" });
+      ask.addEventListener("click", () => { take(blob); $("question").focus(); });
+      caption.append(ask);
+    }
     const figure = document.createElement("figure");
     figure.append(Object.assign(new Image(), { src: url, alt: prompt }), caption);
     return figure;
@@ -159,6 +167,70 @@ function show(entry) {
       Object.assign(document.createElement("dd"), { textContent: value }),
     ]));
   $("again").hidden = false;
+}
+
+const canAsk = () => about.no_chat === null && about.no_vision === null;
+
+function take(blob) {
+  if ($("seen").src) URL.revokeObjectURL($("seen").src);
+  asked = blob;
+  $("seen").src = URL.createObjectURL(blob);
+  $("seen").hidden = false;
+  answered("");
+}
+
+function answered(text, isError = false) {
+  $("answer").textContent = text;
+  $("answer").classList.toggle("error", isError);
+  $("answer-facts").textContent = "";
+}
+
+function dataURI(blob) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.addEventListener("load", () => resolve(reader.result));
+    reader.addEventListener("error", () => reject(new Error("the image cannot be read")));
+    reader.readAsDataURL(blob);
+  });
+}
+
+async function ask() {
+  if (asking !== null) return;
+  if (asked === null) return answered("Drop an image first, or choose a file.", true);
+  asking = new AbortController();
+  $("ask").disabled = true;
+  $("stop").disabled = false;
+  $("answer").ariaBusy = "true"; // read out when it is whole
+  answered("…");
+  let text = "";
+  try {
+    const content = [
+      { type: "image_url", image_url: { url: await dataURI(asked) } },
+      { type: "text", text: $("question").value.trim() || $("question").placeholder },
+    ];
+    const body = JSON.stringify({
+      messages: [{ role: "user", content }], stream: true, stream_options: { include_usage: true },
+    });
+    const options = { method: "POST", body, signal: asking.signal };
+    for await (const [, data] of events("/v1/chat/completions", options)) {
+      if (data.error) throw new Error(data.error.message);
+      text += data.choices[0]?.delta.content ?? "";
+      if (text) $("answer").textContent = text;
+      if (data.usage) {
+        const { prompt_tokens, completion_tokens } = data.usage;
+        $("answer-facts").textContent = `${prompt_tokens} tokens read, ${completion_tokens} said.`;
+      }
+    }
+    if (!text) answered("The model said nothing.");
+  } catch (error) {
+    const stopped = error.name === "AbortError";
+    answered(stopped ? `${text} (stopped)` : error.message, !stopped);
+  } finally {
+    asking = null;
+    $("answer").ariaBusy = "false";
+    $("ask").disabled = false;
+    $("stop").disabled = true;
+  }
 }
 
 function fill() {
@@ -215,6 +287,7 @@ async function introduce() {
   document.querySelector("[name=n]").max = about.max_images;
   document.querySelector("[name=num_inference_steps]").max = about.max_steps;
   $("prompt").maxLength = about.max_prompt;
+  $("asking").hidden = !canAsk();
 }
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); draw(); });
@@ -223,7 +296,19 @@ $("prompt").addEventListener("keydown", (event) => {
 });
 const cancel = () => running && call(`/v1/jobs/${running}`, { method: "DELETE" }).catch((e) => say(e.message, true));
 $("cancel").addEventListener("click", cancel);
-document.addEventListener("keydown", (event) => { if (event.key === "Escape") cancel(); });
+const stop = () => asking?.abort();
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") { cancel(); stop(); } });
+$("ask-form").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
+$("stop").addEventListener("click", stop);
+$("file").addEventListener("change", () => { if ($("file").files[0]) take($("file").files[0]); });
+for (const name of ["dragover", "dragleave", "drop"]) {
+  $("drop").addEventListener(name, (event) => {
+    event.preventDefault();
+    $("drop").classList.toggle("over", name === "dragover");
+    const file = event.dataTransfer.files[0];
+    if (name === "drop" && file) take(file);
+  });
+}
 $("again").addEventListener("click", fill);
 $("forget").addEventListener("click", () => {
   history_ = [];
