@@ -107,7 +107,8 @@ def fit(image: Image.Image, vision: Vision, name: str = "image") -> Image.Image:
     side = vision.patch_size * vision.merge_size
     if image.height * image.width <= rows * columns * side**2:
         return image
-    grid(rows * side, columns * side, vision, name)  # rounding may have made it longer still
+    if max(rows, columns) > MOST_ASPECT * min(rows, columns):  # by rounding
+        return image
     return image.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
 
 

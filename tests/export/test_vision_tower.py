@@ -166,6 +166,17 @@ def test_patches_are_the_references_to_the_bit(
     assert max(found.rows, found.columns) <= largest.side
 
 
+@pytest.mark.parametrize("size", [*SIZES, (4000, 20), (900, 901)], ids=str)
+def test_an_image_that_was_made_to_fit_has_the_same_patches(
+    facts: Vision, size: tuple[int, int]
+) -> None:
+    image = scene(*size)
+    fitting = image_processor.fit(image, facts)
+    assert fitting.width * fitting.height <= max(image.width * image.height, facts.min_pixels)
+    found, whole = (image_processor.patches(one, facts).values for one in (fitting, image))
+    assert np.array_equal(found, whole)
+
+
 @pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
 def engine(
     request: pytest.FixtureRequest,
