@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks import ceilings
 from benchmarks.ceilings import Ceilings
 from benchmarks.contenders import Spec
-from bifrost_rt import backends, manifest, residency
+from bifrost_rt import backends, dims, manifest, residency
 from bifrost_rt.dims import CACHE_TOKENS, NEW_TOKENS, TEXT_TOKENS
 from bifrost_rt.errors import EngineSetError
 from bifrost_rt.manifest import EngineSpec, Manifest
@@ -108,7 +108,7 @@ def of_contender(
             "percent": 100 * least / seconds[one.engine]["p50"],
             "limit": limit,
         }
-    if len(found) == len(facts.engines):
+    if found.keys() == set(dims.drawing(facts.engines)):
         total = sum(part["least_seconds"] for part in found.values())
         found["total"] = {"least_seconds": total, "percent": 100 * total / seconds["total"]["p50"]}
     return found

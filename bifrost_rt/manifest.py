@@ -126,9 +126,9 @@ class EngineSpec:
     carry: dict[str, str]
     precision: Precision
     scratch_bytes: int = 0
-    square_bytes: int = 0
     compiled: Compiled | None = None
     piece_scratch_bytes: int = 0
+    square_bytes: int = 0
 
     def input(self, name: str) -> TensorSpec | None:
         """The input called `name`, or None where this engine has none of that name."""

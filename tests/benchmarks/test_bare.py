@@ -32,7 +32,7 @@ def test_its_pictures_are_ours(alpha_set: Path, generators: Any, backend: str) -
         images, timings = bare.draw(request)
         ours = generator.run(**request, output_type="np")
         assert np.array_equal(images, ours.images)
-        assert {"mllm", *ours.timings} == timings.keys()
+        assert {"mllm", *ours.timings} <= timings.keys()  # it keeps no prompts
 
 
 def test_guidance_is_computed_where_the_set_asks_for_it(

@@ -132,7 +132,9 @@ def test_the_engines_that_are_timed_are_compiled_for_the_products_sizes() -> Non
     assert benchmark.PROFILE == compiling.SIZES
     product = profiles.sizes(
         dims.ranges(
-            mllm_max_length=300, num_visual_tokens=256, chunk=dims.CHUNK, context=dims.CONTEXT
+            **{"mllm_max_length": 300, "num_visual_tokens": 256},
+            **{"chunk": dims.CHUNK, "context": dims.CONTEXT},
+            **{"max_windows": 1, "max_vision_tokens": 1},  # no image is looked at
         ),
         DEFAULTS,
         1,

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import ceilings, roofline
 from benchmarks.ceilings import Ceilings
 from benchmarks.contenders import Spec, parse
-from bifrost_rt import manifest
+from bifrost_rt import dims, manifest
 from bifrost_rt.manifest import Compiled, EngineSpec
 from export.planning import devices, work
 from export.planning.devices import Device, Figure
@@ -87,7 +87,7 @@ def test_caches_that_cores_share_count_once(tmp_path: Path) -> None:
 
 
 def seconds(facts: manifest.Manifest, each: float) -> dict[str, dict[str, float]]:
-    names = (*(spec.name for spec in facts.engines), "total")
+    names = (*dims.drawing(facts.engines), "total")
     return {name: {"p50": each} for name in names}
 
 
@@ -95,7 +95,7 @@ def test_percent_is_least_time_over_measured(alpha_set: Path) -> None:
     facts = manifest.read(alpha_set)
     spec = parse("bare", str(alpha_set))
     found = roofline.of_contender(spec, REQUEST, seconds(facts, 2.0), {"cpu": CPU})
-    assert found.keys() == {*(engine.name for engine in facts.engines), "total"}
+    assert found.keys() == {*dims.drawing(facts.engines), "total"}
     works = {one.engine: one for one in work.of_set(alpha_set, facts, 3, 5)}
     one = works["denoise"]
     assert one.calls == 3

@@ -128,7 +128,8 @@ def test_no_weight_is_read(place: Path) -> None:
 
     for owner in (net.norm, net.first, net.last):
         for name, value in list(owner.named_parameters()):
-            sources.attach(owner, name, Source(tuple(value.shape), value.dtype, name, refuse))
+            whose = f"{id(owner)}.{name}"
+            sources.attach(owner, name, Source(tuple(value.shape), value.dtype, whose, refuse))
     model = graph.to_graph(stage_of(net))
     names = {"norm.weight", "first.weight", "first.bias", "last.weight"}
     assert names <= model.graph.initializers.keys()

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 import pytest
 
-from export import assemble
+from export import assemble, preprocessor
 from export.checkpoint import Checkpoint
 from export.errors import RecipeError
 from export.quantize import policy
@@ -18,7 +18,11 @@ from tests.conftest import ALPHA
 @pytest.fixture(scope="module")
 def stages() -> list[Stage]:
     checkpoint = Checkpoint(*(ALPHA / part for part in ("mllm", "bifrost", "flux")), read=False)
-    return list(assemble.stages(checkpoint, assemble.facts(checkpoint), 48, 77, 32))
+    return list(
+        assemble.stages(
+            *(checkpoint, assemble.facts(checkpoint), 48, 77, 32), preprocessor.read(checkpoint)
+        )
+    )
 
 
 def test_every_exception_fits_a_layer(stages: list[Stage]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from bifrost_rt import manifest as manifests
 from bifrost_rt.manifest import Manifest
-from export import assemble
+from export import assemble, preprocessor
 from export.checkpoint import Checkpoint
 from export.errors import PrecisionError
 from export.quantize import apply, calibrate, policy, sweep
@@ -33,7 +33,9 @@ def short(alpha_set: Path) -> Manifest:
 @pytest.fixture(scope="module")
 def stages() -> dict[str, Stage]:
     checkpoint = Checkpoint(*FOLDERS, read=False)
-    made = assemble.stages(checkpoint, assemble.facts(checkpoint), 48, 77, 32)
+    made = assemble.stages(
+        *(checkpoint, assemble.facts(checkpoint), 48, 77, 32), preprocessor.read(checkpoint)
+    )
     return {stage.name: stage for stage in made}
 
 
