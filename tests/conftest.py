@@ -49,10 +49,11 @@ def alpha_recipe(output: Path, **changes: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def generator(alpha_set: Path) -> Iterator[Any]:
-    """The set, opened on the backend that it was built for."""
+    """The set, opened on the backend that it was built for. It keeps no prompts: what a test sees
+    does not depend on those before it."""
     from bifrost_rt import Generator
 
-    with Generator(alpha_set) as opened:
+    with Generator(alpha_set, prompt_cache=0) as opened:
         yield opened
 
 
