@@ -10,6 +10,7 @@ once instead of nine times (`docs/benchmarks.md`).
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -216,7 +217,7 @@ class Run:
         # 1-2  Text -> keys and values of every layer, and the mask token.
         texts, spec = self._mllm_texts, engines.spec("mllm_text")
         cache = yield from self._text_outputs(
-            spec.name, text_inputs.prompts(spec, texts.ids, texts.width)
+            spec.name, lambda: text_inputs.prompts(spec, texts.ids, texts.width)
         )
         mask_token = engines.backend.download(cache.pop("masked_token"))[:1]
         model = self._manifest.model
@@ -262,24 +263,26 @@ class Run:
         # 4  Text embeddings of the diffusion networks.
         embeds: dict[str, Buffer] = {}
         for name in ("clip_text", "t5_text"):
-            outputs = yield from self._text_outputs(name, self._text[name])
+            ids = functools.partial(self._text.__getitem__, name)
+            outputs = yield from self._text_outputs(name, ids)
             for tensor, buffer in outputs.items():
                 found = self._engines.backend.download(buffer)
                 self._checks.finite(name, tensor, found, "prompt")
             embeds |= outputs
 
         # 5  Everything that no denoising step changes.
-        return (yield from self._text_outputs("conditioning", self._conditioning, embeds))
+        return (yield from self._text_outputs("conditioning", lambda: self._conditioning, embeds))
 
     def _text_outputs(
         self,
         name: str,
-        inputs: Mapping[str, NDArray[Any]],
+        inputs: Callable[[], Mapping[str, NDArray[Any]]],
         computed: Mapping[str, Buffer] | None = None,
     ) -> Steps:
         """What an engine gives for this text, computed once as long as it is kept.
 
         Args:
+            inputs: made when the engine runs: those of the MLLM hold an empty cache.
             computed: inputs that other engines gave.
         """
         engines = self._engines
@@ -287,7 +290,7 @@ class Run:
             yield name
         if (kept := self._kept(name)) is not None:  # maybe of a run beside this one
             return engines.put_kept(name, kept)
-        given = {**(computed or {}), **engines.put(name, **inputs)}
+        given = {**(computed or {}), **engines.put(name, **inputs())}
         outputs = engines.run(name, given, self.timings)
         if name == "mllm_text":
             outputs = text_inputs.of_drawing(outputs)
