@@ -32,10 +32,10 @@ def draw_look_answer(
     if manifest.vision is None or out.images is None:
         return out
     pictures = [Image.fromarray(image) for image in out.images]
-    for picture in pictures:
+    for picture in pictures if manifest.chat is None else pictures[1:]:
         seen = image_processor.patches(picture, manifest.vision)
         vision.encode(engines, manifest, seen, out.timings)
-    if manifest.chat is not None:
+    if manifest.chat is not None:  # who answers looks at the first
         asked = ChatParameters.fill({"max_new_tokens": TOKENS, "seed": 0})
         turn = Turn("user", (pictures[0], QUESTION))
         speaker = chat.Speaker(engines, tokenizers, manifest)
