@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bifrost_rt import manifest as manifests
 from bifrost_rt.backends.choice import SIMULATED, choose
@@ -77,10 +78,8 @@ def precision(folder: Path, manifest: Manifest) -> str:
         EngineSetError: the set's report does not say.
         IntegrityError: the report was changed after the build.
     """
-    if REPORT in manifest.files:
-        manifests.verify_file(folder, REPORT, manifest.files[REPORT])
     try:
-        report = json.loads(read_text(folder / REPORT))
+        report = _report(folder, manifest)
         found = {name: engine["precision"] for name, engine in report["engines"].items()}
         decided = report["layers"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -117,10 +116,8 @@ def plan(folder: Path, manifest: Manifest) -> str:
         EngineSetError: the set's report does not say.
         IntegrityError: the report was changed after the build.
     """
-    if REPORT in manifest.files:
-        manifests.verify_file(folder, REPORT, manifest.files[REPORT])
     try:
-        found = json.loads(read_text(folder / REPORT))["compiled"]["engines"]
+        found = _report(folder, manifest)["compiled"]["engines"]
         plans = {spec.name: found[spec.name]["plan"] for spec in manifest.engines}
     except (OSError, ValueError, KeyError, TypeError):
         raise EngineSetError(
@@ -147,6 +144,18 @@ def plan(folder: Path, manifest: Manifest) -> str:
         rows.append(("weights moved", ", ".join(moved) or "none"))
         lines += _table(rows)
     return "\n".join(lines)
+
+
+def _report(folder: Path, manifest: Manifest) -> Any:
+    """What the build said of itself.
+
+    Raises:
+        IntegrityError: it was changed after the build.
+        OSError, ValueError: it cannot be read, or is no JSON.
+    """
+    if REPORT in manifest.files:
+        manifests.verify_file(folder, REPORT, manifest.files[REPORT])
+    return json.loads(read_text(folder / REPORT))
 
 
 def _figure(number: int | str, scale: float, unit: str) -> str:
