@@ -70,6 +70,11 @@ def grid(height: int, width: int, vision: Vision, name: str = "image") -> tuple[
     return rows, columns
 
 
+def windows(rows: int, columns: int, vision: Vision) -> int:
+    """How many windows of the tower a grid of tokens has, those it does not fill among them."""
+    return math.ceil(rows / vision.window) * math.ceil(columns / vision.window)
+
+
 @dataclass(frozen=True)
 class Limits:
     """The largest image, after it was made to fit.
@@ -92,8 +97,8 @@ def limits(vision: Vision) -> Limits:
         (rows, min(tokens // rows, MOST_ASPECT * (rows + 1)))
         for rows in range(1, math.isqrt(tokens) + 1)
     ]
-    windows = max(math.ceil(r / vision.window) * math.ceil(c / vision.window) for r, c in grids)
-    return Limits(tokens, windows, max(columns for _, columns in grids))
+    most = max(windows(rows, columns, vision) for rows, columns in grids)
+    return Limits(tokens, most, max(columns for _, columns in grids))
 
 
 def fit(image: Image.Image, vision: Vision, name: str = "image") -> Image.Image:

@@ -20,6 +20,7 @@ from bifrost_rt.request import Request
 LARGEST = math.sqrt(float(np.finfo(np.float32).max) / 1e8)
 # Far beyond what a model was trained with, far below where a small excess would be the cause.
 HUGE = 1000.0
+VERIFY = "`bifrost-rt verify DIR` tells whether this machine computes what the builder did"
 
 
 def problem(array: NDArray[Any], rows: str) -> str | None:
@@ -53,7 +54,7 @@ def refuse_infinite(stage: str, name: str, array: NDArray[Any], rows: str) -> No
     if found := problem(array, rows):
         raise NumericsError(
             f"stage `{stage}`: {name} {found}",
-            hint="`bifrost-rt verify DIR` tells whether this machine computes what the builder did",
+            hint=VERIFY,
         )
 
 
@@ -119,4 +120,4 @@ class Checks:
             )
         if self._replaced:
             return "a value that callback_on_step_end returned may be too large"
-        return "`bifrost-rt verify DIR` tells whether this machine computes what the builder did"
+        return VERIFY

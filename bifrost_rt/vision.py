@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bifrost_rt import dims, residency
+from bifrost_rt import dims, image_processor, residency
 from bifrost_rt.engines import Engines
 from bifrost_rt.errors import RequestError
 from bifrost_rt.image_processor import Patches
@@ -67,14 +67,12 @@ def inputs(patches: Patches, vision: Vision) -> dict[str, NDArray[Any]]:
 def sizes(patches: Patches, vision: Vision) -> residency.Sizes:
     """What an image makes of the symbols at the engine's door."""
     found = dims.of_run(
-        text_tokens=1, steps=1, vision_tokens=patches.tokens, windows=windows(patches, vision)
+        text_tokens=1,
+        steps=1,
+        vision_tokens=patches.tokens,
+        windows=image_processor.windows(patches.rows, patches.columns, vision),
     )
     return lambda engine: found
-
-
-def windows(patches: Patches, vision: Vision) -> int:
-    """How many windows an image has."""
-    return -(-patches.rows // vision.window) * -(-patches.columns // vision.window)
 
 
 def encode(

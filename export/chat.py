@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -80,8 +81,6 @@ def read(mllm: Path, tokenizer: Tokenizer) -> Chat | None:
 
 def _rendered(probe: Sequence[dict[str, Any]], chat: Chat, tokenizer: Tokenizer) -> str:
     """What the runtime writes, in characters."""
-    from PIL import Image
-
     image = Image.new("RGB", (1, 1))
     turns = [
         messages.Turn(

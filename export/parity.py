@@ -62,7 +62,7 @@ def sizes(
     looked_at = {}
     if vision is not None:
         rows, columns = image_processor.grid(model.image_height, model.image_width, vision)
-        windows = math.ceil(rows / vision.window) * math.ceil(columns / vision.window)
+        windows = image_processor.windows(rows, columns, vision)
         looked_at = {"windows": windows, "vision_tokens": rows * columns}
         said = max(text_tokens, rows * columns + QUESTION_TOKENS)
         cache = max(LEAST_CACHE, 1 << said.bit_length())

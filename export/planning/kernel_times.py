@@ -120,8 +120,8 @@ def of_set(folder: Path, manifest: Manifest, at: residency.Sizes) -> list[Calls]
     Raises:
         RecipeError: an engine has no plan that can be read, or not all of it is known.
     """
-    drawing = [spec for spec in manifest.engines if not dims.looks(spec)]
-    return [_calls(folder, spec, at(spec.name)) for spec in drawing]
+    names = dims.drawing(manifest.engines)
+    return [_calls(folder, manifest.engine(name), at(name)) for name in names]
 
 
 def _calls(folder: Path, spec: EngineSpec, sizes: Mapping[str, int]) -> Calls:

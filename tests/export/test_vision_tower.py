@@ -162,7 +162,7 @@ def test_patches_are_the_references_to_the_bit(
     assert np.array_equal(found.values.reshape(patches.shape), patches)
     largest = image_processor.limits(facts)
     assert found.tokens <= largest.tokens
-    assert vision.windows(found, facts) <= largest.windows
+    assert image_processor.windows(found.rows, found.columns, facts) <= largest.windows
     assert max(found.rows, found.columns) <= largest.side
 
 
