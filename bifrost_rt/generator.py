@@ -175,29 +175,31 @@ class Generator:
             GeneratorStateError: the generator is closed, or this is its own callback.
         """
         self._turns.require_open("run()")
-        if image is not None:
-            if tokens is not None:
-                raise RequestError("image and tokens are two sources of CLIP latents; give one")
-            shown = images.read(image)
-            if prompt is None:
-                prompt = self.describe(shown).text
-            each = 1 if isinstance(prompt, str) else len(prompt)
-            tokens = np.repeat(
-                self.encode(shown), each * (options.get("num_images_per_prompt") or 1), axis=0
-            )
-        if prompt is None:
+        if prompt is None and image is None:
             raise RequestError("run() needs a prompt or an image")
-        checked = request.check(
-            self.manifest,
-            prompt=prompt,
-            height=height,
-            width=width,
-            order=order,
-            latents=latents,
-            output_type=output_type,
-            tokens=tokens,
-            **options,
-        )
+        if tokens is not None and image is not None:
+            raise RequestError("image and tokens are two sources of CLIP latents; give one")
+
+        def check(
+            prompt: str | Sequence[str], tokens: ArrayLike | None = tokens
+        ) -> request.Request:
+            return request.check(
+                self.manifest,
+                prompt=prompt,
+                height=height,
+                width=width,
+                order=order,
+                latents=latents,
+                output_type=output_type,
+                tokens=tokens,
+                **options,
+            )
+
+        checked = check("" if prompt is None else prompt)
+        if image is not None:  # looked at when everything else can be served
+            shown = images.read(image)
+            said = self.describe(shown).text if prompt is None else prompt
+            checked = check(said, np.repeat(self.encode(shown), checked.images, axis=0))
         (out,) = self._draw(
             "run()", [checked], [callback_on_step_end], preview_every, [_places(checked)]
         )

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bifrost_rt import BudgetError, Generator, RequestError, image_processor, vision
+from bifrost_rt import (
+    BudgetError,
+    Generator,
+    RequestError,
+    RequestTypeError,
+    image_processor,
+    vision,
+)
 from bifrost_rt import manifest as manifests
 from bifrost_rt.backends.onnxruntime import OnnxRuntime
 from bifrost_rt.engines import Engines
@@ -115,3 +122,17 @@ def test_what_an_image_cannot_be_drawn_from_is_named(generator: Generator) -> No
         generator.run("a", image=image, tokens=np.zeros((1, 16, 64), np.float32), **FEW)
     with pytest.raises(RequestError, match="image is no image that Pillow reads"):
         generator.encode(b"no image")
+
+
+def test_other_arguments_are_refused_before_an_image_is_looked_at(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("encode", "describe"):
+        monkeypatch.setattr(generator, name, None)  # would fail in another way
+    image = Image.new("RGB", (9, 9))
+    with pytest.raises(RequestTypeError, match="num_images_per_prompt must be a whole number"):
+        generator.run("a", image=image, num_images_per_prompt="2")  # type: ignore[arg-type]
+    with pytest.raises(RequestTypeError, match="prompt must be a text or a list of texts, got int"):
+        generator.run(5, image=image)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="num_inference_steps must be at least 1"):
+        generator.run(image=image, num_inference_steps=0)
