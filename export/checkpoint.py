@@ -2,7 +2,7 @@
 
     mllm      a Qwen2.5-VL folder
     bifrost   both branches of the trained MLLM, and flux_controlnet/
-    flux      a diffusers FLUX pipeline folder
+    flux      a diffusers FLUX pipeline folder, or single files (`export.flux_files`)
 
 Everything outside the supported variant is refused by name (spec: arXiv 2508.05954 and the
 configuration of the published training code).
@@ -27,7 +27,9 @@ from bifrost_rt.manifest import Scheduler
 from export import foreign, identity, sources
 from export import network_configs as networks
 from export.configs import WIDTH, Config, Flag, Optional, Whole
+from export.dialects import t5
 from export.errors import CheckpointError
+from export.flux_files import DIFFUSERS_STEMS, FluxFiles
 from export.identity import Part
 from export.model.controlnet import LatentControlNet
 from export.model.decoder_config import DecoderConfig
@@ -51,11 +53,8 @@ MLLM_UNUSED = ("model.", "visual.", "lm_head.")
 RELEASE_MAX_LENGTH = 300
 # Of the MLLM: what the published config says, and more than any prompt needs.
 PUBLISHED_POSITIONS, MOST_POSITIONS = 128_000, 1 << 20
-# Of a whole CLIP or T5, whose text encoder alone is read.
+# Of a whole CLIP, whose text encoder alone is read.
 CLIP_UNUSED = ("text_projection.", "vision_model.", "visual_projection.", "logit_scale")
-T5_UNUSED = ("decoder.", "lm_head.")
-# diffusers' own name for weights, and the one that a ControlNet saved by hand has.
-DIFFUSERS_STEMS = ("diffusion_pytorch_model", "model")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -63,6 +62,7 @@ class Checkpoint:
     """Three folders, opened. Networks are made when they are asked for.
 
     Args:
+        flux: the pipeline's folder; or where its parts are.
         read: whether their tensors are read then, in float32. False leaves every network on the
             meta device, after checking that the folders hold its tensors in its shapes; each
             tensor has its source (`export.sources`).
@@ -71,12 +71,15 @@ class Checkpoint:
         CheckpointError: a folder or file is missing, damaged or of an unsupported variant.
     """
 
-    def __init__(self, mllm: Path, bifrost: Path, flux: Path, *, read: bool = True) -> None:
+    def __init__(
+        self, mllm: Path, bifrost: Path, flux: Path | FluxFiles, *, read: bool = True
+    ) -> None:
         self._fill = functools.partial(fill, read=read)
-        self.mllm, self.bifrost, self.flux = mllm, bifrost, flux
-        for name, folder in (("mllm", mllm), ("bifrost", bifrost), ("flux", flux)):
+        self.mllm, self.bifrost = mllm, bifrost
+        for name, folder in (("mllm", mllm), ("bifrost", bifrost)):
             if found := foreign.folder(folder, name):
                 raise CheckpointError(f"{folder}: {found.what}", hint=found.hint)
+        self.flux = flux if isinstance(flux, FluxFiles) else FluxFiles(flux)
         self._bifrost_config = _config(bifrost / "config.json", identity.BIFROST)
         for key, value in networks.SUPPORTED_VARIANT.items():
             self._bifrost_config.only(key, value)
@@ -87,8 +90,8 @@ class Checkpoint:
             "max_position_embeddings", Whole(1, MOST_POSITIONS), PUBLISHED_POSITIONS
         )
         self._tied_head: bool = text.get("tie_word_embeddings", Flag(), False)
-        if os.path.lexists(flux / "model_index.json"):
-            _config(flux / "model_index.json", identity.PIPELINE)
+        if os.path.lexists(index := self.flux.pipeline / "model_index.json"):
+            _config(index, identity.PIPELINE)
         self.trained = Weights.open(bifrost, "model")
         self.base = Weights.open(mllm, "model")
         self._base_prefix = _base_prefix(self.base)
@@ -227,49 +230,33 @@ class Checkpoint:
     @cached_property
     def transformer(self) -> FluxTransformer2DModel:
         """The FLUX transformer."""
-        folder = self.flux / "transformer"
-        config = _config(folder / "config.json", identity.TRANSFORMER)
-        arguments = networks.flux(config)
-        weights = Weights.open(folder, *DIFFUSERS_STEMS)
-        net = _on_meta(config, FluxTransformer2DModel, arguments)
-        self._fill(net, "FLUX transformer", lambda name: (weights, name))
-        refuse_unused(weights, "FLUX transformer")
+        config, named = self.flux.config("transformer"), self.flux.named("transformer")
+        net = _on_meta(config, FluxTransformer2DModel, networks.flux(config))
+        self._fill(net, "FLUX transformer", named.find)
+        refuse_unused(named.weights, "FLUX transformer")
         return net
 
     @cached_property
     def vae(self) -> AutoencoderKL:
         """The VAE's decoder; the encoder is not read."""
-        folder = self.flux / "vae"
-        config = _config(folder / "config.json", identity.VAE)
-        arguments = networks.vae(config)
-        weights = Weights.open(folder, *DIFFUSERS_STEMS)
-        vae = _on_meta(config, AutoencoderKL, arguments)
+        config, named = self.flux.config("vae"), self.flux.named("vae")
+        vae = _on_meta(config, AutoencoderKL, networks.vae(config))
         vae.encoder = vae.quant_conv = None
-        self._fill(vae, "VAE decoder", lambda name: (weights, name))
-        refuse_unused(weights, "VAE", ["encoder.", "quant_conv."])
+        self._fill(vae, "VAE decoder", named.find)
+        refuse_unused(named.weights, "VAE", ["encoder.", "quant_conv."])
         return vae
 
     @cached_property
     def clip(self) -> CLIPTextModel:
         """CLIP's text encoder."""
-        folder = self.flux / "text_encoder"
-        whole = _config(folder / "config.json", identity.CLIP)
+        whole, named = self.flux.config("text_encoder"), self.flux.named("text_encoder")
         # as `CLIPModel` writes it: its text encoder is a table of its own
         config = whole.table("text_config") or whole
-        arguments = config.among(networks.CLIP)
-        weights = Weights.open(folder, "model")
-        net = _on_meta(config, _clip, arguments)
-        prefix = "text_model." if any(n.startswith("text_model.") for n in weights.entries) else ""
-        own = any(n.startswith("text_model.") for n, _ in net.named_parameters())
-        self._fill(
-            net,
-            "CLIP text encoder",
-            lambda name: (weights, name if own or not prefix else prefix + name),
-        )
+        net = _on_meta(config, _clip, config.among(networks.CLIP))
+        self._fill(net, "CLIP text encoder", named.find)
         # a constant that old versions saved, and what FLUX does not use
-        refuse_unused(
-            weights, "CLIP text encoder", [f"{prefix}embeddings.position_ids", *CLIP_UNUSED]
-        )
+        constant = named.place("embeddings.position_ids").key
+        refuse_unused(named.weights, "CLIP text encoder", [constant, *CLIP_UNUSED])
         positions = net.config.max_position_embeddings
         for module in net.modules():
             if "position_ids" in module._buffers:
@@ -279,23 +266,31 @@ class Checkpoint:
     @cached_property
     def t5(self) -> T5EncoderModel:
         """T5's encoder."""
-        folder = self.flux / "text_encoder_2"
-        config = _config(folder / "config.json", identity.T5)
+        config, named = self.flux.config("text_encoder_2"), self.flux.named("text_encoder_2")
         arguments = config.among(networks.T5)
-        weights = Weights.open(folder, "model")
         net = _on_meta(config, lambda **keys: T5EncoderModel(T5Config(**keys)), arguments)
-        # one tensor under two names; checkpoints hold either or both
-        names = ("shared.weight", "encoder.embed_tokens.weight")
-        saved = next((n for n in names if n in weights), names[0])
-        self._fill(net, "T5 encoder", lambda name: (weights, saved if name in names else name))
-        refuse_unused(weights, "T5 encoder", [*names, *T5_UNUSED])
+        self._fill(net, "T5 encoder", named.find)
+        refuse_unused(named.weights, "T5 encoder", [*t5.EMBEDDINGS, *t5.UNUSED])
         return net
 
     @cached_property
     def scheduler(self) -> Scheduler:
         """The noise schedule."""
-        config = _config(self.flux / "scheduler" / "scheduler_config.json", identity.SCHEDULER)
-        return networks.scheduler(config)
+        return networks.scheduler(self.flux.scheduler())
+
+    @property
+    def origins(self) -> dict[str, dict[str, Any]]:
+        """Network -> its file, whose names it has and what it stores in less than 16 bit, of the
+        networks that were asked for."""
+        files = {f"flux/{part}": net for part, net in self.flux.in_files.items()}
+        found = {
+            name: {"from": str(net.weights.folder), "names": net.spoken,
+                   "packed": net.weights.packed()}
+            for name, net in files.items()
+        }  # fmt: skip
+        for name, weights in (("mllm", self.base), ("bifrost", self.trained)):
+            found[name] = {"from": str(weights.folder), "packed": weights.packed()}
+        return found
 
 
 def _config(path: Path, part: Part) -> Config:

@@ -27,11 +27,16 @@ SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"<?xml", "an XML document, as servers answer errors", GATED),
     (b"pk\x03\x04", "a zip archive, such as a PyTorch pickle", CONVERT),
     (b"\x80\x02", "a Python pickle", CONVERT),
-    (b"gguf", "a GGUF file", CONVERT),
+    (
+        b"gguf",
+        "a GGUF file",
+        "give it alone: --flux, --vae, --clip and --t5 take single files",
+    ),
 )
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # A single file of a whole FLUX, as other programs read it.
 _SINGLE_FILE = ("*.safetensors", "*.gguf", "*.ckpt", "*.sft")
+SINGLE_FILE_ENDINGS = (".safetensors", ".gguf", ".sft")
 PIPELINE_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler")
 
 
@@ -98,7 +103,10 @@ def folder(path: Path, name: str) -> Foreign | None:
             return Foreign("one network's folder, not a pipeline's", _FLUX_FOLDER)
         single = sorted(f.name for pattern in _SINGLE_FILE for f in path.glob(pattern))
         if single:
-            return Foreign(f"a single file of FLUX ({single[0]}), not its folders", _FLUX_FOLDER)
+            return Foreign(
+                f"a folder with a single file of FLUX ({single[0]}), not a pipeline",
+                f"give the file itself, --flux {path / single[0]}, and --vae, --clip and --t5",
+            )
         return Foreign("not a diffusers pipeline folder", _FLUX_FOLDER)
     if _holds(path, "flux"):
         return Foreign("a diffusers pipeline folder", f"give it as --flux, not as --{name}")

@@ -33,7 +33,7 @@ def write(checkpoint: Checkpoint, folder: Path, mllm_max_length: int, t5_max_len
         CheckpointError: a tokenizer is missing or unusable, or the template is not Qwen's.
     """
     (folder / "tokenizers").mkdir()
-    clip, t5 = checkpoint.flux / "tokenizer", checkpoint.flux / "tokenizer_2"
+    clip, t5 = checkpoint.flux.pipeline / "tokenizer", checkpoint.flux.pipeline / "tokenizer_2"
     for source, part in (
         (checkpoint.mllm, identity.MLLM_TOKENIZER),
         (clip, identity.CLIP_TOKENIZER),
@@ -71,7 +71,7 @@ def _check_clip_end(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a").ids
     if ids[-1] != (max(ids) if end == 2 else end):
         raise CheckpointError(
-            f"{checkpoint.flux / 'text_encoder' / 'config.json'}: eos_token_id is {end}, but the "
+            f"{checkpoint.flux.pipeline / 'text_encoder' / 'config.json'}: eos_token_id is {end}, but the "
             f"tokenizer ends prompts with {ids[-1]}",
             hint="tokenizer and text_encoder must be of one model",
         )
@@ -79,7 +79,7 @@ def _check_clip_end(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
 
 def clip_length(checkpoint: Checkpoint) -> int:
     """Tokens that CLIP is padded to."""
-    config = _config(checkpoint.flux / "tokenizer", identity.CLIP_TOKENIZER)
+    config = _config(checkpoint.flux.pipeline / "tokenizer", identity.CLIP_TOKENIZER)
     # transformers writes 1e30 for "no limit"
     stated = config.get("model_max_length", Optional(Whole(2, 10**31)), None)
     positions = int(checkpoint.clip.config.max_position_embeddings)

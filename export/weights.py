@@ -1,23 +1,24 @@
-"""One folder of safetensors, read lazily and strictly: a tensor is read when it is asked for, and
+"""One folder or file of weights, read lazily and strictly: a tensor is read when it is asked for, and
 what is missing, damaged or left over is named."""
 
 from __future__ import annotations
 
-import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from export import foreign, sources, weight_files
+from export.dialects import fp8, gguf_file
+from export.dialects.place import Place
 from export.errors import CheckpointError
 from export.sources import Source
+from export.stored import FLOATS, Entry, Rows, of_safetensors
 from export.weight_files import WeightFiles
 
-FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # In the names of tensors of a model that was saved with its adapters beside the weights.
 UNMERGED = (".base_layer.", ".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora_magnitude_")
 # What tools put in front of every name of a model that they hold.
@@ -30,18 +31,14 @@ WRAPPERS = {
 BLOCK = 1 << 22  # elements: a check of a whole embedding would take as much memory again
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor lies."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-
 @dataclass
 class Weights:
-    """The tensors of a folder, by name. `used` collects what was read, to find the left-overs."""
+    """The tensors of a folder or of one file, by name.
+
+    Attributes:
+        folder: the folder, or the file.
+        used: what was read, to find the left-overs.
+    """
 
     folder: Path
     entries: dict[str, Entry]
@@ -61,7 +58,25 @@ class Weights:
         found = weight_files.find(folder, stems)
         entries = _all_entries(found)
         _refuse_unmerged(folder, entries)
-        return cls(folder, entries, weight_files.ignored(folder))
+        return cls(folder, fp8.unpack(entries), weight_files.ignored(folder))
+
+    @classmethod
+    def open_file(cls, file: Path) -> Weights:
+        """Open a single file: safetensors or GGUF, by what it holds.
+
+        Raises:
+            CheckpointError: it is missing, damaged or something else, or holds an adapter.
+        """
+        if gguf_file.is_one(file):
+            return cls(file, gguf_file.entries(file))
+        entries = of_safetensors(file)
+        _refuse_unmerged(file, entries)
+        return cls(file, fp8.unpack(entries))
+
+    def below(self, prefix: str) -> Weights:
+        """The tensors whose names begin with `prefix`, without it."""
+        found = {n.removeprefix(prefix): e for n, e in self.entries.items() if n.startswith(prefix)}
+        return Weights(self.folder, found)
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -84,20 +99,31 @@ class Weights:
             )
         return shape
 
-    def source(self, name: str) -> Source:
-        """One tensor, in its file's dtype, read when it is asked for.
+    def source(self, name: str, rows: Rows = None) -> Source:
+        """One tensor, or some of its rows, read when it is asked for; in the file's dtype, or in
+        one that holds the values which the file packs.
 
         Raises:
             CheckpointError: not floating point; when it is read, not finite.
         """
         entry = self.entries[name]
-        if entry.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{entry.file}: tensor {name} is {entry.dtype}, expected " + ", ".join(FLOATS)
-            )
+        if entry.gives is None:
+            raise unreadable(name, entry)
         self.used.add(name)
-        identity = f"{file_identity(entry.file)}:{name}"
-        return Source(entry.shape, FLOATS[entry.dtype], identity, lambda: _read(entry.file, name))
+        if rows is None:
+            return Source(entry.shape, entry.gives, entry.identity, lambda: _read(entry, name))
+        first, behind = rows
+        return Source(
+            (behind - first, *entry.shape[1:]),
+            entry.gives,
+            f"{entry.identity}[{first}:{behind}]",
+            lambda: _read(entry, name, rows),
+        )
+
+    def packed(self) -> dict[str, int]:
+        """How many of the tensors that were read the file stores in less than 16 bit, by type."""
+        kinds = Counter(self.entries[name].dtype for name in self.used)
+        return {kind: kinds[kind] for kind in sorted(kinds) if kind not in FLOATS}
 
     def unused(self, allowed: Iterable[str] = ()) -> list[str]:
         """Tensors that nobody read, apart from those whose name starts with an allowed prefix."""
@@ -107,42 +133,33 @@ class Weights:
         )
 
 
-def file_identity(file: Path) -> str:
-    """Changes whenever the file's bytes may have: the system gives a new change time to whatever is
-    written, moved or linked, and no tool sets it back."""
-    found = file.stat()
-    return f"{os.path.realpath(file)}:{found.st_ino}:{found.st_size}:{found.st_ctime_ns}"
+def unreadable(name: str, entry: Entry) -> CheckpointError:
+    """Say that a tensor is of a type that cannot be read."""
+    if gguf_file.is_one(entry.file):
+        return CheckpointError(
+            f"{entry.file}: tensor {name} is {entry.dtype}, which the gguf package does not "
+            "dequantize",
+            hint="give the model in another type, such as Q8_0, Q4_K or BF16",
+        )
+    return CheckpointError(
+        f"{entry.file}: tensor {name} is {entry.dtype}, expected "
+        + ", ".join((*FLOATS, *fp8.CODES)),
+        hint="give the model before it was quantized",
+    )
 
 
-def _read(file: Path, name: str) -> Tensor:
-    with safe_open(file, framework="pt") as stream:
-        tensor: Tensor = stream.get_tensor(name)
+def _read(entry: Entry, name: str, rows: Rows = None) -> Tensor:
+    tensor = entry.read(rows)
     if not all(torch.isfinite(block).all() for block in tensor.flatten().split(BLOCK)):
-        raise CheckpointError(f"{file}: tensor {name} holds NaN or infinite values")
+        raise CheckpointError(f"{entry.file}: tensor {name} holds NaN or infinite values")
     return tensor
-
-
-def _entries(file: Path) -> dict[str, Entry]:
-    try:
-        with safe_open(file, framework="pt") as stream:
-            slices = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118
-            return {
-                name: Entry(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        found = foreign.file(file)
-        raise CheckpointError(
-            f"{file}: not a complete safetensors file: "
-            + (f"it is {found.what}" if found else str(error)),
-            hint=found.hint if found else "copy or download it again",
-        ) from None
 
 
 def _all_entries(found: WeightFiles) -> dict[str, Entry]:
     """The tensors of all files. An index may list fewer than its shards hold."""
     entries: dict[str, Entry] = {}
     for file in found.files:
-        for name, entry in _entries(file).items():
+        for name, entry in of_safetensors(file).items():
             listed = found.listed.get(name, file)
             if name in entries and name not in found.listed:
                 raise CheckpointError(
@@ -168,7 +185,7 @@ def _refuse_unmerged(folder: Path, entries: Iterable[str]) -> None:
 def fill(
     module: nn.Module,
     what: str,
-    find: Callable[[str], tuple[Weights, str]],
+    find: Callable[[str], tuple[Weights, str | Place]],
     *,
     read: bool = True,
 ) -> None:
@@ -176,7 +193,7 @@ def fill(
 
     Args:
         what: how errors call the module.
-        find: a parameter's name -> the folder that should hold it, and its key there.
+        find: a parameter's name -> the folder that should hold it, and its key or place there.
         read: whether to read them all at once, in float32. Otherwise the module stays on the meta
             device; names and shapes are checked.
 
@@ -186,15 +203,18 @@ def fill(
     # tied parameters have two names and one key: both get the one tensor that is read
     parameters = dict(module.named_parameters(remove_duplicate=False))
     wanted = {**parameters, **dict(_persistent_buffers(module))}
+    places = {name: _placed(*find(name)) for name in wanted}
     missing: dict[str, Weights] = {}
     misshapen: dict[str, Weights] = {}
     for name, parameter in wanted.items():
-        weights, key = find(name)
-        expected = list(parameter.shape)
-        if key not in weights:
-            missing[f"{key} {expected} in {weights.folder}"] = weights
-        elif (shape := list(weights.shape(key))) != expected:
-            misshapen[f"{key}: expected {expected}, found {shape}"] = weights
+        weights, place = places[name]
+        expected = place.stored_shape(parameter.shape)
+        if place.key not in weights:
+            missing[f"{place.key} {expected} in {weights.folder}"] = weights
+        elif (entry := weights.entries[place.key]).gives is None:
+            raise unreadable(place.key, entry)
+        elif (shape := list(entry.shape)) != expected:
+            misshapen[f"{place.key}: expected {expected}, found {shape}"] = weights
     if missing:
         first, weights = next(iter(missing.items()))
         raise CheckpointError(
@@ -207,13 +227,18 @@ def fill(
             f"{what}: tensors of a wrong shape in {folder}: {_listed(list(misshapen))}",
             hint="the weights do not belong to the config.json beside them",
         )
-    for name in wanted:
-        weights, key = find(name)
+    for name, (weights, place) in places.items():
+        rows = None if place.rows is None else place.rows[:2]
         prefix, _, leaf = name.rpartition(".")
-        sources.attach(module.get_submodule(prefix), leaf, weights.source(key))
+        source = place.take(weights.source(place.key, rows))
+        sources.attach(module.get_submodule(prefix), leaf, source)
     if read:
         sources.load(module)
     module.eval().requires_grad_(False)
+
+
+def _placed(weights: Weights, place: str | Place) -> tuple[Weights, Place]:
+    return weights, Place(place) if isinstance(place, str) else place
 
 
 def refuse_unused(weights: Weights, what: str, allowed: Iterable[str] = ()) -> None:
