@@ -13,12 +13,10 @@ from bifrost_rt import files, strict
 from bifrost_rt.errors import TextFileError
 from export import shipped
 from export.errors import RecipeError
+from export.formats import FORMATS, FULL, HALF, SIXTEEN_BIT, eight_bit
 
 COMPILED = ("tensorrt-rtx", "tensorrt")
 BACKENDS = ("onnxruntime", *COMPILED)
-SIXTEEN_BIT = ("bf16", "fp16")
-QUANTISED = ("int8", "fp8", "nvfp4", "int4")
-PRECISIONS = ("fp32", *SIXTEEN_BIT, *QUANTISED)
 METHODS = ("mse", "percentile", "max")
 SIZES = ("mllm_max_length", "t5_max_length", "max_images", "max_steps", "calibration_steps")
 MOST_PIXELS = 1 << 28  # of an image
@@ -58,7 +56,7 @@ class Recipe:
     bifrost: str
     flux: str
     output: str
-    precision: str = "fp32"
+    precision: str = FULL.name
     backend: str = "onnxruntime"
     mllm_max_length: int | None = None
     t5_max_length: int = 512
@@ -66,7 +64,7 @@ class Recipe:
     target: tuple[str, ...] = ()
     max_steps: int | None = None
     max_image_pixels: int | None = None
-    rest: str = "bf16"
+    rest: str = HALF.name
     stages: dict[str, str] = field(default_factory=dict)
     layers: dict[str, str] = field(default_factory=dict)
     calibration_prompts: str | None = None
@@ -79,7 +77,7 @@ class Recipe:
     def quantised(self) -> bool:
         """Whether any layer is."""
         asked = {self.precision, *self.stages.values(), *self.layers.values()}
-        return not asked.isdisjoint(QUANTISED)
+        return any(FORMATS[name].quantized for name in asked)
 
     @property
     def folders(self) -> dict[str, str]:
@@ -102,7 +100,8 @@ class Recipe:
                 if getattr(self, name) is not None:
                     raise RecipeError(
                         f"{name} is for quantised sets, and nothing in this one is",
-                        hint="add --precision int8 or fp8, or leave it out",
+                        hint="add --precision "
+                        f"{' or '.join(f.name for f in eight_bit())}, or leave it out",
                     )
         if self.quality_budget is not None and not 0 < self.quality_budget <= 100:
             raise RecipeError(
@@ -131,14 +130,15 @@ class Recipe:
             )
 
     def _named_choices(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        yield "precision", self.precision, PRECISIONS
+        known = tuple(FORMATS)
+        yield "precision", self.precision, known
         yield "backend", self.backend, BACKENDS
-        yield "rest", self.rest, SIXTEEN_BIT
+        yield "rest", self.rest, tuple(f.name for f in SIXTEEN_BIT)
         yield "scales", self.scales, METHODS
         for name, precision in self.stages.items():
-            yield f"stages.{name}", precision, PRECISIONS
+            yield f"stages.{name}", precision, known
         for name, precision in self.layers.items():
-            yield f"layers.{name}", precision, PRECISIONS
+            yield f"layers.{name}", precision, known
 
 
 def read(path: Path, overrides: dict[str, object]) -> Recipe:

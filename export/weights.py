@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from export import foreign, sources, weight_files
 from export.errors import CheckpointError
+from export.formats import FORMATS
 from export.sources import Source
 from export.weight_files import WeightFiles
 
-FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FLOATS = {f.safetensors: getattr(torch, f.dtype) for f in FORMATS.values() if f.safetensors}
 # In the names of tensors of a model that was saved with its adapters beside the weights.
 UNMERGED = (".base_layer.", ".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora_magnitude_")
 # What tools put in front of every name of a model that they hold.
