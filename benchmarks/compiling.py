@@ -30,13 +30,14 @@ from bifrost_rt import command, dims, strict
 from bifrost_rt.manifest import EngineSpec, Precision, TensorSpec
 from export.compile import bound, graphs
 from export.compile import builder as builders
+from export.compile.capabilities import ARCHITECTURES
 from export.compile.compiled_set import rewrite
 from export.compile.options import COMPUTE as COMPUTES_IN
 from export.compile.profiles import Sizes
+from export.formats import HALF
 from export.stages.catalog import DEFINITIONS
 
 TARGETS = ("sm86", "sm89", "sm120")
-FP8_TARGETS = ("sm89", "sm120")
 # one picture of the release, with guidance
 LARGEST = dims.of_run(text_tokens=300, steps=256, guided=True, revealed=256, **dims.ANSWERS)
 SIZES = Sizes({name: (1, high) for name, high in LARGEST.items()})
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(json.dumps(machine.describe()["libraries"]))
     with tempfile.TemporaryDirectory() as temporary:
         stages, layers = options.stages.split(","), None if options.whole else options.layers
-        compute = ["bf16"] if options.whole else options.compute.split(",")
+        compute = [HALF.name] if options.whole else options.compute.split(",")
         if unknown := set(compute) - set(COMPUTE):
             parser.error(
                 f"--compute: {', '.join(sorted(unknown))} is not among {', '.join(COMPUTE)}"
@@ -118,10 +119,10 @@ def compile_one(path: Path) -> dict[str, Any]:
     names = {str(value.name) for value in graph.graph.inputs} - doors
     start = time.perf_counter()
     if not names:
-        rewrite(graph, DEFINITIONS[spec.name], COMPUTES_IN.get(task["compute"], "bfloat16"))
+        rewrite(graph, DEFINITIONS[spec.name], COMPUTES_IN.get(task["compute"], HALF.dtype))
         if task["weights"] == "bound":
             names = {str(tensor.name) for tensor in bound.bind(graph)}
-    targets = FP8_TARGETS if task["compute"] == "fp8" else TARGETS
+    targets = [name for name in TARGETS if task["compute"] in ARCHITECTURES[name].precisions]
     built = builders.compile_graph(builder, graph, spec, SIZES, targets, names)
     return {
         "computes_in": built.arithmetic.compute,

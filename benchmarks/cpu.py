@@ -33,7 +33,7 @@ from bifrost_rt.errors import BifrostError
 from bifrost_rt.manifest import EngineSpec, Range, TensorSpec
 from export import flops
 from export.compile import graphs
-from export.recipe import PRECISIONS
+from export.formats import FORMATS
 from export.synthetic.shapes import PRESETS
 
 # one picture, the release's steps; the prompt is the longest of the model
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--layers", type=count, help="of every network; default: 3 for visual_decode, 1 for denoise"
     )
     add("--stages", default="visual_decode,denoise", help="comma between")
-    add("--precision", choices=PRECISIONS, default="int8", help="beside fp32; default: int8")
+    add("--precision", choices=tuple(FORMATS), default="int8", help="beside fp32; default: int8")
     add("--rounds", type=count, default=5, help="timed calls each; default: 5")
     add("--json", type=new_file, metavar="FILE", help="write the record")
     options = parser.parse_args(arguments)

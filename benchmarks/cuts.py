@@ -21,7 +21,7 @@ from bifrost_rt.dims import TEXT_TOKENS, shape_at
 from bifrost_rt.manifest import EngineSpec, Precision
 from export.compile import bound
 from export.errors import RecipeError
-from export.recipe import QUANTISED
+from export.formats import FORMATS, HALF
 
 if TYPE_CHECKING:
     from export.stages import Stage
@@ -32,7 +32,7 @@ LARGEST_INPUT = 8.0  # what the made-up scales of activations hold
 
 def stored_as(compute: str) -> str:
     """The form of the graph that is compiled to compute so: float32 is a bfloat16 set's."""
-    return compute if compute in QUANTISED else "bf16"
+    return compute if FORMATS[compute].quantized else HALF.name
 
 
 def written(
@@ -86,14 +86,14 @@ def write(stage: Stage, form: str, folder: Path, *, holes: bool) -> EngineSpec:
     from export.compile import half
 
     path = folder / f"{stage.name}-{form}.onnx"
-    layers = {form: _quantise(stage, form)} if form in QUANTISED else {}
+    layers = {form: _quantise(stage, form)} if FORMATS[form].quantized else {}
     traced = graph.to_graph(stage)
     if holes:
-        half.convert(traced, stage.definition, "bfloat16")
+        half.convert(traced, stage.definition, HALF.dtype)
         bound.bind(traced)
         ir.save(traced, path)
     else:
-        precision.store(traced, "bf16" if layers else form)
+        precision.store(traced, HALF.name if layers else form)
         graph.save(traced, path)
     asked = Precision(form, form if layers else "", "", layers)
     return dataclasses.replace(stage.outline(asked), graph=path.name)
@@ -107,7 +107,7 @@ def _quantise(stage: Stage, form: str) -> int:
     from export.quantize.scales import Scales
 
     scales = Scales(activation_scale(LARGEST_INPUT, form))
-    choices = policy.choose([stage], form, "bf16", {}, {})
+    choices = policy.choose([stage], form, HALF.name, {}, {})
     decisions = [Decision(c, c.form, c.reason, scales if c.quantised else None) for c in choices]
     apply.replace({stage.name: stage}, decisions)
     return sum(choice.quantised for choice in choices)

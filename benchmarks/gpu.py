@@ -34,6 +34,7 @@ from export.compile import builder as builders
 from export.compile.compiled_set import rewrite
 from export.compile.options import COMPUTE
 from export.compile.profiles import Sizes
+from export.formats import FORMATS, HALF
 from export.planning import devices
 from export.stages.catalog import DEFINITIONS
 from export.synthetic.shapes import PRESETS
@@ -45,7 +46,7 @@ SIZES = dims.of_run(text_tokens=300, steps=256)
 LARGEST = dims.of_run(text_tokens=300, steps=256, guided=True, revealed=256, **dims.ANSWERS)
 PROFILE = Sizes({name: (1, high) for name, high in LARGEST.items()})
 # what of the table's rates an engine's products are held to
-RATES = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "int8": "int8", "fp8": "fp8"}
+RATES = {declared.name: declared.rate for declared in FORMATS.values()}
 FORMS = ("bf16", "int8", "fp8")  # of the graphs; the first is also compiled to float32
 # (driver, what products compute in, where the weights are, whether steps are CUDA graphs)
 CASES = (
@@ -164,7 +165,7 @@ def compiled(
         CompileError: it lacks the arithmetic, or the builder refuses.
     """
     builder = builders.find(name)
-    dtype = COMPUTE.get(compute, "bfloat16")
+    dtype = COMPUTE.get(compute, HALF.dtype)
     capabilities.check(name, [architecture], {compute, dtype})
     model = graphs.read(folder / spec.graph, spec.name)
     rewrite(model, DEFINITIONS[spec.name], dtype)

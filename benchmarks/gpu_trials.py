@@ -28,6 +28,7 @@ from benchmarks import golden
 from bifrost_rt import Generator, dims, manifest, residency, selftest
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.base import Backend
+from bifrost_rt.chat import ChatResult
 from bifrost_rt.errors import BifrostError
 from bifrost_rt.result import Result
 
@@ -35,6 +36,7 @@ PICTURES = 5  # timed, after one that is not
 REQUEST = {**selftest.REQUEST, "output_type": "np"}
 LONGER = ("a red circle", "a red circle above a blue square and a green cross")
 UPLOAD = 256 << 20
+ANSWER = 48  # tokens, at most
 KERNELS = 25  # of a picture, the longest; their names are shortened
 # Longer than any of these takes; a process that hangs at its end is what is looked for.
 EXIT_SECONDS = 300
@@ -261,6 +263,43 @@ def _new_and_known(generator: Generator, prompt: str) -> dict[str, dict[str, flo
     }
 
 
+def answers(subject: Subject) -> dict[str, Any]:
+    """What is said twice of the self-test's picture: the likeliest tokens, and drawn ones. The
+    second time a prefix is kept. Milliseconds, and whether the CPU says the same."""
+    image = subject.folder / selftest.PICTURE
+    requests: dict[str, dict[str, Any]] = {
+        "likeliest": {"max_new_tokens": ANSWER},
+        "drawn": {"max_new_tokens": ANSWER, "temperature": 1.0, "top_k": 8, "seed": 3},
+    }
+    with subject.opened() as generator:
+        if generator.manifest.chat is None:
+            return {"skipped": "the set has no words"}
+    with Generator(subject.folder, backend="onnxruntime", prompt_cache=0) as generator:
+        expected = {name: generator.describe(image, **r) for name, r in requests.items()}
+    found: dict[str, Any] = {}
+    for name, driver in subject.drivers():
+        with subject.opened(driver) as generator:
+            found[name] = {
+                kind: _answer(generator, image, request, expected[kind])
+                for kind, request in requests.items()
+            }
+    return found
+
+
+def _answer(
+    generator: Generator, image: Path, request: dict[str, Any], expected: ChatResult
+) -> dict[str, Any]:
+    said = [generator.describe(image, **request) for _ in range(2)]
+    return {
+        "text": said[1].text,
+        "tokens": len(said[1].token_ids),
+        "as_on_the_cpu": [answer.token_ids == expected.token_ids for answer in said],
+        "cached_tokens": [answer.usage.cached_tokens for answer in said],
+        "first_ms": {name: round(1e3 * value, 3) for name, value in said[0].timings.items()},
+        "second_ms": {name: round(1e3 * value, 3) for name, value in said[1].timings.items()},
+    }
+
+
 def transfers(subject: Subject, size: int = UPLOAD) -> dict[str, Any]:
     """GB/s between the driver's buffers and ordinary memory; the better of three."""
     driver, array = subject.start(), np.ones(size, np.uint8)
@@ -351,6 +390,7 @@ TRIALS: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "repeats": repeats,
     "times": times,
     "prompt_lengths": prompt_lengths,
+    "answers": answers,
     "transfers": transfers,
     "leaving": leaving,
     "kernels": kernels,

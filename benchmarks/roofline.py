@@ -17,15 +17,11 @@ from benchmarks.contenders import Spec
 from bifrost_rt import backends, dims, manifest, residency
 from bifrost_rt.dims import CACHE_TOKENS, NEW_TOKENS, TEXT_TOKENS
 from bifrost_rt.errors import EngineSetError
+from bifrost_rt.formats import of_layers
 from bifrost_rt.manifest import EngineSpec, Manifest
 from bifrost_rt.text import Tokenizers
-
-# A device's rate for what an engine computes in, and for the formats of its layers.
-_COMPUTE = {
-    **{"float32": "fp32", "float16": "fp16", "bfloat16": "fp16", "int8": "int8"},
-    **{"float8_e4m3fn": "fp8", "float4_e2m1fn": "fp4"},
-}
-_LAYERS = {"int8": "int8", "fp8": "fp8", "nvfp4": "fp4", "int4": "fp16"}
+from export import formats
+from export.formats import FORMATS, FULL
 
 
 def ceilings_of(
@@ -121,11 +117,13 @@ def rate_of(engine: EngineSpec, backend: str, bounds: Ceilings) -> float | None:
         return None  # bfloat16 on a CPU, which numpy cannot measure
     precision = engine.precision
     if engine.compiled is None:
-        # a driver of graphs: 8 bit as they are, whatever else is stored in float32
-        names = {"int8" if "int8" in precision.layers else "fp32"}
+        # a driver of graphs: bytes as they are, whatever else is stored in float32
+        bytewise = [FORMATS[f.name] for f in of_layers(precision.layers) if f.multiplies_bytes]
+        names = {declared.rate for declared in bytewise or [FULL]}
     else:
-        names = {_COMPUTE.get(precision.compute, precision.compute)}
-        names |= {_LAYERS[form] for form in precision.layers if form in _LAYERS}
+        layers = [FORMATS[f.name] for f in of_layers(precision.layers) if f.quantized]
+        names = {formats.rate_of(precision.compute) or precision.compute}
+        names |= {declared.rate for declared in layers}
     rates = [bounds.device.value(name) for name in names]
     return None if None in rates else max(rate for rate in rates if rate is not None)
 

@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.arguments import count, new_file
 from bifrost_rt import command
-from export.recipe import PRECISIONS, QUANTISED
+from export.formats import FORMATS, HALF
 from export.synthetic.shapes import PRESETS
 
 TEXT_TOKENS = 12
@@ -77,11 +77,11 @@ def build(folder: Path, output: Path, precision: str) -> None:
     checkpoint = Checkpoint(*(folder / n for n in ("mllm", "bifrost", "flux")), read=False)
     stage = visual_decode.stage(VisualDecode(checkpoint.visual_branch()), checkpoint.decoder)
     inputs = _inputs(stage)
-    if precision not in QUANTISED:
+    if not FORMATS[precision].quantized:
         rest, layers = precision, {}
         precisions.round_weights(stage.module, precision)
     else:
-        rest = "bf16"
+        rest = HALF.name
         layers = _quantise(stage, precision, rest, inputs, done)
     traced = graph.to_graph(stage)
     precisions.store(traced, rest)
@@ -227,7 +227,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming", description=__doc__)
     parser.add_argument("--like", choices=PRESETS, default="7b")
     parser.add_argument("--layers", type=count, default=6)
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    parser.add_argument("--precision", choices=tuple(FORMATS), default=HALF.name)
     parser.add_argument("--work", type=Path, help="for the checkpoint and the engine")
     parser.add_argument("--json", type=new_file, help="write the record")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)

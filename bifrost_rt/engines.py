@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from bifrost_rt import dims, residency
 from bifrost_rt.backends.base import Backend, Buffer, Engine, output_shape, symbol_sizes
 from bifrost_rt.errors import BifrostError, BudgetError
+from bifrost_rt.formats import FULL, HALF
 from bifrost_rt.manifest import EngineSpec, SetSpec
 from bifrost_rt.opened import OpenedFiles, files_of
 from bifrost_rt.prompt_cache import Outputs, PromptCache
@@ -190,15 +191,15 @@ class Engines:
             return max(n.total for n in residency.needs(manifest, order, one, in_memory, share))
 
         def half(spec: EngineSpec, stored: int) -> int:
-            stored = stored // 2 if spec.precision.weights == "float32" else stored
-            precision = dataclasses.replace(spec.precision, weights="bfloat16")
+            stored = stored // 2 if spec.precision.weights == FULL.dtype else stored
+            precision = dataclasses.replace(spec.precision, weights=HALF.dtype)
             return in_memory(dataclasses.replace(spec, precision=precision), stored)
 
         ways = []
         if largest(in_memory) <= self.budget:
             ways.append("draw one picture at a time")
         elif largest(half) <= self.budget:
-            ways.append("rebuild the set with `python -m export.build --precision bf16`")
+            ways.append(f"rebuild the set with `python -m export.build --precision {HALF.name}`")
         least = max(need.total for need in needs)
         return ", or ".join([*ways, f"give it at least {residency.size_text(least, up=True)}"])
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bifrost_rt import formats
 from bifrost_rt import manifest as manifests
-from bifrost_rt.backends.choice import SIMULATED, choose
+from bifrost_rt.backends.choice import choose
 from bifrost_rt.errors import EngineSetError
 from bifrost_rt.files import read_text
 from bifrost_rt.manifest import EngineSpec, Manifest, Range, TensorSpec
@@ -61,8 +62,9 @@ def describe(manifest: Manifest) -> str:
 def simulation(manifest: Manifest) -> str | None:
     """What a set's number formats mean for its speed where its graphs run as they are; None where
     they are computed in."""
-    formats = {form for spec in manifest.engines for form in spec.precision.layers}
-    simulated = sorted(SIMULATED & formats)
+    simulated = formats.simulated(
+        form for spec in manifest.engines for form in spec.precision.layers
+    )
     if manifest.backend != "onnxruntime" or not simulated:
         return None
     return (

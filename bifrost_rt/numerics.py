@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bifrost_rt import formats
 from bifrost_rt.backends.base import Buffer
 from bifrost_rt.errors import NumericsError
 from bifrost_rt.manifest import SetSpec
@@ -113,10 +114,11 @@ class Checks:
         if huge := [f"{name}={values[name]:g}" for name in numbers if abs(values[name]) > HUGE]:
             return f"{' and '.join(huge)}: use a value like the default"
         compute = self._manifest.engine(stage).precision.compute
-        if compute == "float16":
+        computed_in = formats.of_type(compute)
+        if computed_in is not None and computed_in.largest is not None:
             return (
-                f"`{stage}` computes in float16, whose largest number is 65504: build the set with "
-                "--precision bf16"
+                f"`{stage}` computes in {compute}, whose largest number is "
+                f"{computed_in.largest:.0f}: build the set with --precision {formats.HALF.name}"
             )
         if self._replaced:
             return "a value that callback_on_step_end returned may be too large"

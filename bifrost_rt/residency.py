@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from bifrost_rt import dims, image_processor, schedules
 from bifrost_rt.dims import DIMS, REVEALED, STEPS
 from bifrost_rt.errors import BudgetError, RequestError, RequestTypeError
@@ -25,7 +27,6 @@ from bifrost_rt.manifest import EngineSpec, SetSpec, TensorSpec
 MARGIN = 0.1
 # The sizes for which a manifest states an engine's scratch memory; text is as long as it can be.
 COUNTED_STEPS = 28
-_ITEM_BYTES = {"bool": 1, "uint8": 1, "float16": 2, "float32": 4, "int64": 8}
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{kind}": base**power
     for power, letter in enumerate("KMGT", 1)
@@ -289,7 +290,7 @@ def tensor_bytes(spec: EngineSpec, sizes: Mapping[str, int]) -> int:
 
 def tensor_size(tensor: TensorSpec, sizes: Mapping[str, int]) -> int:
     """Bytes of a tensor."""
-    return _ITEM_BYTES[tensor.dtype] * math.prod(dims.shape_at(tensor.shape, sizes))
+    return np.dtype(tensor.dtype).itemsize * math.prod(dims.shape_at(tensor.shape, sizes))
 
 
 def parse(budget: int | str, name: str = "memory_budget", least: int = 1) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from bifrost_rt import formats
 from bifrost_rt.errors import EngineSetError
 from bifrost_rt.generator import Generator
 from bifrost_rt.manifest import Deviation, Manifest
@@ -26,21 +27,15 @@ REQUEST: dict[str, Any] = {
 # Another processor or backend rounds differently; a wrong float32 engine differs by far more.
 TOLERANCE = 2
 # What one type of products may do to the picture: some 10 dB below what simulating engines as they
-# are compiled, on a CPU, showed against the graphs that drew it, and means that fit. The model in
-# the box: float16 67.8 dB, bfloat16 59.9, and beside bfloat16 int8 49.8, fp8 43.4, nvfp4 32.1; its
-# picture from another seed has 28 to 30 dB, so for nvfp4 the two cannot be told apart. Where
-# activations are rounded, random weights are worse: in int8, exact on both sides, 2.2 of 255 in the
-# mean between AVX-512 and AVX2, 1.2 between onnxruntime and OpenVINO.
+# are compiled, on a CPU, showed against the graphs that drew it (each format has its figure, of the
+# demo model), and means that fit. Where activations are rounded, random weights are worse: in 8-bit
+# integers, exact on both sides, 2.2 of 255 in the mean between AVX-512 and AVX2, 1.2 between
+# onnxruntime and OpenVINO.
 BOUNDS = {
-    "float32": Deviation(math.inf, 0.0),  # `TOLERANCE` alone
-    "float16": Deviation(55.0, 0.3),
-    "bfloat16": Deviation(47.0, 1.0),
-    "int8": Deviation(33.0, 5.0),
-    "float8_e4m3fn": Deviation(33.0, 5.0),
-    "float4_e2m1fn": Deviation(29.0, 8.0),
+    declared.computes_in: declared.deviation
+    for declared in formats.FORMATS.values()
+    if declared.computes_in is not None and declared.deviation is not None
 }
-# Formats of layers whose activations are rounded, beside what most products compute in.
-_ROUNDED = {"int8": "int8", "fp8": "float8_e4m3fn", "nvfp4": "float4_e2m1fn"}
 MARGIN = 4  # over a deviation that was simulated for the very set
 
 
@@ -111,9 +106,10 @@ def allowed(manifest: Manifest) -> tuple[Deviation, str]:
         bound = Deviation(known.psnr - 20 * math.log10(MARGIN), known.mean * MARGIN)
         return bound, f"{MARGIN} times what was simulated when the set was compiled"
     types = {spec.precision.compute for spec in manifest.engines} & BOUNDS.keys()
-    formats = {form for spec in manifest.engines for form in spec.precision.layers}
-    types |= {dtype for form, dtype in _ROUNDED.items() if form in formats}
-    loosest = min(types, key=lambda dtype: BOUNDS[dtype].psnr, default="float32")
+    # layers whose activations are rounded, beside what most products compute in
+    layers = formats.of_layers(form for spec in manifest.engines for form in spec.precision.layers)
+    types |= {form.computes_in for form in layers if form.rounds_activations and form.computes_in}
+    loosest = min(types, key=lambda dtype: BOUNDS[dtype].psnr, default=formats.FULL.dtype)
     return BOUNDS[loosest], f"the bound for {loosest}"
 
 

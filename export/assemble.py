@@ -120,8 +120,8 @@ def _check_schedule(checkpoint: Checkpoint, image_tokens: int) -> None:
         fall = False
     if not fall:
         raise CheckpointError(
-            f"{checkpoint.flux.pipeline / 'scheduler' / 'scheduler_config.json'}: base_shift and max_shift "
-            f"give no noise levels for {image_tokens} image tokens",
+            f"{checkpoint.flux.pipeline / 'scheduler' / 'scheduler_config.json'}: base_shift and "
+            f"max_shift give no noise levels for {image_tokens} image tokens",
             hint="FLUX.1-dev has 0.5 and 1.15",
         )
 

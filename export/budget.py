@@ -11,7 +11,7 @@ from bifrost_rt import residency
 from bifrost_rt.residency import size_text
 from export import sources, streaming
 from export.errors import BuildError
-from export.planning.storage import STORAGES
+from export.formats import FORMATS
 from export.planning.trace import run_without_values
 from export.planning.work import count_elements
 from export.stages import Stage
@@ -88,7 +88,7 @@ def demand(
             most, worst, tensor = needs, stage.name, largest
         base += TRACED * sum(1 for _ in stage.module.modules())
         held += round(UNPACKED * elements.bytes_at(None))
-        stored += elements.bytes_at(STORAGES[precisions[stage.name]])
+        stored += elements.bytes_at(FORMATS[precisions[stage.name]])
     return Demand(base, base + most, base + held + most, stored + BESIDE, worst, tensor)
 
 

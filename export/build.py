@@ -20,6 +20,7 @@ from bifrost_rt.residency import parse as parse_size
 from export import extras, shipped
 from export import recipe as recipes
 from export.engine_set import written_aside
+from export.formats import FORMATS, FULL, HALF, SIXTEEN_BIT
 from export.recipe import Recipe
 
 INTERRUPTED = "interrupted; nothing was written"
@@ -59,6 +60,10 @@ def build(
     with written_aside(output, finished=(stage_cache.REPORT, STATISTICS)) as folder:
         cache = stage_cache.StageCache(folder, output, keep=[STATISTICS])
         plan = build_plan.draw_up(recipe, checkpoint, model, folder)
+        for origin in plan.origins.values():
+            if origin["packed"]:
+                kinds = ", ".join(f"{n} tensors in {kind}" for kind, n in origin["packed"].items())
+                say(f"{origin['from']} holds {kinds}: what that lost stays lost")
         if plan.chat is None:
             say(f"the set will hold no conversations: {checkpoint.mllm} has another chat template")
         share = steps.reserve(plan, cache, memory_budget, say)
@@ -81,13 +86,14 @@ def _build_and_compile(
     from export.compile.compiled_set import check_targets, compile_set
 
     # what cannot be compiled is refused before the graphs are built
-    formats = {"fp32", recipe.precision, *recipe.stages.values(), *recipe.layers.values()}
+    formats = {FULL.name, recipe.precision, *recipe.stages.values(), *recipe.layers.values()}
     formats |= {recipe.rest} if recipe.quantised else set()
     check_targets(builders.find(recipe.backend), recipe.target, sorted(formats))
     for pattern, form in recipe.layers.items():
         stage = pattern.partition(":")[0]
-        if recipe.precision_of(stage) == "fp16":
-            capabilities.check_pair(recipe.backend, stage, {form}, "float16")
+        around = FORMATS[recipe.precision_of(stage)]
+        if not around.quantized:
+            capabilities.check_pair(recipe.backend, stage, {form}, around.dtype)
     graphs = build(graphs_of(recipe), progress, memory_budget)
     return compile_set(
         graphs,
@@ -172,16 +178,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--mllm", metavar="DIR", help="the Qwen2.5-VL folder")
     parser.add_argument("--bifrost", metavar="DIR", help="the trained Bifrost-1 folder")
-    parser.add_argument("--flux", metavar="DIR", help="the diffusers FLUX pipeline folder")
+    parser.add_argument(
+        "--flux", metavar="PATH", help="the diffusers FLUX pipeline folder, or a single file"
+    )
+    parser.add_argument("--vae", metavar="FILE", help="in the place of flux's: ae.safetensors")
+    parser.add_argument("--clip", metavar="FILE", help="in the place of flux's: clip_l.safetensors")
+    parser.add_argument(
+        "--t5", metavar="FILE", help="in the place of flux's: t5xxl_fp16.safetensors, or a GGUF"
+    )
+    parser.add_argument(
+        "--flux-configs",
+        metavar="DIR",
+        help="beside a single file: a folder with tokenizer/ and tokenizer_2/, and configs",
+    )
     parser.add_argument(
         "--output",
         metavar="DIR",
         help="the engine set to write; default: the recipe's, and beside it for another precision "
         "or backend than the recipe's",
     )
-    parser.add_argument("--precision", metavar="NAME", help=", ".join(recipes.PRECISIONS))
+    parser.add_argument("--precision", metavar="NAME", help=", ".join(FORMATS))
     parser.add_argument(
-        "--rest", metavar="NAME", help="of a quantised set's other weights: bf16 (default) or fp16"
+        "--rest",
+        metavar="NAME",
+        help=f"of a quantised set's other weights: {HALF.name} (default) or "
+        + " or ".join(declared.name for declared in SIXTEEN_BIT if declared is not HALF),
     )
     parser.add_argument(
         "--calibration-prompts", metavar="FILE", help="one prompt per line; default: a list of ours"

@@ -13,6 +13,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -32,7 +33,7 @@ from bifrost_rt.manifest import (
     Text,
     Vision,
 )
-from export import assemble, budget, chat, parity, preprocessor, text
+from export import assemble, budget, chat, flux_files, parity, preprocessor, text
 from export.checkpoint import Checkpoint
 from export.recipe import Recipe
 from export.stages import Stage
@@ -52,6 +53,7 @@ class BuildPlan:
         stages: engine -> its module and tensors, in the order in which a run uses them.
         mllm_max_length: tokens of the longest chat prompt.
         ignored_files: of the checkpoint, which nothing reads.
+        origins: network -> its file and what was lost in it (`Checkpoint.origins`).
         demand: bytes that the build takes.
         engines: outlines; after `with_engines`, the engines.
         files: none; after `with_engines`, the engines' files.
@@ -69,6 +71,7 @@ class BuildPlan:
     dimensions: Mapping[str, Range]
     mllm_max_length: int
     ignored_files: tuple[str, ...]
+    origins: Mapping[str, Mapping[str, Any]]
     demand: budget.Demand
     engines: tuple[EngineSpec, ...]
     files: Mapping[str, File] = dataclasses.field(default_factory=dict)
@@ -116,7 +119,9 @@ def read_checkpoint(recipe: Recipe) -> tuple[Checkpoint, ModelFacts]:
     Raises:
         CheckpointError: a part is missing or foreign, or two sizes do not fit.
     """
-    checkpoint = Checkpoint(Path(recipe.mllm), Path(recipe.bifrost), Path(recipe.flux), read=False)
+    checkpoint = Checkpoint(
+        Path(recipe.mllm), Path(recipe.bifrost), flux_files.of_recipe(recipe), read=False
+    )
     return checkpoint, assemble.facts(checkpoint)
 
 
@@ -169,6 +174,7 @@ def draw_up(recipe: Recipe, checkpoint: Checkpoint, model: ModelFacts, folder: P
         ),
         mllm_max_length=length,
         ignored_files=tuple(checkpoint.ignored_files),
+        origins=checkpoint.origins,
         demand=budget.demand(
             stages.values(),
             parity.sizes(length, model, recipe.max_images, vision),

@@ -67,7 +67,9 @@ def write_engines(
     Raises:
         ExportError: torch cannot trace a module, or ONNX's checker refuses a graph.
     """
-    configs = stage_cache.configs_digest(checkpoint.mllm, checkpoint.bifrost, checkpoint.flux)
+    configs = stage_cache.configs_digest(
+        checkpoint.mllm, checkpoint.bifrost, *checkpoint.flux.paths
+    )
     counted = memory.one_picture(plan.mllm_max_length)
     largest = None if plan.vision is None else image_processor.limits(plan.vision)
     engines = []
@@ -132,6 +134,7 @@ def write_report(
         "recipe": dataclasses.asdict(recipe),
         "prompts": parity.prompts(built),
         "ignored_files": built.ignored_files,
+        "origins": built.origins,
         "engines": engines,
         "layers": layers.record(),
     }

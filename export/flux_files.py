@@ -15,6 +15,7 @@ from export.dialects import autoencoder, clip, flux, t5
 from export.dialects.named import Named
 from export.errors import CheckpointError
 from export.identity import Part
+from export.recipe import Recipe
 from export.weights import Weights
 
 # diffusers' own name for weights, and the one that a network saved by hand has.
@@ -106,8 +107,7 @@ class FluxFiles:
         if not self._single:
             if self.configs is not None:
                 raise CheckpointError(
-                    f"{self.flux}: is a folder, which has configs of its own beside "
-                    f"{self.configs}",
+                    f"{self.flux}: is a folder, which has configs of its own beside {self.configs}",
                     hint="give --flux-configs with a single file as --flux only",
                 )
             if found := foreign.folder(self.flux, "flux"):
@@ -190,6 +190,14 @@ class FluxFiles:
         )
 
 
+def of_recipe(recipe: Recipe) -> FluxFiles:
+    """Where a recipe says that FLUX is."""
+    given = {"vae": recipe.vae, "clip": recipe.clip, "t5": recipe.t5}
+    files = {option: Path(file) for option, file in given.items() if file is not None}
+    configs = None if recipe.flux_configs is None else Path(recipe.flux_configs)
+    return FluxFiles(Path(recipe.flux), files, configs)
+
+
 def _inside(weights: Weights, part: str) -> Weights | None:
     """A part of a file of the whole model."""
     found = (weights.below(prefix) for prefix in KINDS[part].inside)
@@ -219,7 +227,6 @@ def _refuse_other(weights: Weights, part: str) -> Weights:
                 hint=f"give it as --{other.option}",
             )
     raise CheckpointError(
-        f"{weights.folder}: holds no tensor {KINDS[part].marks[0]}, expected "
-        f"{KINDS[part].what}",
+        f"{weights.folder}: holds no tensor {KINDS[part].marks[0]}, expected {KINDS[part].what}",
         hint=f"give its file as --{KINDS[part].option}",
     )

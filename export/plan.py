@@ -21,8 +21,9 @@ from bifrost_rt.manifest import EngineSpec, Manifest, Precision
 from export import extras, shipped
 from export import recipe as recipes
 from export.errors import RecipeError
+from export.formats import FORMATS, HALF
+from export.formats.base import Format
 from export.planning import devices
-from export.planning.storage import STORAGES, Storage
 
 if TYPE_CHECKING:
     from export.planning.estimate import InMemory, Plan
@@ -75,7 +76,7 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, Estimate | None]:
         return of_set(options.engines, device, budget), None
     if options.recipe:
         return of_recipe(shipped.find(options.recipe), device, storage, budget), None
-    return of_shapes(options.like, device, storage or STORAGES["bf16"], budget), None
+    return of_shapes(options.like, device, storage or HALF, budget), None
 
 
 def of_compiled(
@@ -119,18 +120,20 @@ def of_set(folder: Path, device: devices.Device, budget: int | None = None) -> P
 
 
 def of_recipe(
-    path: Path, device: devices.Device, storage: Storage | None, budget: int | None = None
+    path: Path, device: devices.Device, storage: Format | None, budget: int | None = None
 ) -> Plan:
     """Plan what a recipe would build; `storage` takes the place of its precision."""
+    from export import flux_files
     from export.checkpoint import Checkpoint
     from export.planning import estimate, work
 
     recipe = recipes.read(path, {})
     shipped.check_checkpoint(path, recipe.folders)
-    checkpoint = Checkpoint(Path(recipe.mllm), Path(recipe.bifrost), Path(recipe.flux), read=False)
+    flux = flux_files.of_recipe(recipe)
+    checkpoint = Checkpoint(Path(recipe.mllm), Path(recipe.bifrost), flux, read=False)
     length = recipe.mllm_max_length or checkpoint.max_seq_length
     works = work.of_checkpoint(checkpoint, length, recipe.t5_max_length, STEPS)
-    storage = storage or STORAGES[recipe.precision]
+    storage = storage or FORMATS[recipe.precision]
     # the recipe's driver runs here; a device of the table runs compiled engines
     if device.name != devices.HERE:
         return estimate.plan(works, device, storage, budget)
@@ -142,7 +145,7 @@ def of_recipe(
 
 
 def of_shapes(
-    name: str, device: devices.Device, storage: Storage, budget: int | None = None
+    name: str, device: devices.Device, storage: Format, budget: int | None = None
 ) -> Plan:
     """Plan published shapes without a checkpoint."""
     from export.planning import estimate
@@ -171,9 +174,9 @@ def works_of_shapes(name: str) -> list[Work]:
         return work.of_checkpoint(checkpoint, checkpoint.max_seq_length, RELEASE_T5_LENGTH, STEPS)
 
 
-def _in_memory(driver: Backend, storage: Storage) -> InMemory:
+def _in_memory(driver: Backend, storage: Format) -> InMemory:
     def in_memory(work: Work, stored: int) -> int:
-        dtype = "bfloat16" if storage.linear_bits <= 8 and work.all_in_16_bit else storage.dtype
+        dtype = HALF.dtype if storage.linear_bits <= 8 and work.all_in_16_bit else storage.dtype
         precision = Precision(storage.name, dtype, "float32")
         spec = EngineSpec(work.engine, "", (), (), (), {}, precision)
         return driver.weights_in_memory(spec, stored)
@@ -181,13 +184,13 @@ def _in_memory(driver: Backend, storage: Storage) -> InMemory:
     return in_memory
 
 
-def _storage(name: str | None) -> Storage | None:
-    if name is not None and name not in STORAGES:
+def _storage(name: str | None) -> Format | None:
+    if name is not None and name not in FORMATS:
         raise RecipeError(
-            f"--precision {name!r} is unknown{strict.nearest(name, STORAGES)}",
-            hint=f"known: {', '.join(STORAGES)}",
+            f"--precision {name!r} is unknown{strict.nearest(name, FORMATS)}",
+            hint=f"known: {', '.join(FORMATS)}",
         )
-    return None if name is None else STORAGES[name]
+    return None if name is None else FORMATS[name]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -202,7 +205,9 @@ def _parser() -> argparse.ArgumentParser:
     known = ", ".join([devices.HERE, *devices.read(devices.TABLE)])
     parser.add_argument("--device", required=True, metavar="NAME", help=known)
     parser.add_argument(
-        "--precision", metavar="NAME", help=f"{', '.join(STORAGES)}; default: the recipe's, or bf16"
+        "--precision",
+        metavar="NAME",
+        help=f"{', '.join(FORMATS)}; default: the recipe's, or {HALF.name}",
     )
     parser.add_argument(
         "--memory-budget", metavar="SIZE", help="like 8GiB; default: nine tenths of the device's"

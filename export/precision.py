@@ -19,17 +19,18 @@ from torch import Tensor, nn
 from bifrost_rt.manifest import INDICES
 from export import sources
 from export.errors import ExportError
+from export.formats import FORMATS, HALF, SIXTEEN_BIT
 from export.initializers import Weight
 
 PRECISIONS: dict[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
+    declared.name: getattr(torch, declared.dtype)
+    for declared in FORMATS.values()
+    if not declared.quantized
 }
 # Norms, biases, tokens and positional embeddings stay in float32: they are less than a thousandth
 # of the bytes and add to everything.
 ROUNDED = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)
-_IR = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
+_IR = {PRECISIONS[declared.name]: ir.DataType[declared.dtype.upper()] for declared in SIXTEEN_BIT}
 SMALL = 4096  # bytes; not worth a node
 
 
@@ -60,7 +61,7 @@ def _rounded(name: str, precision: str, weight: Tensor) -> Tensor:
     if rounded is not weight and not torch.isfinite(rounded).all():
         raise ExportError(
             f"{name} reaches {weight.abs().max().item():.3g}, beyond the range of {precision}",
-            hint="build with --precision bf16",
+            hint=f"build with --precision {HALF.name}",
         )
     return rounded
 

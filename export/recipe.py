@@ -13,18 +13,17 @@ from bifrost_rt import files, strict
 from bifrost_rt.errors import TextFileError
 from export import shipped
 from export.errors import RecipeError
+from export.formats import FORMATS, FULL, HALF, SIXTEEN_BIT, eight_bit
 
 COMPILED = ("tensorrt-rtx", "tensorrt")
 BACKENDS = ("onnxruntime", *COMPILED)
-SIXTEEN_BIT = ("bf16", "fp16")
-QUANTISED = ("int8", "fp8", "nvfp4", "int4")
-PRECISIONS = ("fp32", *SIXTEEN_BIT, *QUANTISED)
 METHODS = ("mse", "percentile", "max")
 SIZES = ("mllm_max_length", "t5_max_length", "max_images", "max_steps", "calibration_steps")
 MOST_PIXELS = 1 << 28  # of an image
 LARGEST = 1 << 16  # of any size: tables grow with them
 CHECKPOINT = ("mllm", "bifrost", "flux")
-PATHS = (*CHECKPOINT, "output", "calibration_prompts", "statistics")
+FILES = ("vae", "clip", "t5", "flux_configs")
+PATHS = (*CHECKPOINT, *FILES, "output", "calibration_prompts", "statistics")
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,9 @@ class Recipe:
 
     Attributes:
         mllm, bifrost, flux: the checkpoint folders.
+        vae, clip, t5: single files that are read in the place of flux's own parts.
+        flux_configs: beside a single file as flux, the folder with tokenizer/ and tokenizer_2/, and
+            with the configs of what the tensors do not tell.
         output: the set's folder.
         mllm_max_length: tokens of the chat prompt; None takes the checkpoint's max_seq_length.
         t5_max_length: tokens of T5; FLUX pads to exactly this many.
@@ -58,7 +60,7 @@ class Recipe:
     bifrost: str
     flux: str
     output: str
-    precision: str = "fp32"
+    precision: str = FULL.name
     backend: str = "onnxruntime"
     mllm_max_length: int | None = None
     t5_max_length: int = 512
@@ -66,7 +68,7 @@ class Recipe:
     target: tuple[str, ...] = ()
     max_steps: int | None = None
     max_image_pixels: int | None = None
-    rest: str = "bf16"
+    rest: str = HALF.name
     stages: dict[str, str] = field(default_factory=dict)
     layers: dict[str, str] = field(default_factory=dict)
     calibration_prompts: str | None = None
@@ -74,17 +76,27 @@ class Recipe:
     statistics: str | None = None
     scales: str = "mse"
     quality_budget: float | None = None
+    vae: str | None = None
+    clip: str | None = None
+    t5: str | None = None
+    flux_configs: str | None = None
 
     @property
     def quantised(self) -> bool:
         """Whether any layer is."""
         asked = {self.precision, *self.stages.values(), *self.layers.values()}
-        return not asked.isdisjoint(QUANTISED)
+        return any(FORMATS[name].quantized for name in asked)
 
     @property
     def folders(self) -> dict[str, str]:
         """The parts of the checkpoint, and where they are."""
         return {part: getattr(self, part) for part in CHECKPOINT}
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Everything that weights are read from."""
+        files = (self.vae, self.clip, self.t5)
+        return (*self.folders.values(), *(file for file in files if file is not None))
 
     def precision_of(self, stage: str) -> str:
         """What a stage was asked to be."""
@@ -102,7 +114,8 @@ class Recipe:
                 if getattr(self, name) is not None:
                     raise RecipeError(
                         f"{name} is for quantised sets, and nothing in this one is",
-                        hint="add --precision int8 or fp8, or leave it out",
+                        hint="add --precision "
+                        f"{' or '.join(f.name for f in eight_bit())}, or leave it out",
                     )
         if self.quality_budget is not None and not 0 < self.quality_budget <= 100:
             raise RecipeError(
@@ -131,14 +144,15 @@ class Recipe:
             )
 
     def _named_choices(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        yield "precision", self.precision, PRECISIONS
+        known = tuple(FORMATS)
+        yield "precision", self.precision, known
         yield "backend", self.backend, BACKENDS
-        yield "rest", self.rest, SIXTEEN_BIT
+        yield "rest", self.rest, tuple(f.name for f in SIXTEEN_BIT)
         yield "scales", self.scales, METHODS
         for name, precision in self.stages.items():
-            yield f"stages.{name}", precision, PRECISIONS
+            yield f"stages.{name}", precision, known
         for name, precision in self.layers.items():
-            yield f"layers.{name}", precision, PRECISIONS
+            yield f"layers.{name}", precision, known
 
 
 def read(path: Path, overrides: dict[str, object]) -> Recipe:
@@ -170,7 +184,7 @@ def read(path: Path, overrides: dict[str, object]) -> Recipe:
 
 def _output(data: dict[str, Any], overrides: dict[str, object], path: Path) -> str:
     """Where a recipe's set goes that flags have changed."""
-    for part in CHECKPOINT:
+    for part in (*CHECKPOINT, *FILES):
         if part in overrides and not _same(overrides[part], data.get(part)):
             raise RecipeError(
                 f"{path}: a set of another checkpoint would take the place of the recipe's, "
@@ -183,6 +197,8 @@ def _output(data: dict[str, Any], overrides: dict[str, object], path: Path) -> s
 
 
 def _same(folder: object, other: object) -> bool:
+    if other is None:
+        return False
     return os.path.realpath(str(folder)) == os.path.realpath(str(other))
 
 

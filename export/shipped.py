@@ -67,7 +67,7 @@ def check_checkpoint(path: Path, folders: Mapping[str, str]) -> None:
     Raises:
         RecipeError: a folder is missing, with what to do about it.
     """
-    missing = {name: folder for name, folder in folders.items() if not Path(folder).is_dir()}
+    missing = {name: folder for name, folder in folders.items() if not Path(folder).exists()}
     if path.parent != FOLDER or not missing:
         return
     flags = " ".join([*(f"--{name} DIR" for name in missing), "--output DIR"])

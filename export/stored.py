@@ -14,8 +14,9 @@ from torch import Tensor
 
 from export import foreign
 from export.errors import CheckpointError
+from export.formats import FORMATS
 
-FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FLOATS = {f.safetensors: getattr(torch, f.dtype) for f in FORMATS.values() if f.safetensors}
 # First row, first row behind them; None: all.
 Rows = tuple[int, int] | None
 

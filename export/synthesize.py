@@ -19,6 +19,7 @@ from export import build_lock, extras
 from export.build import INTERRUPTED
 from export.engine_set import hidden
 from export.errors import BuildError, RecipeError
+from export.formats import HALF
 from export.synthetic.shapes import DTYPES, PRESETS, Shapes
 
 
@@ -131,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
         "--layers", type=int, metavar="N", help="at most N layers in every network; default: all"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)}; default: bf16")
+    parser.add_argument(
+        "--dtype", metavar="NAME", help=f"{', '.join(DTYPES)}; default: {HALF.name}"
+    )
     parser.add_argument("--shard-bytes", type=int, metavar="N", help="default: 5 GiB")
     parser.add_argument("--debug", action="store_true", help="show the trace of an error")
     return parser

@@ -71,8 +71,8 @@ def _check_clip_end(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a").ids
     if ids[-1] != (max(ids) if end == 2 else end):
         raise CheckpointError(
-            f"{checkpoint.flux.pipeline / 'text_encoder' / 'config.json'}: eos_token_id is {end}, but the "
-            f"tokenizer ends prompts with {ids[-1]}",
+            f"{checkpoint.flux.pipeline / 'text_encoder' / 'config.json'}: eos_token_id is {end}, "
+            f"but the tokenizer ends prompts with {ids[-1]}",
             hint="tokenizer and text_encoder must be of one model",
         )
 

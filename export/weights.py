@@ -1,5 +1,5 @@
-"""One folder or file of weights, read lazily and strictly: a tensor is read when it is asked for, and
-what is missing, damaged or left over is named."""
+"""One folder or file of weights, read lazily and strictly: a tensor is read when it is asked for,
+and what is missing, damaged or left over is named."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from export import foreign, sources, weight_files
+from export import sources, weight_files
 from export.dialects import fp8, gguf_file
 from export.dialects.place import Place
 from export.errors import CheckpointError

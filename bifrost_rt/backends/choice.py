@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from bifrost_rt import backends
+from bifrost_rt import backends, formats
 from bifrost_rt import processor as processors
 from bifrost_rt.manifest import Manifest
 from bifrost_rt.processor import Processor
-
-# OpenVINO refuses to simulate these: it rounds a tenth of all values to the other neighbour in
-# E4M3, and has no functions of a model.
-SIMULATED = {"fp8", "nvfp4"}
-# Sets of these were compared on a processor with AVX-512 VNNI and no AMX: equal in float32, which
-# 16-bit weights compute in, and onnxruntime a little ahead in int8
-# (benchmarks/results/latency-cpu.json). It opens faster and takes half of the memory
-# (benchmarks/results/residency.md).
-COMPARED = {"fp32", "fp16", "bf16", "int8"}
 
 
 @dataclass(frozen=True)
@@ -37,15 +28,17 @@ def choose(manifest: Manifest, processor: Processor | None = None) -> Choice:
     if manifest.backend != "onnxruntime":
         return Choice(manifest.backend, "the set was built for it")
     here = processors.here() if processor is None else processor
-    formats = {form for spec in manifest.engines for form in spec.precision.layers}
-    if simulated := sorted(SIMULATED & formats):
+    names = {form for spec in manifest.engines for form in spec.precision.layers}
+    if simulated := formats.simulated(names):
         return Choice("onnxruntime", f"the only one that simulates {' and '.join(simulated)}")
-    if openvino_refuses(formats, here):
-        return Choice("onnxruntime", "the only one that computes int8 exactly on this processor")
-    order, reason = ("onnxruntime", "openvino"), _reason(formats, here)
-    if "int8" in formats and here.under_onednn().amx:
-        # OpenVINO ran int8 layers at twice onnxruntime's speed on a matrix unit
-        order, reason = order[::-1], "the faster one for int8 on a processor with AMX"
+    bytewise = formats.multiplying_bytes(names)
+    if openvino_refuses(names, here):
+        reason = f"the only one that computes {bytewise} exactly on this processor"
+        return Choice("onnxruntime", reason)
+    order, reason = ("onnxruntime", "openvino"), _reason(names, here)
+    if bytewise and here.under_onednn().amx:
+        # OpenVINO ran such layers at twice onnxruntime's speed on a matrix unit
+        order, reason = order[::-1], f"the faster one for {bytewise} on a processor with AMX"
     missing = backends.DRIVERS[order[0]].unavailable()
     if missing is None:
         return Choice(order[0], reason)
@@ -54,32 +47,44 @@ def choose(manifest: Manifest, processor: Processor | None = None) -> Choice:
     return Choice(order[0], reason)  # neither is there: opening it says what to do
 
 
-def _reason(formats: set[str], here: Processor) -> str:
-    """For onnxruntime: what was measured on this kind of processor, and no more."""
-    if "avx512_vnni" in here.features and here.vnni and not here.amx and formats <= COMPARED:
+def _reason(names: Collection[str], here: Processor) -> str:
+    """For onnxruntime: what was measured on this kind of processor, and no more.
+
+    Sets were compared on a processor with AVX-512 VNNI and no AMX: equal in float32, which 16-bit
+    weights compute in, and onnxruntime a little ahead in 8-bit integers
+    (benchmarks/results/latency-cpu.json). It opens faster and takes half of the memory
+    (benchmarks/results/residency.md).
+    """
+    compared = {declared.name for declared in formats.of_layers(names) if declared.compared}
+    on_such = "avx512_vnni" in here.features and here.vnni and not here.amx
+    if on_such and compared.issuperset(names):
         return "as fast as openvino on a processor with VNNI, in half of the memory"
     return "the default; openvino was not compared with it on this kind of processor"
 
 
 def openvino_refuses(
-    formats: Collection[str], processor: Processor | None = None
+    names: Collection[str], processor: Processor | None = None
 ) -> tuple[str, str] | None:
     """Why OpenVINO does not run layers of these formats, and what to do; None where it does.
+
+    It refuses to simulate: it rounds a tenth of all values to the other neighbour in E4M3, and has
+    no functions of a model.
 
     Args:
         processor: None takes this machine's.
     """
-    if simulated := sorted(SIMULATED & set(formats)):
+    if simulated := formats.simulated(names):
         return (
             f"OpenVINO does not simulate {' and '.join(simulated)} as it is defined",
             "run this set with backend='onnxruntime'",
         )
     limited = (processors.here() if processor is None else processor).under_onednn()
-    if "int8" in formats and (wrong := processors.saturation(limited)):
+    bytewise = formats.multiplying_bytes(names)
+    if bytewise and (wrong := processors.saturation(limited)):
         unset = f"unset {limited.limit.partition('=')[0]}, or " if limited.limit else ""
         return (
-            f"OpenVINO would compute wrong int8 values on {limited.name or 'this processor'}: "
-            + wrong,
+            f"OpenVINO would compute wrong {bytewise} values on "
+            f"{limited.name or 'this processor'}: {wrong}",
             f"{unset}run this set with backend='onnxruntime', which has an exact mode for it",
         )
     return None

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from bifrost_rt import formats
 from bifrost_rt import processor as processors
 from bifrost_rt.backends import linked
 from bifrost_rt.backends.base import Buffer, HostMemory, check_bindings, return_freed_memory
@@ -19,20 +20,9 @@ from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import EngineSpec, Range
 from bifrost_rt.processor import Processor
 
-# Measured, benchmarks/results/residency.md: over the file's bytes 1.05 in float32 and 2.42 in
-# bfloat16 while opening, and a few MiB for the graph itself. The rest was measured on 24 layers of
-# width 2048: 1.14 in int8, where what stays in 16 bit comes on top, 4.95 in fp8, 2.2 in int4, and
-# 39 in nvfp4.
-UNPACKED = {
-    **dict.fromkeys(("float16", "bfloat16"), 2.45),
-    "int8": 1.4,
-    "float8_e4m3fn": 5.0,
-    "int4": 2.5,
-    "uint4": 40.0,
-}
-# int8 in the precise mode, measured on 12 layers of width 4096: 2.39 where 1.14 is without it.
-# Weights are made unsigned in memory, and reordered from there.
-PRECISE = 2.65
+# Measured, benchmarks/results/residency.md: over the file's bytes 1.05 in float32, and a few MiB
+# for the graph itself. A format knows what it takes.
+PLAIN = 1.08
 FIXED = 4 << 20
 
 
@@ -49,13 +39,15 @@ class OnnxRuntime(HostMemory):
         self._processor = processors.here() if processor is None else processor
 
     def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
-        """float32 and int8 are held once, reordered, int8 twice in the precise mode; 16 bit is
+        """float32 and bytes are held once, reordered, bytes twice in the precise mode; 16 bit is
         unpacked to float32 beside the stored bytes while the engine opens, and what is simulated
         comes to float32 in steps."""
         weights = spec.precision.weights
-        factor = UNPACKED.get(weights, 1.08)
-        if weights == "int8" and self._processor.saturates:
-            factor = PRECISE
+        factor = formats.in_memory(weights, self.name, PLAIN)
+        stored_as = formats.of_type(weights)
+        precise = None if stored_as is None else stored_as.precise_in_memory
+        if precise is not None and self._processor.saturates:
+            factor = precise
         return math.ceil(stored * factor) + FIXED
 
     def open(
@@ -100,18 +92,17 @@ def session_options(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Without it, weights of 4 bits quietly get activations of 8.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    if "fp8" in spec.precision.layers:
-        # There are no kernels of 8-bit floats: they are rounded to and computed in float32.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    there = formats.of_layers(spec.precision.layers)
+    for entry in (entry for form in there for entry in form.session_entries.items()):
+        options.add_session_config_entry(*entry)
     keep_exact(options, spec, processor)
-    # A bias joined to its multiplication hides it from the 8-bit kernels.
-    return options, ["MatMulAddFusion"] if "int8" in spec.precision.layers else []
+    return options, [name for form in there for name in form.disabled_optimizers]
 
 
 def keep_exact(
     options: ort.SessionOptions, spec: EngineSpec, processor: Processor | None = None
 ) -> None:
-    """Set the precise mode where int8 layers would be wrong without it.
+    """Set the precise mode where layers of bytes would be wrong without it.
 
     It makes signed weights unsigned, whose kernels add in 32 bit. Not with VNNI, where it changes
     no bit: there a layer of 3584 x 18944 took 2.4 times as long for 300 rows.
@@ -120,7 +111,7 @@ def keep_exact(
         processor: None takes this machine's.
     """
     here = processors.here() if processor is None else processor
-    if "int8" in spec.precision.layers and here.saturates:
+    if here.saturates and formats.multiplying_bytes(spec.precision.layers):
         options.add_session_config_entry("session.x64quantprecision", "1")
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import DTypeLike, NDArray
 
+from bifrost_rt import formats
 from bifrost_rt.backends import gpu, linked
 from bifrost_rt.backends.base import Buffer, check_bindings
 from bifrost_rt.backends.cuda_provider import (
@@ -41,10 +42,9 @@ OPTIONS = {
     "arena_extend_strategy": "kSameAsRequested",
 }
 # Measured on an H200 (benchmarks/results/gpu.md): what a session takes for itself, most of it
-# cuBLAS's workspaces, which are smaller before Hopper; and over the file's bytes 1.07 in float32
-# and 2.15 in bfloat16, which is unpacked to float32.
+# cuBLAS's workspaces, which are smaller before Hopper.
 FIXED = 68 << 20
-UNPACKED = {"float32": 1.1, "float16": 2.2, "bfloat16": 2.2}
+QUANTIZED = 4.2  # over the file's bytes, where a format does not know what it takes
 _GRAPHS = itertools.count(1)  # numbers of recorded graphs; -1 means none
 
 
@@ -96,7 +96,8 @@ class OnnxRuntimeCuda:
 
     def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
         """What is quantized comes to float32 at the latest where it is multiplied."""
-        return math.ceil(stored * UNPACKED.get(spec.precision.weights, 4.2)) + FIXED
+        factor = formats.in_memory(spec.precision.weights, self.name, QUANTIZED)
+        return math.ceil(stored * factor) + FIXED
 
     def open(
         self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]

@@ -12,6 +12,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
+from bifrost_rt import formats
 from bifrost_rt.backends import linked, openvino_operators
 from bifrost_rt.backends.base import Buffer, HostMemory, check_bindings, return_freed_memory
 from bifrost_rt.backends.choice import openvino_refuses
@@ -20,9 +21,9 @@ from bifrost_rt.manifest import EngineSpec, Range
 from bifrost_rt.processor import Processor
 
 # Measured, benchmarks/results/residency.md: over the file's bytes 2.13 in float32 (half of it pages
-# of the file) and 4.24 in bfloat16 after the first run, and a few MiB for the graph itself.
-# The rest was measured on 24 layers of width 2048: 2.47 in int8, 3.06 in int4.
-UNPACKED = {**dict.fromkeys(("float16", "bfloat16"), 4.3), "int8": 2.6, "int4": 3.2}
+# of the file) after the first run, and a few MiB for the graph itself. A format knows what it
+# takes.
+PLAIN = 2.2
 FIXED = 8 << 20
 
 
@@ -42,7 +43,8 @@ class OpenVino(HostMemory):
 
     def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
         """The mapped file and a reordered copy, in float32 where 16 bit is stored."""
-        return math.ceil(stored * UNPACKED.get(spec.precision.weights, 2.2)) + FIXED
+        factor = formats.in_memory(spec.precision.weights, OpenVino.name, PLAIN)
+        return math.ceil(stored * factor) + FIXED
 
     def __init__(self, processor: Processor | None = None) -> None:
         self._core = ov.Core()

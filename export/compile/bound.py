@@ -19,7 +19,7 @@ from bifrost_rt.manifest import BoundWeight
 Tensor: TypeAlias = ir.ExternalTensor | ir.LazyTensor | ir.Tensor[Any]
 SMALLEST = 1 << 16  # bytes; what is smaller is held by the engine
 ALIGNMENT = 256  # of device memory: the file can be uploaded in one piece
-_FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.FLOAT4E2M1)
+_FEW_BITS = 4  # or fewer
 
 
 def bind(model: ir.Model) -> list[Tensor]:
@@ -46,7 +46,8 @@ def _of_four_bits(graph: ir.Graph) -> set[ir.Value]:
     found: set[ir.Value] = set()
     for node in graph:
         if node.op_type == "DequantizeLinear" and node.inputs[0] is not None:
-            if node.inputs[0].dtype not in _FOUR_BITS:
+            dtype = node.inputs[0].dtype
+            if dtype is None or 8 * dtype.itemsize > _FEW_BITS:
                 continue
             for value in node.inputs:
                 while value is not None:  # the scale of nvfp4 is dequantized itself

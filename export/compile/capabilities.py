@@ -11,45 +11,41 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from bifrost_rt.strict import nearest
+from export import formats
+from export.compile.options import TITLES
 from export.errors import CompileError
-
-# The names of the command line; the manifest's dtypes lead to them.
-DTYPES = {
-    "float32": "fp32",
-    "float16": "fp16",
-    "bfloat16": "bf16",
-    "int8": "int8",
-    "float8_e4m3fn": "fp8",
-    "float4_e2m1fn": "nvfp4",
-    "uint4": "nvfp4",  # its codes, in graphs for a CPU
-}
+from export.formats import FORMATS, FULL, HALF, OLDEST_HALF, by_age
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What GPUs of one compute capability compute in, and which builders compile for them."""
+    """GPUs of one compute capability, times ten, and which builders compile for them."""
 
+    capability: int
     title: str
-    precisions: tuple[str, ...]
     builders: tuple[str, ...]
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What they compute in, as the command line names it."""
+        return tuple(declared.name for declared in by_age() if declared.since <= self.capability)
 
 
 # TensorRT-RTX has no float32 products for Turing, and every set keeps some: `float32_layers`.
-_TURING = ("fp32", "fp16", "int8")
-_AMPERE = ("fp32", "fp16", "bf16", "int8", "int4")
-_ADA = (*_AMPERE, "fp8")
-_BLACKWELL = (*_ADA, "nvfp4")
 _BOTH = ("tensorrt-rtx", "tensorrt")
 ARCHITECTURES = {
-    "sm75": Architecture("Turing: RTX 20, GTX 16", _TURING, ("tensorrt",)),
-    "sm80": Architecture("Ampere: A100, A30", _AMPERE, _BOTH),
-    "sm86": Architecture("Ampere: RTX 30, RTX A", _AMPERE, _BOTH),
-    "sm87": Architecture("Ampere: Jetson Orin", _AMPERE, ("tensorrt",)),
-    "sm89": Architecture("Ada: RTX 40, L4, L40", _ADA, _BOTH),
-    "sm90": Architecture("Hopper: H100, H200", _ADA, ("tensorrt",)),
-    "sm110": Architecture("Blackwell: Jetson Thor", _BLACKWELL, ("tensorrt",)),
-    "sm120": Architecture("Blackwell: RTX 50, RTX PRO", _BLACKWELL, _BOTH),
-    "sm121": Architecture("Blackwell: DGX Spark", _BLACKWELL, _BOTH),
+    f"sm{architecture.capability}": architecture
+    for architecture in (
+        Architecture(75, "Turing: RTX 20, GTX 16", ("tensorrt",)),
+        Architecture(80, "Ampere: A100, A30", _BOTH),
+        Architecture(86, "Ampere: RTX 30, RTX A", _BOTH),
+        Architecture(87, "Ampere: Jetson Orin", ("tensorrt",)),
+        Architecture(89, "Ada: RTX 40, L4, L40", _BOTH),
+        Architecture(90, "Hopper: H100, H200", ("tensorrt",)),
+        Architecture(110, "Blackwell: Jetson Thor", ("tensorrt",)),
+        Architecture(120, "Blackwell: RTX 50, RTX PRO", _BOTH),
+        Architecture(121, "Blackwell: DGX Spark", _BOTH),
+    )
 }
 # A card's name may go on: rtx-4070-ti-super, rtx-3060-12gb, jetson-orin-nano-super.
 _NAMES = (
@@ -63,8 +59,6 @@ _NAMES = (
     (r"rtx-50[56789]0|rtx-pro-[2456][05]00", "sm120"),
     (r"dgx-spark", "sm121"),
 )
-# What to take instead of a quantised format, the best first.
-_LESS = {"nvfp4": ("fp8", "int8"), "fp8": ("int8",), "int4": ("int8",)}
 _EXAMPLES = ("rtx-2080", "rtx-3060", "rtx-4090", "rtx-5090", "jetson-agx-orin", "dgx-spark")
 
 
@@ -99,7 +93,8 @@ def check(builder: str, targets: Sequence[str], dtypes: Iterable[str]) -> tuple[
             of the dtypes, with what would work instead.
     """
     found = tuple(dict.fromkeys(architecture(target) for target in targets))
-    wanted = dict.fromkeys(DTYPES.get(dtype, dtype) for dtype in dtypes)
+    known = ((dtype, formats.of_type(dtype)) for dtype in dtypes)
+    wanted = dict.fromkeys(dtype if form is None else form.name for dtype, form in known)
     for name in found:
         about = ARCHITECTURES[name]
         if builder not in about.builders:
@@ -119,33 +114,40 @@ def check(builder: str, targets: Sequence[str], dtypes: Iterable[str]) -> tuple[
     return found
 
 
-def check_pair(builder: str, stage: str, formats: Iterable[str], compute: str) -> None:
-    """Refuse int8 layers within float16 for TensorRT-RTX.
+def check_pair(builder: str, stage: str, names: Iterable[str], compute: str) -> None:
+    """Refuse layers whose bare sums go beyond the range of what is around them.
 
-    Its kernels multiply int8 with int8 and store the bare sums in the type around them; the scales
-    are applied by the kernel that follows. At the widths of real layers such sums go beyond the
-    65504 of float16: the plans of compiled engines show it, and no GPU was asked.
+    TensorRT-RTX's kernels multiply bytes and store the sums in the type around them; the scales are
+    applied by the kernel that follows. At the widths of real layers such sums go beyond the largest
+    number of a 16-bit format with a short range.
 
     Args:
-        formats: of the stage's layers, as the command line names them.
+        names: formats of the stage's layers, as the command line names them.
         compute: the type of everything else.
 
     Raises:
         CompileError: the stage has this pair.
     """
-    if builder == "tensorrt-rtx" and "int8" in formats and compute == "float16":
+    around = formats.of_type(compute)
+    largest = None if around is None else around.runtime.largest
+    bare = [n for n in names if n in FORMATS and builder in FORMATS[n].bare_sums]
+    if around is not None and largest is not None and bare:
         raise CompileError(
-            f"stage `{stage}`: int8 layers within fp16 overflow: TensorRT-RTX stores their sums, "
-            "before the scales are applied, as fp16, whose largest number is 65504",
-            hint="compile with --compute bf16, whose range is that of float32",
+            f"stage `{stage}`: {bare[0]} layers within {around.name} overflow: "
+            f"{TITLES[builder]} stores their sums, before the scales are applied, as "
+            f"{around.name}, whose largest number is {largest:.0f}",
+            hint=f"compile with --compute {HALF.name}, whose range is that of {FULL.dtype}",
         )
 
 
 def _instead(missing: Sequence[str], wanted: Iterable[str], name: str) -> str:
-    """The option of the next best: 8 bit for 4 and 8, fp16 for bf16, which of a quantised set is
-    what its other weights are in. Where bf16 is missing, the builder is TensorRT: `check_pair`
-    refuses int8 within fp16 for TensorRT-RTX, whose cards all have bf16."""
+    """The option of the next best: for 4 and 8 bit the newest 8 bit that is there, for 16 bit the
+    older one, which of a quantized set is what its other weights are in. Where 16 bit of the full
+    range is missing, the builder is TensorRT: `check_pair` refuses bare sums in the other one for
+    TensorRT-RTX, whose cards all have it."""
     there = ARCHITECTURES[name].precisions
-    for lacking in (precision for precision in missing if precision in _LESS):
-        return "--precision " + next(p for p in _LESS[lacking] if p in there)
-    return "--rest fp16" if any(p in ("int8", *_LESS) for p in wanted) else "--precision fp16"
+    if any(FORMATS[precision].quantized for precision in missing):
+        newest_first = sorted(formats.eight_bit(), key=lambda declared: -declared.since)
+        return "--precision " + next(f.name for f in newest_first if f.name in there)
+    quantized = any(precision in FORMATS and FORMATS[precision].quantized for precision in wanted)
+    return f"--{'rest' if quantized else 'precision'} {OLDEST_HALF.name}"

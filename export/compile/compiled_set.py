@@ -38,6 +38,7 @@ from export.compile.profiles import Sizes, sizes
 from export.engine_set import describe_files, written_aside
 from export.errors import CompileError
 from export.exercise import draw_look_answer
+from export.formats import HALF, OLDEST_HALF
 from export.stages import Definition
 from export.stages.catalog import DEFINITIONS
 
@@ -201,8 +202,8 @@ def compute_type(spec: EngineSpec, compute: str | None, architectures: Sequence[
     asked = compute or spec.precision.requested
     if asked in COMPUTE:
         return COMPUTE[asked]
-    everywhere = all("bf16" in ARCHITECTURES[name].precisions for name in architectures)
-    return "bfloat16" if everywhere else "float16"
+    everywhere = all(HALF.name in ARCHITECTURES[name].precisions for name in architectures)
+    return HALF.dtype if everywhere else OLDEST_HALF.dtype
 
 
 def rewrite(graph: ir.Model, engine: Definition, compute: str) -> None:

@@ -25,6 +25,7 @@ from export.compile import graphs, half, simulate
 from export.engine_set import describe_files
 from export.errors import CompileError, ParityError
 from export.exercise import draw_look_answer
+from export.formats import FULL, HALF
 from export.stages import Definition, Stage
 from export.stages.catalog import DEFINITIONS
 
@@ -70,8 +71,8 @@ def measure(
         except ParityError as error:
             raise CompileError(
                 f"in 16 bit, {error.message.replace('torch', 'its float32 graph')}",
-                hint="compile with --compute bf16, whose range is that of float32, or --compute "
-                "fp32",
+                hint=f"compile with --compute {HALF.name}, whose range is that of {FULL.dtype}, "
+                f"or --compute {FULL.name}",
             ) from error
         product = generate is draw_look_answer  # what a generator runs
         deviation = _picture(source, folder, manifest, driver) if product else None

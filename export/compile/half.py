@@ -20,17 +20,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from export.errors import CompileError
+from export.formats import FULL, HALF, SIXTEEN_BIT
 from export.stages import Definition
 
 FLOAT = ir.DataType.FLOAT
-TYPES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
-_NUMPY = {ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
+TYPES = {declared.dtype: ir.DataType[declared.dtype.upper()] for declared in SIXTEEN_BIT}
+# those with a shorter range than float32
+_SHORT = {TYPES[declared.dtype] for declared in SIXTEEN_BIT if declared.runtime.largest is not None}
 
 # A gated product (SwiGLU, T5's gated GELU) can reach beyond float16, whose largest number is 65504.
 # Its matrix product runs on a 64th of it, which costs only the last bits of values below 0.004.
@@ -51,7 +52,7 @@ def convert(model: ir.Model, engine: Definition, compute: str) -> None:
     """Rewrite an engine's graph in place. Its doors keep their names and types.
 
     Args:
-        compute: "float16" or "bfloat16".
+        compute: a dtype of `TYPES`.
 
     Raises:
         CompileError: when the constants are read: one is beyond the range of float16.
@@ -90,7 +91,7 @@ class _Converter:
         for node in self.products:
             if node.op_type == "Attention":
                 self._scale_query(node)
-        if self.half == ir.DataType.FLOAT16:
+        if self.half in _SHORT:
             self._shift_gates()
         for node in reversed(list(self.graph)):
             self._want(node)
@@ -208,7 +209,7 @@ class _Converter:
         if node.op_type not in _FOLLOW or node in self.exact or not computed:
             return False
         summed = node.op_type in ("Add", "Sub") and len(computed) > 1
-        gated = self.half == TYPES["float16"] and _is_gated(node.outputs[0])
+        gated = self.half in _SHORT and _is_gated(node.outputs[0])
         return not (summed or gated) and all(
             value.dtype == self.half if constant(value) is None else _is_vector(value)
             for value in data
@@ -269,16 +270,13 @@ def _rounder(
 ) -> Callable[[], ir.TensorProtocol]:
     def rounded() -> ir.TensorProtocol:
         wide = tensor.numpy().astype(np.float32)
-        if (
-            half == ir.DataType.FLOAT16
-            and np.abs(wide).max(initial=0.0) > np.finfo(half.numpy()).max
-        ):
+        if half in _SHORT and np.abs(wide).max(initial=0.0) > np.finfo(half.numpy()).max:
             raise CompileError(
                 f"stage `{stage}`: {name} reaches {np.abs(wide).max():.3g}, beyond the range of "
-                "float16",
-                hint="compile with --compute bf16, whose range is that of float32",
+                f"{half.name.lower()}",
+                hint=f"compile with --compute {HALF.name}, whose range is that of {FULL.dtype}",
             )
-        return ir.Tensor(wide.astype(_NUMPY[half]), dtype=half)
+        return ir.Tensor(wide.astype(half.numpy()), dtype=half)
 
     return rounded
 

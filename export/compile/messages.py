@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from export.errors import CompileError
+from export.formats import OLDEST_HALF
 
 # Logged whenever anything fails on a machine without a driver; never the cause.
 _NOISE = ("catchCudaError", "Error reading CUDA GPU properties")
@@ -20,7 +21,7 @@ _ADVICE = (
     (
         r"HW-specific datatypes: (?P<what>\w+)",
         "the target has no arithmetic for this type; rebuild the set with "
-        "`python -m export.build --precision fp16`",
+        f"`python -m export.build --precision {OLDEST_HALF.name}`",
     ),
     (
         r"is_decomposable",

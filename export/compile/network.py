@@ -8,14 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bifrost_rt.manifest import INDICES
+from export.formats import FORMATS
 
-_NAMES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "FP8": "float8_e4m3fn",
-    "FP4": "float4_e2m1fn",
-}
+_NAMES = {f.tensorrt: f.runtime.computes_in or f.dtype for f in FORMATS.values()}
+_BITS = {f.tensorrt: f.code_bits for f in FORMATS.values()}
 _PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "ATTENTION_INPUT")
 _ATTENTION = "_AttentionInput"  # the parser makes two layers of one attention
 
@@ -113,7 +109,7 @@ def _maker(tensor: Any, made_by: dict[str, Any]) -> Any:
 
 
 def _bits(tensor: Any) -> int:
-    bits = {"FP4": 4, "INT4": 4}.get(tensor.dtype.name, 8 * tensor.dtype.itemsize)
+    bits = _BITS.get(tensor.dtype.name, 8 * tensor.dtype.itemsize)
     for size in tensor.shape:
         bits *= size
     return bits

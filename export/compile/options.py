@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from export.formats import by_age
+
 TITLES = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
-COMPUTE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+COMPUTE = {declared.name: declared.dtype for declared in by_age() if not declared.quantized}
 WEIGHTS = ("baked", "bound")

@@ -12,16 +12,14 @@ from typing import Any
 
 from export.compile.network import Arithmetic
 from export.compile.plan_text import BITS, Dim, EnginePlan, Operation, Tensor
+from export.formats import FORMATS
 
 UNKNOWN = "unknown"
 # the plan's types as the manifest calls them
 DTYPES = {
-    "float": "float32",
-    "half": "float16",
-    "bf16": "bfloat16",
-    "fp8_e4m3": "float8_e4m3fn",
-    "fp4_e2m1": "float4_e2m1fn",
-    "fp4": "float4_e2m1fn",
+    word: declared.runtime.computes_in or declared.dtype
+    for declared in FORMATS.values()
+    for word in declared.plan
 }
 PRODUCTS = ("fully_connected", "corrltn", "runtime_fusion")
 HEAD = 16  # attention with heads of a multiple of this width has a kernel; of 8 it may have none

@@ -14,16 +14,17 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 
+from export.formats import FORMATS
+
 Dim = int | str  # a number, or the name of one that the inputs' shapes decide
 
 # bits of one element, by the plan's names of types
 BITS = {
-    "double": 64,
-    "int64": 64,
-    **dict.fromkeys(("float", "tf32", "int32", "uint32"), 32),
-    **dict.fromkeys(("half", "bf16"), 16),
-    **dict.fromkeys(("fp8_e4m3", "fp8_e5m2", "fp8_e8m0", "int8", "uint8", "bool"), 8),
-    **dict.fromkeys(("fp4_e2m1", "fp4", "int4", "uint4"), 4),
+    **{word: declared.code_bits for declared in FORMATS.values() for word in declared.plan},
+    **dict.fromkeys(("double", "int64"), 64),
+    **dict.fromkeys(("tf32", "int32", "uint32"), 32),
+    **dict.fromkeys(("fp8_e5m2", "fp8_e8m0", "uint8", "bool"), 8),
+    "uint4": 4,
 }
 _START = re.compile(rb"header \{\n")
 _TEXT = re.compile(rb"[\x09\x0a\x0d\x1b-\x7e]+")

@@ -30,9 +30,11 @@ def named(weights: Weights) -> Named:
     if MARK not in weights:
         return Named(weights, Place, "diffusers")
     found = [int(m[1]) for n in weights.entries if (m := _BLOCK.fullmatch(n)) and len(m[1]) < 4]
-    flat = len(weights.entries["decoder.mid.attn_1.q.weight"].shape) == 2 if (
-        "decoder.mid.attn_1.q.weight" in weights
-    ) else False
+    flat = (
+        len(weights.entries["decoder.mid.attn_1.q.weight"].shape) == 2
+        if ("decoder.mid.attn_1.q.weight" in weights)
+        else False
+    )
     return Named(weights, _places(max(found, default=0), flat), "black-forest-labs")
 
 

@@ -1,5 +1,5 @@
-"""CLIP's text encoder as one file, such as ComfyUI's `clip_l.safetensors`: transformers' names, with
-or without `text_model.` in front."""
+"""CLIP's text encoder as one file, such as ComfyUI's `clip_l.safetensors`: transformers' names,
+with or without `text_model.` in front."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ END = 2  # of the published config: the end token is the highest id
 def named(weights: Weights) -> Named:
     """The encoder of a file."""
     prefix = PREFIX if any(name.startswith(PREFIX) for name in weights.entries) else ""
-    return Named(
-        weights, lambda name: Place(prefix + name.removeprefix(PREFIX)), "transformers"
-    )
+    return Named(weights, lambda name: Place(prefix + name.removeprefix(PREFIX)), "transformers")
 
 
 def config(net: Named) -> dict[str, Any]:

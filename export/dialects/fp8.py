@@ -65,8 +65,7 @@ def _scale(entries: Mapping[str, Entry], name: str, beside: Mapping[str, str]) -
     if unknown or len(known) > 1:
         raise CheckpointError(
             f"{weight.file}: tensor {name} is {weight.dtype} with "
-            f"{' and '.join([*known, *unknown])} beside it, expected one of "
-            + ", ".join(SCALES),
+            f"{' and '.join([*known, *unknown])} beside it, expected one of " + ", ".join(SCALES),
             hint="give the model before it was quantized",
         )
     if not known:

@@ -98,8 +98,8 @@ def _read(
     step = max(1, AT_ONCE // max(1, result.shape[1]))
     for at in range(0, number, step):
         some = min(step, number - at)
-        data = _bytes(file, offset + (first + at) * row, some * row).reshape(some, row)
-        part = dequantize(data, GGMLQuantizationType[kind])
+        codes = _bytes(file, offset + (first + at) * row, some * row).reshape(some, row)
+        part = dequantize(codes, GGMLQuantizationType[kind])
         result[at : at + some] = torch.from_numpy(part).reshape(some, -1)
     return result.reshape(number, *inner) if len(shape) > 1 else result.reshape(shape)
 

@@ -35,9 +35,7 @@ def named(weights: Weights) -> Named:
     if MARK in weights:
         return Named(weights, _gguf, "GGUF")
     saved = next((name for name in EMBEDDINGS if name in weights), EMBEDDINGS[0])
-    return Named(
-        weights, lambda name: Place(saved if name in EMBEDDINGS else name), "transformers"
-    )
+    return Named(weights, lambda name: Place(saved if name in EMBEDDINGS else name), "transformers")
 
 
 def config(net: Named) -> dict[str, Any]:

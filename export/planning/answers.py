@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from bifrost_rt import dims
 from bifrost_rt.dims import CACHE_TOKENS
 from bifrost_rt.manifest import EngineSpec
-from export.planning.storage import STORAGES, Storage
+from export.formats import FULL
+from export.formats.base import Format
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Answers:
     table_bytes: int | None
     cache: int
 
-    def read(self, stored: int, storage: Storage | None) -> int:
+    def read(self, stored: int, storage: Format | None) -> int:
         """Bytes that a token reads.
 
         Args:
@@ -36,7 +37,7 @@ class Answers:
         """
         table = self.table_bytes
         if table is None or storage is not None:
-            table = self.table * (storage or STORAGES["fp32"]).other_bytes
+            table = self.table * (storage or FULL).other_bytes
         return stored - table
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from bifrost_rt import files, residency, strict
 from export.errors import RecipeError
+from export.formats import FORMATS
 
 TABLE = Path(__file__).with_name("devices.toml")
 HERE = "here"
-RATES = ("fp32", "fp16", "fp8", "int8", "fp4")
+RATES = tuple(dict.fromkeys(declared.rate for declared in FORMATS.values()))
 FIGURES = ("memory_gib", "bandwidth", "watts", *RATES)
 CERTAINTY = ("published", "derived", "unconfirmed")
 GIB = 1 << 30

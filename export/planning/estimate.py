@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from bifrost_rt import residency
 from bifrost_rt.errors import BudgetError
 from bifrost_rt.residency import Need, Step, size_text
+from export.formats import FORMATS, FULL, HALF
+from export.formats.base import Format
 from export.planning.devices import Device
-from export.planning.storage import STORAGES, Storage
 from export.planning.work import Work
 
 InMemory = Callable[[Work, int], int]
@@ -76,7 +77,7 @@ class Plan:
 def plan(
     works: Sequence[Work],
     device: Device,
-    storage: Storage | None,
+    storage: Format | None,
     budget: int | None = None,
     in_memory: InMemory | None = None,
     ahead: bool = False,
@@ -134,14 +135,14 @@ def plan(
 
 
 def _tokens_per_second(
-    works: Sequence[Work], storage: Storage | None, device: Device
+    works: Sequence[Work], storage: Format | None, device: Device
 ) -> float | None:
     bandwidth = device.value("bandwidth")
     moved = sum(w.answers.read(w.weights(storage), storage) for w in works if w.answers)
     return None if bandwidth is None or not moved else bandwidth * 1e9 / moved
 
 
-def _loaded(works: Sequence[Work], steps: Sequence[Step], storage: Storage | None) -> int:
+def _loaded(works: Sequence[Work], steps: Sequence[Step], storage: Format | None) -> int:
     loaded = {step.engine for step in steps if step.load}
     loaded.update(engine for step in steps for engine in step.ahead)
     return sum(work.weights(storage) for work in works if work.engine in loaded)
@@ -151,7 +152,7 @@ def _stage(
     work: Work,
     need: Need,
     step: Step | None,
-    storage: Storage | None,
+    storage: Format | None,
     device: Device,
     scale: float,
     ideal: Mapping[str, tuple[float, str]] | None,
@@ -182,7 +183,7 @@ def _stage(
 
 
 def _roofline(
-    work: Work, stored: int, storage: Storage | None, device: Device
+    work: Work, stored: int, storage: Format | None, device: Device
 ) -> tuple[float | None, str | None]:
     rate = device.value(_rate(work, storage))
     bandwidth = device.value("bandwidth")
@@ -205,16 +206,16 @@ def least_seconds(work: Work, moved: int, rate: float, bandwidth: float) -> tupl
     return work.calls * max(compute, memory), "compute" if compute >= memory else "bandwidth"
 
 
-def _rate(work: Work, storage: Storage | None) -> str:
+def _rate(work: Work, storage: Format | None) -> str:
     """8 bit and fewer apply to linear layers; an engine of convolutions computes in 16 bit."""
-    kind = storage.compute if storage else "fp32"
-    return kind if work.linear or kind == "fp32" else "fp16"
+    kind = (storage or FULL).rate
+    return kind if work.linear or kind == FULL.rate else HALF.rate
 
 
-def _supported(device: Device, storage: Storage | None) -> bool:
-    if storage is None or storage.compute == "fp32" or not device.known_rates:
+def _supported(device: Device, storage: Format | None) -> bool:
+    if storage is None or storage.rate == FULL.rate or not device.known_rates:
         return True
-    return device.value(storage.compute) is not None
+    return device.value(storage.rate) is not None
 
 
 def _total(parts: Sequence[float | None]) -> float | None:
@@ -235,14 +236,14 @@ def _changes(
     works: Sequence[Work],
     needs: Sequence[Need],
     device: Device,
-    storage: Storage | None,
+    storage: Format | None,
     budget: int,
     keep: InMemory,
 ) -> tuple[str, ...]:
     said = []
     if not _supported(device, storage):
         assert storage is not None
-        said.append(f"{device.title} has no {storage.compute} arithmetic")
+        said.append(f"{device.title} has no {storage.rate} arithmetic")
     for need in needs:
         if need.total > budget:
             said.append(
@@ -274,13 +275,13 @@ def _smaller(
     fits: bool,
     works: Sequence[Work],
     device: Device,
-    storage: Storage,
+    storage: Format,
     budget: int,
     keep: InMemory,
 ) -> list[str]:
     """The precisions that would fit, or, where it fits already, would keep everything in memory."""
     found = []
-    for other in STORAGES.values():
+    for other in FORMATS.values():
         if other.linear_bits >= storage.linear_bits or not _supported(device, other):
             continue
         scale = other.activation_scale

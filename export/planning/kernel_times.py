@@ -14,20 +14,12 @@ from pathlib import Path
 
 from bifrost_rt import dims, residency
 from bifrost_rt.manifest import EngineSpec, Manifest
+from export import formats
 from export.compile import plan_report, plan_text
 from export.compile.plan_report import Kernel
 from export.errors import RecipeError
 from export.planning.devices import Device
 
-# dtype of a product -> the device's figure for it
-RATES = {
-    "float32": "fp32",
-    "float16": "fp16",
-    "bfloat16": "fp16",
-    "float8_e4m3fn": "fp8",
-    "int8": "int8",
-    "float4_e2m1fn": "fp4",
-}
 BANDWIDTH, COMPUTE = "bandwidth", "compute"
 
 
@@ -167,7 +159,7 @@ def _engine(one: Calls, device: Device, bandwidth: float, missing: dict[str, Non
     groups: dict[tuple[str, str], list[tuple[float, str, Kernel]]] = {}
     total = arithmetic = 0.0
     for kernel in one.kernels:
-        rate = device.value(RATES.get(kernel.reads, ""))
+        rate = device.value(formats.rate_of(kernel.reads) or "")
         if kernel.operations and rate is None:
             missing[kernel.reads] = None
         compute = 0.0 if rate is None else (kernel.operations or 0) / (rate * 1e12)

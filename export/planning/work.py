@@ -21,10 +21,11 @@ from bifrost_rt.manifest import EngineSpec, Manifest
 from export import assemble, flops, memory
 from export.checkpoint import Checkpoint
 from export.compile import half
+from export.formats.base import Format
 from export.planning import answers
 from export.planning.answers import Answers
 from export.planning.kernel_times import Calls
-from export.planning.storage import Elements, Storage
+from export.planning.storage import Elements
 from export.planning.trace import Trace, run_without_values, storage_key
 from export.precision import ROUNDED, SMALL
 from export.stages import Stage
@@ -51,7 +52,7 @@ class Work:
     """
 
     engine: str
-    weights: Callable[[Storage | None], int]
+    weights: Callable[[Format | None], int]
     calls: int
     flops: int
     cache: int
@@ -163,7 +164,7 @@ def _table(graph: ir.Model) -> int:
     return max((v.const_value.nbytes for v in tables if v.const_value is not None), default=0)
 
 
-def _fixed(stored: int) -> Callable[[Storage | None], int]:
+def _fixed(stored: int) -> Callable[[Format | None], int]:
     return lambda storage: stored
 
 

@@ -16,14 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 from onnx import TensorProto
 
+from bifrost_rt import formats as runtime
 from bifrost_rt.backends.onnxruntime import session_options
+from bifrost_rt.formats import FORMATS as RUNTIME
+from bifrost_rt.formats import of_layers
 from bifrost_rt.manifest import EngineSpec
 from export.errors import PrecisionError
+from export.formats import FORMATS, FULL, SIXTEEN_BIT
 from export.precision import SMALL
-from export.quantize.formats import FORMATS
 
 # Operators with a weight, and the place of the input that it meets.
 LAYERS = {
@@ -33,20 +37,12 @@ LAYERS = {
     "ConvTranspose": (1, 0),
     "Gather": (0, 1),
 }
-PASSED = ("Cast", "Transpose", "DequantizeLinear", "NVFP4Dequantize", "Identity")
+_UNPACKS = {f.weight_function for f in FORMATS.values() if f.weight_function is not None}
+PASSED = ("Cast", "Transpose", "DequantizeLinear", *_UNPACKS, "Identity")
 # (stored weight, rounded input) -> what the recipe calls it
-FORMS = {
-    ("int8", "uint8"): "int8",
-    ("int8", "int8"): "int8",
-    ("float8e4m3fn", "float8e4m3fn"): "fp8",
-    ("uint4", "nvfp4"): "nvfp4",
-    ("int4", ""): "int4",
-    ("bfloat16", ""): "bf16",
-    ("float16", ""): "fp16",
-    ("float", ""): "fp32",
-}
+FORMS = {(f.stored, rounded): f.name for f in FORMATS.values() for rounded in f.inputs}
 # What onnxruntime's CPU provider computes quantised layers with.
-KERNELS = {"int8": ("MatMulIntegerToFloat",), "int4": ("MatMulNBits",)}
+KERNELS = {declared.name: declared.kernels for declared in RUNTIME.values() if declared.kernels}
 READABLE = 1 << 30  # bytes of weights that are written a second time to see the kernels
 
 
@@ -117,8 +113,8 @@ def _rounded(
 ) -> str:
     """The type that an input goes through, or nothing."""
     node = makers.get(name)
-    if node is not None and node.op_type == "NVFP4QuantizeDequantize":
-        return "nvfp4"
+    if node is not None and node.domain and any(node.op_type in f.inputs for f in FORMATS.values()):
+        return node.op_type
     before = makers.get(node.input[0]) if node is not None and node.input else None
     if node is None or node.op_type != "DequantizeLinear" or before is None:
         return ""
@@ -136,10 +132,7 @@ def _name(kind: int) -> str:
 
 
 def _bytes(tensor: TensorProto) -> int:
-    bits = {"int4": 4, "uint4": 4, "float4e2m1": 4}.get(_name(tensor.data_type))
-    if bits is None:
-        bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return math.prod(tensor.dims) * bits // 8
+    return int(math.prod(tensor.dims) * ir.DataType(tensor.data_type).itemsize)
 
 
 def kernels(folder: Path, spec: EngineSpec) -> Counter[str] | None:
@@ -165,7 +158,8 @@ def kernels(folder: Path, spec: EngineSpec) -> Counter[str] | None:
 
 def _too_small(layer: Layer, form: str) -> bool:
     """Whether it is stored in float32 because 16 bit is not worth a node."""
-    return form in ("bf16", "fp16") and layer.form == "fp32" and layer.bytes < SMALL
+    sixteen_bit = form in (declared.name for declared in SIXTEEN_BIT)
+    return sixteen_bit and layer.form == FULL.name and layer.bytes < SMALL
 
 
 def audit(
@@ -231,10 +225,10 @@ def formats(layers: Mapping[str, Layer]) -> dict[str, int]:
 def compute(layers: Mapping[str, Layer]) -> str:
     """What the layers of an engine compute in on a CPU, for the manifest."""
     forms = {layer.form for layer in layers.values()}
-    if "int8" in forms:
-        return "int8"
-    simulated = sorted(forms & FORMATS.keys() - KERNELS.keys())
-    return f"float32, {' and '.join(simulated)} simulated" if simulated else "float32"
+    if computed := next((f.computes_in for f in of_layers(forms) if f.multiplies_bytes), None):
+        return computed
+    simulated = runtime.simulated(forms)
+    return f"{FULL.dtype}, {' and '.join(simulated)} simulated" if simulated else FULL.dtype
 
 
 def _listed(lines: Sequence[str], limit: int = 8) -> str:

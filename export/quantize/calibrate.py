@@ -59,7 +59,7 @@ def fingerprint(folders: Sequence[Path]) -> str:
     """
     digest = hashlib.sha256()
     for number, folder in enumerate(folders):
-        for path in sorted(folder.rglob("*.safetensors")):
+        for path in [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors")):
             size = path.stat().st_size
             digest.update(f"{number}/{path.relative_to(folder).as_posix()}/{size}".encode())
             with path.open("rb") as stream:

@@ -13,6 +13,7 @@ from typing import Any
 from bifrost_rt import cache, pipeline
 from bifrost_rt.dims import IMAGES
 from bifrost_rt.manifest import Calibration, SetSpec
+from export import formats as declared
 from export import precision, stage_cache
 from export.exercise import draw_look_answer
 from export.quantize import apply, calibrate, policy, sweep
@@ -105,7 +106,8 @@ def quantise(
 
 def _rest(asked: str, layers: Mapping[str, str], rest: str) -> str:
     """What a stage stores that is no linear layer: float32 only where all of it is."""
-    if asked in precision.PRECISIONS and (asked != "fp32" or set(layers.values()) <= {"fp32"}):
+    full = declared.FULL.name
+    if asked in precision.PRECISIONS and (asked != full or set(layers.values()) <= {full}):
         return asked
     return rest
 
@@ -124,7 +126,7 @@ def _statistics(
     older: Path | None,
     generate: pipeline.Generate,
 ) -> tuple[Statistics, Calibration]:
-    checkpoint = calibrate.fingerprint([Path(recipe.mllm), Path(recipe.bifrost), Path(recipe.flux)])
+    checkpoint = calibrate.fingerprint([Path(path) for path in recipe.paths])
     if recipe.statistics is not None:
         found = Statistics.load(Path(recipe.statistics), checkpoint)
     else:

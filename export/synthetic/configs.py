@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from export.formats import FORMATS
 from export.network_configs import SUPPORTED_VARIANT
 from export.synthetic.shapes import Flux, Shapes
 from export.synthetic.tokenizers import CLIP_LENGTH, clip_end, qwen_id
 
-_TORCH_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_TORCH_DTYPE = {f.name: f.dtype for f in FORMATS.values() if f.safetensors}
 
 
 def mllm(shapes: Shapes) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from export.errors import RecipeError
+from export.formats import FORMATS, HALF
 from export.model.decoder_config import DecoderConfig
 
-DTYPES = ("bf16", "fp16", "fp32")
+DTYPES = tuple(sorted(f.name for f in FORMATS.values() if f.safetensors))
 GIB = 1 << 30
 
 
@@ -85,7 +86,7 @@ class Layout:
         chat_template: the file that holds it.
     """
 
-    dtype: str = "bf16"
+    dtype: str = HALF.name
     shard_bytes: int = 5 * GIB
     newer_keys: bool = False
     left_out: tuple[str, ...] = ()

@@ -18,9 +18,14 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from export import formats
+
 # name in a safetensors header, bytes per element
-FORMATS = {"bf16": ("BF16", 2), "fp16": ("F16", 2), "fp32": ("F32", 4), "int64": ("I64", 8)}
-_TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FORMATS = {
+    **{f.name: (f.safetensors, f.other_bytes) for f in formats.FORMATS.values() if f.safetensors},
+    "int64": ("I64", 8),
+}
+_TORCH = {f.name: getattr(torch, f.dtype) for f in formats.FORMATS.values() if f.safetensors}
 BLOCK = 1 << 22  # elements
 
 

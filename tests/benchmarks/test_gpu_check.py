@@ -106,6 +106,16 @@ def test_times_are_those_of_stages_and_of_single_steps(subject: Subject) -> None
     assert gpu_trials.transfers(subject, 1 << 16)["write_gb_s"] > 0
 
 
+def test_answers_are_those_of_the_cpu(subject: Subject) -> None:
+    found = gpu_trials.answers(subject)
+    for name in ("without_graphs", "with_graphs"):
+        for row in found[name].values():
+            assert row["as_on_the_cpu"] == [True, True]
+            assert row["tokens"] > 0
+            assert row["cached_tokens"][1] > 0
+            assert row["second_ms"]["per_token"] > 0
+
+
 def test_kernels_and_calls_are_told_apart() -> None:
     def event(name: str, device: str, us: float) -> Any:
         span = SimpleNamespace(elapsed_us=lambda: us)

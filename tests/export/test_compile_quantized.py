@@ -218,7 +218,7 @@ def test_weights_of_4_bits_stay_in_the_engine(form: str, monkeypatch: pytest.Mon
     built = compiled(form, "sm120", bind=True)
     assert built.arithmetic.stored == DTYPES[form]
     assert touched(built.engine, "codes") == []
-    monkeypatch.setattr(bound, "_FOUR_BITS", ())
+    monkeypatch.setattr(bound, "_FEW_BITS", 0)
     assert touched(compiled(form, "sm120", bind=True).engine, "codes") != []
 
 

@@ -409,14 +409,14 @@ def the_root_of_a_hub_cache(root: Path) -> dict[str, Path]:
     }
 
 
-@refused("a single file of FLUX (flux1-dev.safetensors)", "text_encoder_2")
+@refused("a single file of FLUX (flux1-dev.safetensors)", "give the file itself")
 def a_single_file_in_a_folder(root: Path) -> None:
     shutil.rmtree(root / "flux")
     (root / "flux").mkdir()
     (root / "flux/flux1-dev.safetensors").write_bytes(b"")
 
 
-@refused("flux1-dev.safetensors: a file, not a folder", "text_encoder_2")
+@refused("flux1-dev.safetensors: a single file of FLUX", "--flux-configs", "tokenizer_2/")
 def a_single_file(root: Path) -> dict[str, Path]:
     (root / "flux1-dev.safetensors").write_bytes(b"")
     return {"flux": root / "flux1-dev.safetensors"}

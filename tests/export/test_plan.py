@@ -14,10 +14,10 @@ from bifrost_rt import dims, manifest, residency
 from export import assemble, graph, precision
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError, RecipeError
+from export.formats import FORMATS
 from export.plan import main, of_set, works_of_shapes
 from export.planning import devices, estimate, report, work
 from export.planning.estimate import Plan
-from export.planning.storage import STORAGES
 from export.planning.work import Work
 from export.stages.catalog import DEFINITIONS
 from tests.conftest import ALPHA
@@ -44,11 +44,11 @@ def release() -> list[Work]:
 
 
 def on(release: list[Work], device: str, storage: str, **options: Any) -> Plan:
-    return estimate.plan(release, devices.find(device), STORAGES[storage], **options)
+    return estimate.plan(release, devices.find(device), FORMATS[storage], **options)
 
 
 def test_planned_weights_are_the_built_ones(works: dict[str, Work], built: dict[str, Work]) -> None:
-    planned = {name: one.weights(STORAGES["fp32"]) for name, one in works.items()}
+    planned = {name: one.weights(FORMATS["fp32"]) for name, one in works.items()}
     found = {name: one.weights(None) for name, one in built.items()}
     assert sum(planned.values()) == pytest.approx(sum(found.values()), rel=0.01)
     # the tiny CLIP's causal mask is 3 % of it, which is no weight
@@ -63,7 +63,7 @@ def test_planned_weights_are_the_built_ones_at_16_bit(works: dict[str, Work]) ->
         traced = graph.to_graph(stage)
         precision.store(traced, "bf16")
         found += sum(precision.weight_bytes(traced).values())
-        planned += works[stage.name].weights(STORAGES["bf16"])
+        planned += works[stage.name].weights(FORMATS["bf16"])
     assert planned == pytest.approx(found, rel=0.01)
 
 
@@ -97,7 +97,7 @@ def test_the_manifest_states_the_scratch_memory_of_the_graph(
 def test_7b_has_the_published_sizes_and_cost(release: list[Work]) -> None:
     """Billions of parameters and TFLOP of one picture, from the published shapes."""
     at = {one.engine: one for one in release}
-    fp32 = {name: one.weights(STORAGES["fp32"]) / 4e9 for name, one in at.items()}
+    fp32 = {name: one.weights(FORMATS["fp32"]) / 4e9 for name, one in at.items()}
     assert fp32["visual_decode"] == pytest.approx(6.53, abs=0.02)
     # FLUX without modulation and embedders, and the ControlNet without modulation
     assert fp32["denoise"] == pytest.approx(8.59 + 0.75, abs=0.02)
@@ -128,7 +128,7 @@ def test_a_set_and_its_checkpoint_answer_alike(
     assert planned is not None
     assert counted is not None
     assert planned.cache == counted.cache
-    fp32 = STORAGES["fp32"]
+    fp32 = FORMATS["fp32"]
     stored = works["mllm_text"].weights(fp32)
     assert planned.read(stored, fp32) == counted.read(stored, None) == stored - 640 * 64 * 4
 

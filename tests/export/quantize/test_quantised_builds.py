@@ -19,8 +19,8 @@ from bifrost_rt.processor import Processor
 from export import build, trace
 from export.checkpoint import Checkpoint
 from export.errors import CalibrationError, RecipeError
+from export.formats import FORMATS
 from export.planning import work
-from export.planning.storage import STORAGES
 from export.quantize.quantise import STATISTICS
 from export.quantize.statistics import Statistics
 from export.recipe import Recipe, load
@@ -305,7 +305,7 @@ def test_planned_weights_are_the_built_ones(int8_set: Path) -> None:
         t5_length=32,
         steps=28,
     )
-    planned = {one.engine: one.weights(STORAGES["int8"]) for one in works}
+    planned = {one.engine: one.weights(FORMATS["int8"]) for one in works}
     report = json.loads((int8_set / "report.json").read_text())["engines"]
     as_asked = ("mllm_text", "visual_decode", "conditioning", "vae_decode")  # no overrides there
     found = sum(sum(report[name]["weight_bytes"].values()) for name in as_asked)
