@@ -264,8 +264,8 @@ def _new_and_known(generator: Generator, prompt: str) -> dict[str, dict[str, flo
 
 
 def answers(subject: Subject) -> dict[str, Any]:
-    """What is said of the self-test's picture: the likeliest tokens and drawn ones, twice each, then
-    behind a kept prefix; milliseconds, and whether the CPU says the same."""
+    """What is said twice of the self-test's picture: the likeliest tokens, and drawn ones. The
+    second time a prefix is kept. Milliseconds, and whether the CPU says the same."""
     image = subject.folder / selftest.PICTURE
     requests: dict[str, dict[str, Any]] = {
         "likeliest": {"max_new_tokens": ANSWER},

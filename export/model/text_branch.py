@@ -114,8 +114,10 @@ class TextBranch(nn.Module):
 def _row(x: Tensor, place: Tensor) -> Tensor:
     """[U, R, D] at [U] -> [U, 1, D]: whole rows of memory, which gather would take apart."""
     texts, rows = x.shape[:2]
-    flat = place + rows * torch.arange(texts, device=x.device)
-    return x.flatten(0, 1).index_select(0, flat)[:, None]
+    # Counted and looked up: a product with `rows` would copy that size to a GPU, and onnxruntime
+    # records no CUDA graph of an engine that copies.
+    flat = torch.arange(texts * rows, device=x.device).unflatten(0, (texts, rows))
+    return x.flatten(0, 1).index_select(0, flat.gather(1, place[:, None])[:, 0])[:, None]
 
 
 def _take(x: Tensor, place: Tensor, dim: int) -> Tensor:
