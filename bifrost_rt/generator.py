@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -175,31 +176,17 @@ class Generator:
             GeneratorStateError: the generator is closed, or this is its own callback.
         """
         self._turns.require_open("run()")
-        if prompt is None and image is None:
-            raise RequestError("run() needs a prompt or an image")
-        if tokens is not None and image is not None:
-            raise RequestError("image and tokens are two sources of CLIP latents; give one")
-
-        def check(
-            prompt: str | Sequence[str], tokens: ArrayLike | None = tokens
-        ) -> request.Request:
-            return request.check(
-                self.manifest,
-                prompt=prompt,
-                height=height,
-                width=width,
-                order=order,
-                latents=latents,
-                output_type=output_type,
-                tokens=tokens,
-                **options,
-            )
-
-        checked = check("" if prompt is None else prompt)
-        if image is not None:  # looked at when everything else can be served
-            shown = images.read(image)
-            said = self.describe(shown).text if prompt is None else prompt
-            checked = check(said, np.repeat(self.encode(shown), checked.images, axis=0))
+        checked = self._asked(
+            prompt=prompt,
+            image=image,
+            height=height,
+            width=width,
+            order=order,
+            latents=latents,
+            tokens=tokens,
+            output_type=output_type,
+            **options,
+        )
         (out,) = self._draw(
             "run()", [checked], [callback_on_step_end], preview_every, [_places(checked)]
         )
@@ -223,11 +210,32 @@ class Generator:
             Errors as in `run`; the first ends all runs.
         """
         self._turns.require_open("run_several()")
-        checked = [request.check(self.manifest, **one) for one in runs]
+        checked = [self._asked(**one) for one in runs]
         callbacks = [None] * len(checked) if callbacks is None else callbacks
         places = [_places(one) for one in checked]
         drawn = self._draw("run_several()", checked, callbacks, preview_every, places)
         return [_result(*one) for one in zip(checked, drawn, strict=True)]
+
+    def _asked(
+        self,
+        *,
+        prompt: str | Sequence[str] | None = None,
+        image: ImageLike | None = None,
+        tokens: ArrayLike | None = None,
+        **others: Any,
+    ) -> request.Request:
+        """Check the arguments of a run. Its image is looked at when all else can be served."""
+        if prompt is None and image is None:
+            raise RequestError("run() needs a prompt or an image")
+        if tokens is not None and image is not None:
+            raise RequestError("image and tokens are two sources of CLIP latents; give one")
+        check = functools.partial(request.check, self.manifest, **others)
+        checked = check(prompt="" if prompt is None else prompt, tokens=tokens)
+        if image is None:
+            return checked
+        shown = images.read(image)
+        said = self.describe(shown).text if prompt is None else prompt
+        return check(prompt=said, tokens=np.repeat(self.encode(shown), checked.images, axis=0))
 
     def encode(self, image: ImageLike) -> NDArray[np.float32]:
         """Read an image into the CLIP latents that the ControlNet reads, [1, N, D]: pass them to

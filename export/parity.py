@@ -47,7 +47,6 @@ STEPS = 4  # of the decoding loop, where there are so many places
 # difference moves some value to the next step, the next layer sees that, and after a few layers as
 # much of a step differs as rounding itself costs; these add up like noise, by squares. A layer by
 # itself is held to 2e-5, by the tests.
-ROUNDED = {f.name: f.rounding for f in FORMATS.values() if f.rounding is not None}
 
 
 def sizes(
@@ -174,7 +173,8 @@ def compare(
 def rounding(layers: Mapping[str, int]) -> float | None:
     """What an engine may differ by in the mean, from its layers by format; None where it rounds no
     activations."""
-    found = sum(ROUNDED[form] ** 2 * count for form, count in layers.items() if form in ROUNDED)
+    bounds = {name: FORMATS[name].rounding or 0.0 for name in layers if name in FORMATS}
+    found = sum(bounds[name] ** 2 * count for name, count in layers.items() if name in bounds)
     return math.sqrt(found) if found else None
 
 

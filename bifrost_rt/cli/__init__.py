@@ -54,6 +54,12 @@ def _generate(options: argparse.Namespace) -> int:
     return generate.run(options)
 
 
+def _encode(options: argparse.Namespace) -> int:
+    from bifrost_rt.cli import encode
+
+    return encode.run(options)
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from bifrost_rt import inspect, manifest
 
@@ -107,6 +113,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "generate": _generate,
+    "encode": _encode,
     "inspect": _inspect,
     "verify": _verify,
     "describe": _describe,

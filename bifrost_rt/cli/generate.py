@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bifrost_rt import cache, handover, manifest
+from bifrost_rt import cache, chat, handover, images, manifest, vision
 from bifrost_rt import request as requests
 from bifrost_rt.cli.options import long_flag
 from bifrost_rt.cli.progress import Progress
@@ -66,14 +66,19 @@ def _check(tasks: Sequence[Task], facts: manifest.Manifest) -> None:
         RequestError: of the first task that cannot.
     """
     for task in tasks:
-        images = requests.check(facts, **task.request).images
-        if task.image is not None and task.image >= images:
+        asked = dict(task.request)
+        if asked.pop("image", None) is not None:
+            vision.facts(facts)
+            if "prompt" not in asked:
+                chat.facts(facts)
+        drawn = requests.check(facts, **{"prompt": "", **asked}).images
+        if task.image is not None and task.image >= drawn:
             raise RequestError(
                 f"--like: that picture is number {task.image} of its run, which would have only "
-                f"{images} now",
+                f"{drawn} now",
                 hint="leave out --num-images-per-prompt",
             )
-        paths, _ = picture_paths(task.output, images if task.image is None else 1)
+        paths, _ = picture_paths(task.output, drawn if task.image is None else 1)
         if task.tokens is not None:
             check_writable(task.tokens)
             if os.path.realpath(task.tokens) in map(os.path.realpath, paths):
@@ -190,8 +195,8 @@ def _tasks(options: argparse.Namespace) -> Iterator[Task]:
     output, _ = picture_path(options.output)
     tokens = Path(options.save_tokens) if options.save_tokens else None
     if options.prompts is not None:
-        if options.prompt or options.like or options.tokens:
-            raise RequestError("--prompts does not go with a prompt, --like or --tokens")
+        if options.prompt or options.like or options.tokens or options.image:
+            raise RequestError("--prompts does not go with a prompt, --image, --like or --tokens")
         prompts = _lines(options.prompts)
         for i, prompt in enumerate(prompts):
             request = {"prompt": prompt, **given}
@@ -203,13 +208,21 @@ def _tasks(options: argparse.Namespace) -> Iterator[Task]:
         request["prompt"] = options.prompt[0] if len(options.prompt) == 1 else options.prompt
         image = None
     idle = [long_flag(name) for name in given if name in OPTIONS and OPTIONS[name].mllm_only]
-    text = f"{' and '.join(idle)} has no effect: --tokens brings what the MLLM made"
-    notes = (Note(text=text),) if options.tokens and idle else ()
+    source = "--image" if options.image else "--tokens"
+    text = f"{' and '.join(idle)} has no effect: {source} brings the CLIP latents"
+    notes = (Note(text=text),) if (options.tokens or options.image) and idle else ()
     yield Task({**request, **given}, output, tokens, image, notes=notes)
 
 
 def _base(options: argparse.Namespace) -> tuple[dict[str, Any], int | None]:
     """What an older picture or file of tokens asks for, and which image of it is wanted."""
+    if options.image:
+        if options.like or options.tokens:
+            raise RequestError(
+                "--image does not go with --like or --tokens",
+                hint="`bifrost-rt encode IMAGE` writes the file that --tokens reads",
+            )
+        return {"image": images.read(Path(options.image))}, None
     made = handover.load(options.tokens) if options.tokens else None
     if options.like is not None:
         return _like(options.like, made)
@@ -236,7 +249,8 @@ def _like(path: str, made: handover.Handover | None) -> tuple[dict[str, Any], in
             f"{path}: was made from tokens of its own"
             if injected
             else f"{path}: was not made from a file of tokens",
-            hint="--tokens FILE, the file that it was made from"
+            hint="--tokens FILE, the file that it was made from; of an image, `bifrost-rt encode` "
+            "makes it"
             if injected
             else "leave out --tokens",
         )

@@ -34,6 +34,23 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(required=True, metavar="COMMAND", dest="command")
     _generate(commands.add_parser("generate", help="draw prompts"))
 
+    encode = commands.add_parser("encode", help="read an image into CLIP latents, to draw them")
+    encode.add_argument("image", metavar="IMAGE", help="the image's file")
+    encode.add_argument(
+        "-o",
+        "--output",
+        default="tokens.safetensors",
+        metavar="FILE",
+        help="for `generate --tokens` (tokens.safetensors)",
+    )
+    encode.add_argument(
+        "--prompt", metavar="TEXT", help="its caption; default: what the MLLM says of the image"
+    )
+    encode.add_argument(
+        "--engines", metavar="DIR", help="the engine set; default: the default model's"
+    )
+    _runs_a_set(encode)
+
     inspect = commands.add_parser("inspect", help="say what an engine set holds")
     inspect.add_argument("engines", metavar="DIR", help="the engine set")
     shown = inspect.add_mutually_exclusive_group()
@@ -80,7 +97,12 @@ def _generate(command: argparse.ArgumentParser) -> None:
         help="picture to write, or a folder for it (out.png)",
     )
     add("--like", metavar="PNG", help="make a picture again; other options on top of its own")
-    add("--tokens", metavar="FILE", help="draw the CLIP latents of --save-tokens, without the MLLM")
+    add("--image", metavar="FILE", help="draw this image again; a prompt, if any, varies it")
+    add(
+        "--tokens",
+        metavar="FILE",
+        help="draw the CLIP latents of --save-tokens or `encode`, without the MLLM",
+    )
     add("--save-tokens", metavar="FILE", help="write the CLIP latents (safetensors)")
     for option in OPTIONS.values():
         add_option(command, option)

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from bifrost_rt.formats import fp8
-from export.formats.base import Format
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-FORMAT = Format(
+from bifrost_rt.formats import fp8
+from export.formats.quantized import PerOutput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8(PerOutput):
+    """The arithmetic."""
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Round units to E4M3."""
+        from export.quantize.rounding import to_e4m3
+
+        return to_e4m3(x)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Round units, saturated."""
+        return self.codes(x).float()
+
+
+FORMAT = Fp8(
     runtime=fp8.FORMAT,
     other_bytes=2,
     channel_bytes=4,
@@ -16,4 +38,5 @@ FORMAT = Format(
     tensorrt="FP8",
     plan=("fp8_e4m3",),
     rounding=0.02,  # on the default model 8e-3 in whole
+    largest=448.0,
 )

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from bifrost_rt.formats import int8
-from export.formats.base import Format
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-FORMAT = Format(
+from bifrost_rt.formats import int8
+from export.formats.quantized import PerOutput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8(PerOutput):
+    """The arithmetic."""
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Round units to bytes."""
+        return x.round_().char()
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Round units, saturated."""
+        return x.round().clamp(-self.largest - 1, self.largest)
+
+
+FORMAT = Int8(
     runtime=int8.FORMAT,
     other_bytes=2,
     channel_bytes=4,
@@ -22,4 +42,6 @@ FORMAT = Format(
     # At the widths of real layers they go beyond float16's 65504: the plans of compiled engines
     # show it, and no GPU was asked.
     bare_sums=("tensorrt-rtx",),
+    largest=127.0,
+    even=True,
 )

@@ -39,10 +39,6 @@ LAYERS = {
 }
 _UNPACKS = {f.weight_function for f in FORMATS.values() if f.weight_function is not None}
 PASSED = ("Cast", "Transpose", "DequantizeLinear", *_UNPACKS, "Identity")
-# (stored weight, rounded input) -> what the recipe calls it
-FORMS = {(f.stored, rounded): f.name for f in FORMATS.values() for rounded in f.inputs}
-# What onnxruntime's CPU provider computes quantised layers with.
-KERNELS = {declared.name: declared.kernels for declared in RUNTIME.values() if declared.kernels}
 READABLE = 1 << 30  # bytes of weights that are written a second time to see the kernels
 
 
@@ -65,6 +61,8 @@ def read(path: Path) -> dict[str, Layer]:
     graph = onnx.load(path, load_external_data=False).graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     makers = {name: node for node in graph.node for name in node.output}
+    # (stored weight, rounded input) -> what the recipe calls it
+    forms = {(f.stored, rounded): f.name for f in FORMATS.values() for rounded in f.inputs}
     found: dict[str, Layer] = {}
     for node in graph.node:
         if node.op_type not in LAYERS:
@@ -86,7 +84,7 @@ def read(path: Path) -> dict[str, Layer]:
         kind = _name(stored.data_type)
         rounded = _rounded(node.input[of_input], makers, weights) if kind != "float" else ""
         found[path_of] = Layer(
-            FORMS.get((kind, rounded), f"{kind}/{rounded or 'float'}"),
+            forms.get((kind, rounded), f"{kind}/{rounded or 'float'}"),
             tuple(stored.dims),
             _bytes(stored) + sum(_bytes(scale) for scale in scales if len(scale.dims) > 1),
         )
@@ -206,12 +204,12 @@ def audit(
 def _check_kernels(
     spec: EngineSpec, layers: Mapping[str, Layer], used: Counter[str] | None
 ) -> None:
-    for form, operators in KERNELS.items():
-        wanted = sum(layer.form == form for layer in layers.values())
-        found = wanted if used is None else sum(used[name] for name in operators)
+    for form in (declared for declared in RUNTIME.values() if declared.kernels):
+        wanted = sum(layer.form == form.name for layer in layers.values())
+        found = wanted if used is None else sum(used[name] for name in form.kernels)
         if found < wanted:
             raise PrecisionError(
-                f"engine `{spec.name}`: {wanted} layers are {form}, but onnxruntime "
+                f"engine `{spec.name}`: {wanted} layers are {form.name}, but onnxruntime "
                 f"{ort.__version__} would compute {wanted - found} of them in float32",
                 hint="build with another version of onnxruntime, or keep these layers in 16 bit",
             )

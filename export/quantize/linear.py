@@ -9,13 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from export import sources
-from export.quantize.formats import (
-    FORMATS,
-    Quantised,
-    dequantised,
-    quantise,
-    round_activations,
-)
+from export.quantize.formats import FORMATS, dequantised, quantise, round_activations
+from export.quantize.rounding import Quantised
 from export.sources import Source
 
 # Values that are quantised at once: a weight in float32, several times over, would be the most

@@ -24,18 +24,17 @@ from onnxscript import opset23 as op
 from export import sources
 from export.errors import ExportError
 from export.initializers import Weight
-from export.quantize.formats import E2M1_MAX, E2M1_VALUES, E4M3_MAX, FORMATS, SMALLEST
+from export.quantize.formats import FORMATS
 from export.quantize.linear import QuantizedLinear
+from export.quantize.rounding import E2M1_MAX, E2M1_VALUES, E4M3_MAX, SMALLEST
 
 DOMAIN = onnxscript.values.Opset("bifrost", 1)
 BLOCK = 16
-FP8 = onnx.TensorProto.FLOAT8E4M3FN
+E4M3 = onnx.TensorProto.FLOAT8E4M3FN
 FLOAT = onnx.TensorProto.FLOAT
 INT32 = onnx.TensorProto.INT32
 E2M1 = [*E2M1_VALUES, *(-value for value in E2M1_VALUES)]
 ZERO_POINT = "zero_point.uint8"
-# torch has no types of four bits
-PACKED = {"int4": ir.DataType.INT4, "nvfp4": ir.DataType.UINT4}
 
 
 # The bodies are read by onnxscript, which knows a few forms of Python: constants are made here.
@@ -51,7 +50,7 @@ def NVFP4QuantizeDequantize(x, scale):
     blocks = op.Reshape(x, op.Constant(value_ints=[-1, BLOCK]))
     largest = op.ReduceMax(op.Abs(blocks), op.Constant(value_ints=[1]), keepdims=1)
     wanted = op.Min(op.Div(op.Div(largest, top), scale), op.Constant(value_float=E4M3_MAX))
-    wide = op.Mul(op.Cast(op.Cast(wanted, to=FP8), to=FLOAT), scale)
+    wide = op.Mul(op.Cast(op.Cast(wanted, to=E4M3), to=FLOAT), scale)
     v = op.Div(blocks, op.Max(wide, op.Constant(value_float=SMALLEST)))
     magnitude = op.Min(op.Abs(v), top)
     coarse = op.Where(op.Less(magnitude, four), one, two)
@@ -69,6 +68,9 @@ def NVFP4Dequantize(codes, block_scale, tensor_scale):
     blocks = op.Reshape(values, op.Concat(op.Constant(value_ints=[-1, BLOCK]), outputs, axis=0))
     scale = op.Mul(op.Cast(block_scale, to=FLOAT), tensor_scale)
     return op.Reshape(op.Mul(blocks, op.Unsqueeze(scale, op.Constant(value_ints=[1]))), shape)
+
+
+FUNCTIONS = (NVFP4QuantizeDequantize, NVFP4Dequantize)
 
 
 def quantize(model: ir.Model, layers: Mapping[str, QuantizedLinear]) -> None:
@@ -166,14 +168,13 @@ class _Writer:
         if layer.input_scale is None:
             return x
         scale = self._initializer("input_scale")
-        if self.form == "nvfp4":
-            return self._add(
-                into, "NVFP4QuantizeDequantize", [x, scale], name, x, domain=DOMAIN.domain
-            )
-        if self.form == "fp8":
-            point, codes, attributes = [], ir.DataType.FLOAT8E4M3FN, {"output_dtype": FP8}
-        else:
-            point, codes, attributes = [self._zero_point()], ir.DataType.UINT8, {}
+        rounded = FORMATS[self.form].inputs[0]
+        if any(rounded == function.name for function in FUNCTIONS):
+            return self._add(into, rounded, [x, scale], name, x, domain=DOMAIN.domain)
+        codes = ir.DataType[rounded.upper()]
+        unsigned = codes == ir.DataType.UINT8
+        point = [self._zero_point()] if unsigned else []
+        attributes = {} if unsigned else {"output_dtype": codes.value}
         stored = self._add(
             into, "QuantizeLinear", [x, scale, *point], f"{name}.codes", x, codes, attributes
         )
@@ -183,9 +184,9 @@ class _Writer:
         """The weight [K, N] in float32."""
         codes, scale = self._initializer("codes"), self._initializer("scale")
         block, name = FORMATS[self.form].block, f"{self.path}.dequantized"
-        if self.form == "nvfp4":
+        if (function := FORMATS[self.form].weight_function) is not None:
             inputs = [codes, scale, self._initializer("tensor_scale")]
-            return self._add(into, "NVFP4Dequantize", inputs, name, codes, domain=DOMAIN.domain)
+            return self._add(into, function, inputs, name, codes, domain=DOMAIN.domain)
         if block is None:
             return self._add(
                 into, "DequantizeLinear", [codes, scale], name, codes, attributes={"axis": 1}
@@ -227,8 +228,8 @@ class _Writer:
         source = sources.of(self.layer, part)
         stored = TorchTensor(sources.get(self.layer, part)).dtype
         tensor: ir.TensorProtocol = Weight(source, stored, name)
-        if part == "codes" and self.form in PACKED:
-            stored = PACKED[self.form]
+        if part == "codes" and FORMATS[self.form].packed:
+            stored = ir.DataType[FORMATS[self.form].stored.upper()]
             tensor = ir.LazyTensor(
                 functools.partial(_packed, tensor, stored), stored, tensor.shape, name=name
             )
@@ -264,7 +265,7 @@ def _packed(codes: ir.TensorProtocol, stored: ir.DataType) -> ir.TensorProtocol:
 def _add_functions(model: ir.Model) -> None:
     """Give a model the bodies of the functions that its nodes call."""
     called = {node.op_type for node in model.graph if node.domain == DOMAIN.domain}
-    for function in (NVFP4QuantizeDequantize, NVFP4Dequantize):
+    for function in FUNCTIONS:
         if function.name in called:
             body = ir.serde.deserialize_function(function.to_function_proto())
             body.opset_imports[""] = model.opset_imports[""]  # the checker wants one for both

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from export.quantize.formats import FORMATS, INT8_MAX, SMALLEST, activation_scale
+from export.quantize.formats import FORMATS, activation_scale
+from export.quantize.rounding import SMALLEST
 from export.quantize.statistics import Observed
 
 PERCENTILE = 0.9999
@@ -46,7 +47,7 @@ def clip(seen: Observed, method: str, form: str) -> float:
     Formats of floating point keep their relative precision however large their range is, so they
     take the maximum: clipping can only lose.
     """
-    if method == "max" or form != "int8":
+    if method == "max" or not FORMATS[form].even:
         return seen.largest
     width = seen.top / len(seen.counts)
     ends = torch.arange(1, len(seen.counts) + 1, dtype=torch.float64) * width
@@ -58,7 +59,7 @@ def clip(seen: Observed, method: str, form: str) -> float:
     beyond = (middles - candidates[:, None]).clamp(min=0).square()
     errors = (beyond * seen.counts).sum(1)
     inside = (middles <= candidates[:, None]).to(torch.float64) @ seen.counts
-    errors += inside * (candidates / INT8_MAX).square() / 12
+    errors += inside * (candidates / FORMATS[form].largest).square() / 12
     return float(candidates[errors.argmin()])
 
 
@@ -71,21 +72,22 @@ def choose(seen: Observed, weight: Tensor, form: str, method: str) -> Scales:
     if not FORMATS[form].calibrated:
         return Scales(None)
     largest = clip(seen, method, form)
-    if form != "int8":
+    if not FORMATS[form].even:
         return Scales(activation_scale(largest, form))
+    steps = FORMATS[form].largest
     squares = seen.channel_square / max(1, seen.rows)
     energy, magnitude = of_inputs(weight)
     lost = clipped(seen, largest) * float(energy.sum()) / weight.shape[0]
-    plain = input_noise(energy, largest) + weight_noise(weight, squares) + lost
+    plain = input_noise(energy, largest, steps) + weight_noise(weight, squares, steps) + lost
     best, migration, note = plain, None, ""
     for strength in STRENGTHS:
         factors = migration_factors(seen.channel_max, magnitude, strength)
         moved = seen.channel_max * factors
         wide = factors.double().square()
-        noise = input_noise(energy / wide, float(moved.max()))
+        noise = input_noise(energy / wide, float(moved.max()), steps)
         if noise * GAIN >= plain or noise >= best:
             continue  # the weight's own error comes on top, and costs a pass over the weight
-        noise += weight_noise(weight, squares * wide, factors)
+        noise += weight_noise(weight, squares * wide, steps, factors)
         if noise * GAIN < plain and noise < best:
             best, migration, largest = noise, factors, float(moved.max())
             gained = 10 * math.log10(plain / noise)
@@ -117,18 +119,21 @@ def of_inputs(weight: Tensor) -> tuple[Tensor, Tensor]:
     return energy, magnitude
 
 
-def input_noise(energy: Tensor, largest: float) -> float:
-    """Mean square error of a row of outputs, summed over its values, from inputs in int8.
+def input_noise(energy: Tensor, largest: float, levels: float) -> float:
+    """Mean square error of a row of outputs, summed over its values, from rounded inputs.
 
     Args:
         energy: [K] sums of squares of the weights that the inputs meet.
         largest: what the inputs' scale holds.
+        levels: evenly spaced steps up to it.
     """
-    return (largest / INT8_MAX) ** 2 * float(energy.sum()) / 12
+    return (largest / levels) ** 2 * float(energy.sum()) / 12
 
 
-def weight_noise(weight: Tensor, squares: Tensor, factors: Tensor | None = None) -> float:
-    """The same from a weight [K, N] in int8.
+def weight_noise(
+    weight: Tensor, squares: Tensor, levels: float, factors: Tensor | None = None
+) -> float:
+    """The same from a rounded weight [K, N].
 
     Args:
         squares: [K] mean squares of the inputs; with `factors`, of the inputs times these.
@@ -138,7 +143,7 @@ def weight_noise(weight: Tensor, squares: Tensor, factors: Tensor | None = None)
     for part in _parts(weight):
         moved = part if factors is None else part / factors[:, None]
         largest = torch.maximum(moved.amax(0), -moved.amin(0)).double()
-        steps += float((largest / INT8_MAX).square().sum())
+        steps += float((largest / levels).square().sum())
     return float(squares.sum()) * steps / 12
 
 

@@ -27,6 +27,8 @@ from bifrost_rt.processor import Processor
 from tests.patience import PATIENCE
 from tests.processors import KINDS, named
 
+FEW = ["--seed", "1", "--num-inference-steps", "2"]
+
 
 def test_generate_writes_a_picture_and_prints_its_path(
     alpha_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -159,12 +161,47 @@ def test_tokens_go_from_one_run_to_another(alpha_set: Path, tmp_path: Path) -> N
     assert draw("like", *like, "--tokens", tokens) == (tmp_path / "other.png").read_bytes()
 
 
+def test_an_image_is_drawn_again(
+    alpha_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its description or another prompt, at once or by a file of its latents."""
+    image, tokens = tmp_path / "image.png", str(tmp_path / "t.safetensors")
+    Image.linear_gradient("L").resize((60, 90)).convert("RGB").save(image)
+    common = ["--engines", str(alpha_set)]
+
+    def draw(name: str, *arguments: str) -> bytes:
+        path = tmp_path / f"{name}.png"
+        assert main(["generate", *common, *FEW, "-o", str(path), *arguments]) == 0
+        with Image.open(path) as picture:
+            return picture.tobytes()
+
+    assert main(["encode", str(image), *common, "-o", tokens]) == 0
+    assert capsys.readouterr().out == f"{tokens}\n"
+    with Generator(alpha_set) as opened:
+        said = opened.describe(image).text
+        expected = opened.run(image=image, seed=1, num_inference_steps=2).images[0].tobytes()
+    assert handover.load(tokens).parameters["prompt"] == said
+    assert draw("again", "--image", str(image)) == expected
+    assert draw("by_file", "--tokens", tokens) == expected
+    assert main(["encode", str(image), *common, "-o", tokens, "--prompt", "a cow"]) == 0
+    other = draw("other", "a cow", "--image", str(image))
+    assert other == draw("other_by_file", "--tokens", tokens)
+    assert other != expected
+    # a picture of an image is made again from itself and the latents
+    like = ["--like", str(tmp_path / "other.png"), "--tokens", tokens]
+    assert draw("like", *like) == other
+    assert draw("two", "a cow", "--image", str(image), "-n", "1") == other
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--like", "drawn.png"], "was made from tokens of its own"),
         (["--like", "drawn.png", "--tokens", "b.st"], "other tokens than those of --tokens"),
         (["--like", "plain.png", "--tokens", "a.st"], "was not made from a file of tokens"),
+        (["--image", "nowhere.png"], "nowhere.png: "),
+        (["--image", "plain.png", "--tokens", "a.st"], "--image does not go with --like or"),
+        (["--prompts", "empty.txt", "--image", "plain.png"], "does not go with a prompt, --image"),
         (["--tokens", "plain.png"], "cannot be read as tokens"),
         (["--tokens", "nowhere"], "cannot be read as tokens"),
         (["--tokens", "two.st"], "expected one tensor `tokens`, found a, tokens"),
@@ -501,6 +538,6 @@ def test_options_of_the_mllm_with_its_tokens_given_are_said(
     assert capsys.readouterr().err == ""
     assert main(["generate", "--tokens", tokens, *few, "--cfg-weight", "5"]) == 0
     captured = capsys.readouterr()
-    said = "--cfg-weight has no effect: --tokens brings what the MLLM made"
+    said = "--cfg-weight has no effect: --tokens brings the CLIP latents"
     assert captured.err == f"warning: {said}\n"
     assert json.loads(captured.out)["warnings"] == [said]

@@ -26,9 +26,7 @@ ALLOWED = {
     "bifrost_rt/processor.py": "features of processors as Linux calls them, and products of bytes",
     "export/compile/plan_text.py": "types of whole numbers that plans may have",
     "export/compile/quantized.py": "operators of TensorRT for layers of each format",
-    "export/quantize/formats.py": "the arithmetic of each format, in torch",
-    "export/quantize/operators.py": "the arithmetic of each format, in ONNX's operators",
-    "export/quantize/scales.py": "the error of evenly spaced values, which one format predicts",
+    "export/quantize/rounding.py": "element types of torch",
     "export/stages/__init__.py": "what an engine may differ by in each 16-bit type",
     "export/stages/vae_decode.py": "what this engine may differ by in each 16-bit type",
 }

@@ -16,6 +16,7 @@ from bifrost_rt import backends
 from bifrost_rt.backends import onnxruntime as driver
 from bifrost_rt.backends.choice import openvino_refuses
 from bifrost_rt.errors import BackendError
+from bifrost_rt.formats import FORMATS as RUNTIME
 from bifrost_rt.manifest import EngineSpec, Precision, TensorSpec
 from export import graph, precision
 from export.errors import PrecisionError
@@ -52,16 +53,20 @@ def built(folder: Path, form: str, migrated: bool = False) -> tuple[Stage, Engin
         inputs=(TensorSpec("x", "float32", ("images", 7, WIDTH)),),
         outputs=(TensorSpec("y", "float32", ("images", 7, 80)),),
     )
-    precision.round_weights(module, "bf16")
+    return stage, written(stage, folder, form)
+
+
+def written(stage: Stage, folder: Path, form: str) -> EngineSpec:
+    """A stage's file, the rest of it in 16 bit, and what the manifest says of it."""
+    precision.round_weights(stage.module, "bf16")
     traced = graph.to_graph(stage)
     precision.store(traced, "bf16")
     files = graph.save(traced, folder / "two.onnx")
     layers = audit.read(files[0])
-    spec = EngineSpec(
+    return EngineSpec(
         "two", files[0].name, tuple(f.name for f in files), stage.inputs, stage.outputs, {},
         Precision(form, "", audit.compute(layers), audit.formats(layers)),
     )  # fmt: skip
-    return stage, spec
 
 
 def exact(stage: Stage, x: Tensor) -> Tensor:
@@ -139,7 +144,7 @@ def test_the_audit_finds_every_layer_and_its_kernel(form: str, tmp_path: Path) -
     report = audit.audit(tmp_path, [spec], {"two": {"first": form, "last": "bf16"}})["two"]
     formats = {path: layer["format"] for path, layer in report["layers"].items()}
     assert formats == {"first": form, "last": "bf16"}
-    for kernel in audit.KERNELS.get(form, ()):
+    for kernel in RUNTIME[form].kernels:
         assert report["kernels"][kernel] == 1
     assert report["unused"] == []
 
