@@ -118,6 +118,8 @@ class Reference:
         num_inference_steps: int,
         guidance_scale: float,
         controlnet_conditioning_scale: float,
+        tokens: np.ndarray | None = None,
+        masked: np.ndarray | None = None,
     ) -> ReferenceResult:
         """Draw one image per prompt.
 
@@ -125,11 +127,15 @@ class Reference:
             prompts: n texts.
             order: [n, N], per image a permutation of its places; its last are revealed first.
             latents: [n, S, C], packed starting noise.
+            tokens, masked: [n, N, D] and bool [n, N], known tokens and which of them are predicted
+                anew, as many in each image. None: all are predicted.
         """
         start = time.perf_counter()
         with self._device, torch.backends.cudnn.flags(allow_tf32=False):
             places = torch.as_tensor(order, device=self._device)
-            tokens_steps = self._decode(prompts, places, decoding_steps, cfg_weight)
+            known = None if tokens is None else torch.as_tensor(tokens, device=self._device)
+            begin = None if masked is None else torch.as_tensor(masked, device=self._device)
+            tokens_steps = self._decode(prompts, places, decoding_steps, cfg_weight, known, begin)
             on_host = tokens_steps.cpu()  # waits
             decoded = time.perf_counter()
             latents_steps = self._denoise(
@@ -154,13 +160,27 @@ class Reference:
         )
 
     def _decode(
-        self, prompts: Sequence[str], order: Tensor, steps: int, cfg_weight: float
+        self,
+        prompts: Sequence[str],
+        order: Tensor,
+        steps: int,
+        cfg_weight: float,
+        known: Tensor | None = None,
+        begin: Tensor | None = None,
     ) -> Tensor:
         """Masked decoding; every step predicts all places for both halves of the batch."""
         n, places = order.shape
         ids, pad = self._left_padded([UNCONDITIONAL] * n + list(prompts))
         tokens = self.mllm.mask_token.expand(n, places, -1).clone()
         masked = torch.ones(n, places, dtype=torch.bool)
+        if known is not None and begin is not None:
+            masked = begin.clone()
+            tokens[~masked] = known[~masked]
+            # the rest of the order is walked as if there were nothing else
+            order = torch.stack(
+                [row[inside[row]] for row, inside in zip(order, masked, strict=True)]
+            )
+        places = order.shape[1]
         kept_steps = []
         for step in range(steps):
             pred = self.mllm(ids, pad, torch.cat([tokens, tokens]))

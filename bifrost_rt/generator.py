@@ -25,6 +25,7 @@ from bifrost_rt import (
     image_processor,
     images,
     manifest,
+    masks,
     notes,
     numerics,
     pipeline,
@@ -128,6 +129,7 @@ class Generator:
         prompt: str | Sequence[str] | None = None,
         *,
         image: ImageLike | None = None,
+        mask: ImageLike | None = None,
         height: int | None = None,
         width: int | None = None,
         order: ArrayLike | None = None,
@@ -150,6 +152,10 @@ class Generator:
             {options}
             image: to be drawn again, or varied by prompt, seed and control scale: its CLIP latents
                 take the place of those that the MLLM would predict. See `encode`.
+            mask: an image, white or transparent where `image` or `tokens` are drawn anew under the
+                prompt: a visual token that it touches is predicted, all others are kept. It is cut
+                as the image is, and first stretched to its size. The image is drawn whole, so that
+                pixels outside the mask differ a little from it.
             height, width: must be the set's own, where given.
             order: [n, N], per image a permutation of its places, instead of the seed's.
             latents: [n, S, C] packed starting noise, instead of the seed's.
@@ -179,6 +185,7 @@ class Generator:
         checked = self._asked(
             prompt=prompt,
             image=image,
+            mask=mask,
             height=height,
             width=width,
             order=order,
@@ -221,6 +228,7 @@ class Generator:
         *,
         prompt: str | Sequence[str] | None = None,
         image: ImageLike | None = None,
+        mask: ImageLike | None = None,
         tokens: ArrayLike | None = None,
         **others: Any,
     ) -> request.Request:
@@ -229,13 +237,26 @@ class Generator:
             raise RequestError("run() needs a prompt or an image")
         if tokens is not None and image is not None:
             raise RequestError("image and tokens are two sources of CLIP latents; give one")
+        if mask is not None and tokens is None and image is None:
+            raise RequestError("mask says what to draw anew of an image or of tokens; give one")
+        shown = None if image is None else images.read(image)
+        painted = None if mask is None else images.painted(mask)
+        if painted is not None:
+            side = math.isqrt(self.manifest.model.num_visual_tokens)
+            others["masked"] = masks.places(painted, side, None if shown is None else shown.size)
+        pixels = {
+            name: handover.digest(np.asarray(given))
+            for name, given in (("image", shown), ("mask", painted))
+            if given is not None
+        }
         check = functools.partial(request.check, self.manifest, **others)
         checked = check(prompt="" if prompt is None else prompt, tokens=tokens)
-        if image is None:
-            return checked
-        shown = images.read(image)
-        said = self.describe(shown).text if prompt is None else prompt
-        return check(prompt=said, tokens=np.repeat(self.encode(shown), checked.images, axis=0))
+        if shown is not None:
+            said = self.describe(shown).text if prompt is None else prompt
+            checked = check(
+                prompt=said, tokens=np.repeat(self.encode(shown), checked.images, axis=0)
+            )
+        return dataclasses.replace(checked, pixels=pixels)
 
     def encode(self, image: ImageLike) -> NDArray[np.float32]:
         """Read an image into the CLIP latents that the ControlNet reads, [1, N, D]: pass them to
@@ -327,7 +348,7 @@ class Generator:
         self, checked: request.Request, places: Sequence[int] | None
     ) -> Iterator[notes.Note]:
         yield from notes.without_effect(self.manifest, checked)
-        for one in self._tokenizers.truncations(checked.prompts, mllm=checked.tokens is None):
+        for one in self._tokenizers.truncations(checked.prompts, mllm=checked.decodes):
             assert one.prompt is not None
             yield one if places is None else dataclasses.replace(one, prompt=places[one.prompt])
 
@@ -514,11 +535,10 @@ def _result(checked: request.Request, out: pipeline.Output) -> Result:
     given = {
         "order": checked.given_order,
         "latents": checked.given_latents,
-        "tokens": checked.tokens,
+        "tokens": None if "image" in checked.pixels else checked.tokens,
     }
-    if injected := {
-        name: handover.digest(array) for name, array in given.items() if array is not None
-    }:
+    injected = {name: handover.digest(array) for name, array in given.items() if array is not None}
+    if injected := {**injected, **checked.pixels}:
         parameters["injected"] = injected
     seed = checked.parameters.seed
     return Result(images, out.tokens, out.latents, out.timings, seed, parameters, out.notes)

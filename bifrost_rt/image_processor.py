@@ -133,9 +133,14 @@ def square_patches(image: Image.Image, side: int, vision: Vision) -> Patches:
     Args:
         side: tokens of the grid's side.
     """
+    return _patches(middle(image), side, side, vision)
+
+
+def middle(image: Image.Image) -> Image.Image:
+    """The largest square in the middle of an image."""
     edge = min(image.size)
     left, top = (image.width - edge) // 2, (image.height - edge) // 2
-    return _patches(image.crop((left, top, left + edge, top + edge)), side, side, vision)
+    return image.crop((left, top, left + edge, top + edge))
 
 
 def _patches(image: Image.Image, rows: int, columns: int, vision: Vision) -> Patches:

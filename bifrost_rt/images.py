@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -33,6 +34,16 @@ def read(image: Any, name: str = "image") -> Image.Image:
         RequestError: not an image, damaged, or of too many pixels.
         RequestTypeError: nothing that could be an image.
     """
+    return _whole(image, name, _rgb)
+
+
+def painted(image: Any, name: str = "mask") -> Image.Image:
+    """What an image marks, in grey ("L"): how transparent it is where it has transparency, else how
+    white. Arguments and errors are those of `read`."""
+    return _whole(image, name, _marked)
+
+
+def _whole(image: Any, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     if isinstance(image, Image.Image):
         opened = image
     elif isinstance(image, np.ndarray):
@@ -54,7 +65,7 @@ def read(image: Any, name: str = "image") -> Image.Image:
         )
     _refuse_large(opened, name)
     try:
-        return _rgb(opened)
+        return convert(_upright(opened))
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for what is cut off
         raise RequestError(f"{name} is damaged: {error}", hint="save or send it again") from None
 
@@ -96,12 +107,23 @@ def _from_array(array: NDArray[Any], name: str) -> Image.Image:
     return Image.fromarray(array[:, :, 0] if array.ndim == 3 and colours == 1 else array)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
+    """The first frame, turned as its EXIF data says, of 8 bit."""
     image.seek(0) if getattr(image, "is_animated", False) else None
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bit(image)
+    return image
+
+
+def _marked(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        return ImageOps.invert(image.convert("RGBA").getchannel("A"))
+    return image.convert("L")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

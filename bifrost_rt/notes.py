@@ -71,6 +71,8 @@ def without_effect(manifest: SetSpec, request: Request) -> Iterator[Note]:
         yield Note(
             text=f"guidance_scale={guidance} has no effect: this model has no guidance embedding"
         )
+    if request.masked is not None and not request.masked.any():
+        yield Note(text="mask has no effect: it touches no visual token, and nothing is drawn anew")
     interval, steps = options.cache_interval, options.num_inference_steps
     if interval > 1 and all(schedules.computed_steps(steps, interval)):
         yield Note(

@@ -158,7 +158,7 @@ class Run:
         engines, down = self._engines, self._engines.backend.download
 
         # 1-3  Prompt -> CLIP latents, unless they were made before.
-        if request.tokens is None:
+        if request.tokens is None or request.decodes:
             tokens = yield from self._decode()
         else:
             tokens = engines.put("control_embed", tokens=request.tokens)
@@ -221,11 +221,14 @@ class Run:
         )
         mask_token = engines.backend.download(cache.pop("masked_token"))[:1]
         model = self._manifest.model
-        masked = (request.images, model.num_visual_tokens, model.hidden_size)
+        shape = (request.images, model.num_visual_tokens, model.hidden_size)
+        begin = np.array(np.broadcast_to(mask_token, shape))
+        if request.tokens is not None and request.masked is not None:
+            begin = np.where(request.masked[:, :, None], begin, request.tokens)
 
         # 3  Masked decoding. Steps that reveal nothing change nothing and are not run.
         yield "visual_decode"
-        masks = schedules.reveal_masks(request.order, options.decoding_steps)
+        masks = schedules.reveal_masks(request.order, options.decoding_steps, request.masked)
         active = [bool(mask.any()) for mask in masks]
         places, sources = schedules.reveal_rows(masks[active])
         decode = engines.loop(
@@ -234,7 +237,7 @@ class Run:
                 **cache,
                 **engines.put(
                     "visual_decode",
-                    tokens=np.array(np.broadcast_to(mask_token, masked)),
+                    tokens=begin,
                     step=np.zeros(1, np.int64),
                     text_length=texts.lengths,
                     text_index=texts.index,
@@ -314,7 +317,7 @@ class Run:
         }
         given = {f"{name}.{tensor}": ids for name in texts for tensor, ids in texts[name].items()}
         texts["conditioning"] = {**given, **self._conditioning}
-        if self._request.tokens is None:
+        if self._request.decodes:
             texts["mllm_text"] = self._mllm_texts.arrays
         return texts
 
@@ -390,7 +393,7 @@ def denoising(
 
 def stages(request: Request) -> tuple[str, ...]:
     """The engines that a request uses, in this order, each once."""
-    mllm = ("mllm_text", "visual_decode") if request.tokens is None else ()
+    mllm = ("mllm_text", "visual_decode") if request.decodes else ()
     text = ("clip_text", "t5_text", "conditioning")
     vae = ("vae_decode",) if request.output_type != "latent" else ()
     return (*mllm, *text, "control_embed", "denoise", *vae)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack
 
@@ -39,6 +39,9 @@ class Request:
     latent_shape: tuple[int, int]  # S, C
     output_type: OutputType
     tokens: NDArray[np.float32] | None  # [n, N, D] instead of the MLLM's
+    masked: NDArray[np.bool_] | None = None  # [n, N], of `tokens` those that the MLLM predicts anew
+    # Of what was passed in as images: "image" or "mask" -> sha256 of its pixels.
+    pixels: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def prompts(self) -> tuple[str, ...]:
@@ -74,7 +77,12 @@ class Request:
     @property
     def settings(self) -> tuple[object, ...]:
         """What all images of one run share; requests that agree in it can be merged."""
-        return (self.parameters.shared, self.output_type, self.tokens is None)
+        return (self.parameters.shared, self.output_type, self.tokens is None, self.masked is None)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the MLLM predicts tokens."""
+        return self.tokens is None or (self.masked is not None and bool(self.masked.any()))
 
 
 def merge(requests: Sequence[Request]) -> Request:
@@ -86,12 +94,14 @@ def merge(requests: Sequence[Request]) -> Request:
         return first
     prompts = tuple(one.prompts[i] for one in requests for i in one.prompt_index)
     tokens = [one.tokens for one in requests if one.tokens is not None]
+    masked = [one.masked for one in requests if one.masked is not None]
     return dataclasses.replace(
         first,
         parameters=dataclasses.replace(first.parameters, prompt=prompts, num_images_per_prompt=1),
         given_order=np.concatenate([one.order for one in requests]),
         given_latents=np.concatenate([one.latents for one in requests]),
         tokens=np.concatenate(tokens) if tokens else None,
+        masked=np.concatenate(masked) if masked else None,
     )
 
 
@@ -105,9 +115,13 @@ def check(
     latents: ArrayLike | None = None,
     output_type: str = "pil",
     tokens: ArrayLike | None = None,
+    masked: NDArray[np.bool_] | None = None,
     **options: Unpack[Options],
 ) -> Request:
     """Fill in the set's defaults and refuse what cannot be served.
+
+    Args:
+        masked: [N], the places of `tokens` that are predicted anew. None: no place is.
 
     Raises:
         RequestError, RequestTypeError: naming the argument, what it must be and what was given.
@@ -141,6 +155,7 @@ def check(
         tokens=None
         if tokens is None
         else _floats("tokens", tokens, (n, model.num_visual_tokens, model.hidden_size)),
+        masked=None if masked is None else np.tile(masked, (n, 1)),
     )
 
 

@@ -26,6 +26,8 @@ def kept_counts(num_tokens: int, decoding_steps: int) -> list[int]:
     In float64: float32 rounds cos(pi/3) to the wrong side. The last step reveals all that is left;
     with more steps than tokens some steps reveal none.
     """
+    if not num_tokens:
+        return [0] * decoding_steps
     kept, masked = [], num_tokens
     for step in range(decoding_steps - 1):
         ratio = math.cos(math.pi / 2 * (step + 1) / decoding_steps)
@@ -50,19 +52,29 @@ def most_revealed(num_tokens: int, decoding_steps: int) -> int:
     return max(reveal_counts(num_tokens, decoding_steps))
 
 
-def reveal_masks(order: NDArray[np.integer], decoding_steps: int) -> NDArray[np.bool_]:
+def reveal_masks(
+    order: NDArray[np.integer], decoding_steps: int, masked: NDArray[np.bool_] | None = None
+) -> NDArray[np.bool_]:
     """The places that leave the mask in each step.
 
     Args:
         order: [n, N], per image a permutation of its places; the last of it are revealed first.
+        masked: [n, N], the places that begin in the mask; None: all. The order of the others says
+            nothing, and the schedule is that of as many places as are masked.
 
     Returns:
-        bool [decoding_steps, n, N]; every place is true in exactly one step.
+        bool [decoding_steps, n, N]; every masked place is true in exactly one step.
     """
-    num_tokens = order.shape[1]
-    rank = np.argsort(order, axis=1)  # rank[i, place]: where the place stands in the order
-    before = [num_tokens, *kept_counts(num_tokens, decoding_steps)]
-    return np.stack([(rank < a) & (rank >= b) for a, b in itertools.pairwise(before)])
+    if masked is None:
+        masked = np.ones(order.shape, bool)
+    wanted = np.take_along_axis(masked, order, axis=1)
+    ranks = np.where(wanted, np.cumsum(wanted, axis=1) - 1, order.shape[1])
+    rank = np.empty_like(ranks)  # rank[i, place]: where the place stands among those masked
+    np.put_along_axis(rank, order, ranks, axis=1)
+    counts = [int(count) for count in masked.sum(axis=1)]
+    before = np.array([[count, *kept_counts(count, decoding_steps)] for count in counts])
+    left = before.T[:, :, None]  # [decoding_steps + 1, n, 1]
+    return np.stack([(rank < a) & (rank >= b) for a, b in itertools.pairwise(left)])
 
 
 def reveal_rows(masks: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -14,6 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from bifrost_rt import cache, chat, handover, images, manifest, vision
 from bifrost_rt import request as requests
 from bifrost_rt.cli.options import long_flag
@@ -67,6 +70,7 @@ def _check(tasks: Sequence[Task], facts: manifest.Manifest) -> None:
     """
     for task in tasks:
         asked = dict(task.request)
+        asked.pop("mask", None)
         if asked.pop("image", None) is not None:
             vision.facts(facts)
             if "prompt" not in asked:
@@ -195,8 +199,11 @@ def _tasks(options: argparse.Namespace) -> Iterator[Task]:
     output, _ = picture_path(options.output)
     tokens = Path(options.save_tokens) if options.save_tokens else None
     if options.prompts is not None:
-        if options.prompt or options.like or options.tokens or options.image:
-            raise RequestError("--prompts does not go with a prompt, --image, --like or --tokens")
+        others = (options.prompt, options.like, options.tokens, options.image, options.mask)
+        if any(others):
+            raise RequestError(
+                "--prompts does not go with a prompt, --image, --mask, --like or --tokens"
+            )
         prompts = _lines(options.prompts)
         for i, prompt in enumerate(prompts):
             request = {"prompt": prompt, **given}
@@ -210,55 +217,68 @@ def _tasks(options: argparse.Namespace) -> Iterator[Task]:
     idle = [long_flag(name) for name in given if name in OPTIONS and OPTIONS[name].mllm_only]
     source = "--image" if options.image else "--tokens"
     text = f"{' and '.join(idle)} has no effect: {source} brings the CLIP latents"
-    notes = (Note(text=text),) if (options.tokens or options.image) and idle else ()
+    read = (options.tokens or options.image) and not options.mask
+    notes = (Note(text=text),) if read and idle else ()
     yield Task({**request, **given}, output, tokens, image, notes=notes)
 
 
 def _base(options: argparse.Namespace) -> tuple[dict[str, Any], int | None]:
-    """What an older picture or file of tokens asks for, and which image of it is wanted."""
-    if options.image:
-        if options.like or options.tokens:
-            raise RequestError(
-                "--image does not go with --like or --tokens",
-                hint="`bifrost-rt encode IMAGE` writes the file that --tokens reads",
-            )
-        return {"image": images.read(Path(options.image))}, None
+    """What an older picture, an image or a file of tokens asks for, and which image of it is
+    wanted."""
+    if options.image and options.tokens:
+        raise RequestError("--image and --tokens are two sources of CLIP latents", hint="give one")
+    if options.mask and not (options.image or options.tokens):
+        raise RequestError(
+            "--mask says what to draw anew of an image or of tokens",
+            hint="--image FILE or --tokens FILE",
+        )
     made = handover.load(options.tokens) if options.tokens else None
+    read: dict[str, Image.Image] = {}
+    if options.image:
+        read["image"] = images.read(Path(options.image))
+    if options.mask:
+        read["mask"] = images.painted(Path(options.mask))
     if options.like is not None:
-        return _like(options.like, made)
+        return _like(options.like, made, read)
     if made is not None:
-        return made.request(), None
-    if not options.prompt:
+        return {**made.request(), **read}, None
+    if not options.prompt and not read:
         raise RequestError("no prompt", hint='bifrost-rt generate "a red circle" …')
-    return {}, None
+    return read, None
 
 
-def _like(path: str, made: handover.Handover | None) -> tuple[dict[str, Any], int]:
+def _like(
+    path: str, made: handover.Handover | None, read: dict[str, Image.Image]
+) -> tuple[dict[str, Any], int]:
+    """What a picture's own parameters ask for, with the files that it was made from."""
     parameters = read_parameters(path)
     injected = parameters.pop("injected", {})
     image = parameters.pop("image", None)
     if not isinstance(image, int) or set(parameters) != {"prompt", *OPTIONS}:
         raise RequestError(f"{path}: was made by a version of bifrost-rt with other parameters")
-    if injected and set(injected) != {"tokens"}:
+    if not set(injected) <= {"tokens", "image", "mask"}:
         raise RequestError(
-            f"{path}: was made with order, latents or tokens passed in, which a picture does not "
-            "hold"
+            f"{path}: was made with order or latents passed in, which a picture does not hold"
         )
-    if bool(injected) != (made is not None):
-        raise RequestError(
-            f"{path}: was made from tokens of its own"
-            if injected
-            else f"{path}: was not made from a file of tokens",
-            hint="--tokens FILE, the file that it was made from; of an image, `bifrost-rt encode` "
-            "makes it"
-            if injected
-            else "leave out --tokens",
-        )
-    if made is None:
-        return parameters, image
-    if handover.digest(made.tokens) != injected["tokens"]:
-        raise RequestError(f"{path}: was made from other tokens than those of --tokens")
-    return {**parameters, "tokens": made.tokens}, image
+    given = {name: handover.digest(np.asarray(pixels)) for name, pixels in read.items()}
+    if made is not None:
+        given["tokens"] = handover.digest(made.tokens)
+    for name, own, other, file in (
+        ("tokens", "tokens", "other tokens than those", "a file of tokens"),
+        ("image", "an image", "another image than that", "an image"),
+        ("mask", "a mask", "another mask than that", "a mask"),
+    ):
+        if name in injected and name not in given:
+            raise RequestError(
+                f"{path}: was made from {own} of its own",
+                hint=f"--{name} FILE, the file that it was made from",
+            )
+        if name in given and name not in injected:
+            raise RequestError(f"{path}: was not made from {file}", hint=f"leave out --{name}")
+        if given.get(name) != injected.get(name):
+            raise RequestError(f"{path}: was made from {other} of --{name}")
+    tokens = {} if made is None else {"tokens": made.tokens}
+    return {**parameters, **tokens, **read}, image
 
 
 def _lines(name: str) -> list[str]:

@@ -98,6 +98,7 @@ def _generate(command: argparse.ArgumentParser) -> None:
     )
     add("--like", metavar="PNG", help="make a picture again; other options on top of its own")
     add("--image", metavar="FILE", help="draw this image again; a prompt, if any, varies it")
+    add("--mask", metavar="FILE", help="what of it is drawn anew: white, or transparent")
     add(
         "--tokens",
         metavar="FILE",

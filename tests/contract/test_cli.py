@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import io
@@ -187,10 +188,40 @@ def test_an_image_is_drawn_again(
     other = draw("other", "a cow", "--image", str(image))
     assert other == draw("other_by_file", "--tokens", tokens)
     assert other != expected
-    # a picture of an image is made again from itself and the latents
-    like = ["--like", str(tmp_path / "other.png"), "--tokens", tokens]
-    assert draw("like", *like) == other
-    assert draw("two", "a cow", "--image", str(image), "-n", "1") == other
+    # a picture of an image is made again from itself and the image
+    assert draw("like", "--like", str(tmp_path / "other.png"), "--image", str(image)) == other
+
+
+def test_a_part_of_an_image_is_drawn_anew(
+    alpha_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, mask, none = (tmp_path / f"{name}.png" for name in ("image", "mask", "none"))
+    Image.linear_gradient("L").resize((60, 90)).convert("RGB").save(image)
+    Image.linear_gradient("L").resize((90, 60)).save(mask)  # its lower half
+    Image.new("L", (9, 9)).save(none)
+    common = ["generate", "--engines", str(alpha_set), *FEW]
+
+    def draw(name: str, *arguments: str) -> bytes:
+        path = tmp_path / f"{name}.png"
+        assert main([*common, "-o", str(path), *arguments]) == 0
+        with Image.open(path) as picture:
+            return picture.tobytes()
+
+    edited = draw("edited", "a cow", "--image", str(image), "--mask", str(mask))
+    with Generator(alpha_set) as opened:
+        expected = opened.run("a cow", image=image, mask=mask, seed=1, num_inference_steps=2)
+    assert edited == expected.images[0].tobytes()
+    like = ["--like", str(tmp_path / "edited.png"), "--image", str(image)]
+    assert draw("like", *like, "--mask", str(mask)) == edited
+    capsys.readouterr()
+    for arguments, message in (
+        (["--mask", str(mask)], "--mask says what to draw anew of an image or of tokens"),
+        (like, "edited.png: was made from a mask of its own\nhint: --mask FILE"),
+        ([*like, "--mask", str(none)], "was made from another mask than that of --mask"),
+        ([*like[:2], "--image", str(mask)], "was made from another image than that of --image"),
+    ):
+        assert main([*common, *arguments]) == 1
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -200,7 +231,7 @@ def test_an_image_is_drawn_again(
         (["--like", "drawn.png", "--tokens", "b.st"], "other tokens than those of --tokens"),
         (["--like", "plain.png", "--tokens", "a.st"], "was not made from a file of tokens"),
         (["--image", "nowhere.png"], "nowhere.png: "),
-        (["--image", "plain.png", "--tokens", "a.st"], "--image does not go with --like or"),
+        (["--image", "plain.png", "--tokens", "a.st"], "two sources of CLIP latents"),
         (["--prompts", "empty.txt", "--image", "plain.png"], "does not go with a prompt, --image"),
         (["--tokens", "plain.png"], "cannot be read as tokens"),
         (["--tokens", "nowhere"], "cannot be read as tokens"),
@@ -329,8 +360,12 @@ def test_a_terminal_sees_both_loops(alpha_set: Path, tmp_path: Path) -> None:
         stderr=theirs,
     )
     assert done.wait(timeout=PATIENCE) == 0
-    shown = os.read(ours, 1 << 16).decode()
-    os.close(ours), os.close(theirs)
+    os.close(theirs)
+    shown = ""
+    with contextlib.suppress(OSError):  # a terminal whose other end is closed, when all is read
+        while piece := os.read(ours, 1 << 16):
+            shown += piece.decode()
+    os.close(ours)
     assert "decoding  [###" in shown
     assert "denoising [############------------] 1/2" in shown
     assert shown.endswith("seed 4\r\n")
