@@ -1,0 +1,249 @@
+"""How well a set edits: parts of fresh renders drawn anew, and what became of them and of the rest.
+
+    python -m benchmarks.editing --engines DIR [--limit N] [--json FILE] [--sheet FILE]
+
+The scorer (scenes/scorer.py) knows the bundled model's world only, so the engine set must be built
+from engines/checkpoints/scenes. Every task has a render, a mask and a prompt of its own, from one
+seed: an object is replaced, gets another colour, goes, or is added beside another. The mask is a
+square around it, as somebody would paint it. The part is right where it holds what the prompt says
+and nothing else; the rest is right where it holds what it held, in its place. PSNR is that of the
+pixels whose tokens are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.arguments import count, new_file
+from benchmarks.machine import describe as machine
+from bifrost_rt import Generator, command, masks
+from scenes.captions import caption
+from scenes.layout import PAIR_SIZE, SIDE, place
+from scenes.render import render
+from scenes.sampling import training_spec
+from scenes.scorer import Found, read
+from scenes.world import COLOURS, SHAPES, UNSEEN_PAIRS, Placed, Spec, Thing
+
+TASKS = 200
+SEED = 20261127
+MARGIN = 7.0  # px of the mask around an object of usual size
+MOVED = 4.0  # px by which an object that is kept may move or grow
+FRAME = 3  # px of the contact sheet's frames
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Task:
+    """An image, what is masked of it, and what the prompt asks for.
+
+    Attributes:
+        box: left, top, right, bottom in pixels.
+        wanted: what the box is to hold; None: nothing.
+        kept: what stands outside of it.
+    """
+
+    kind: str
+    image: Pixels
+    box: tuple[float, float, float, float]
+    prompt: str
+    wanted: Thing | None
+    kept: Placed
+    background: str
+
+    def mask(self) -> Pixels:
+        """White in the box."""
+        painted = np.zeros((SIDE, SIDE), np.uint8)
+        left, top, right, bottom = (round(edge) for edge in self.box)
+        painted[max(0, top) : bottom, max(0, left) : right] = 255
+        return painted
+
+    def holds(self, found: Found) -> bool:
+        """Whether the middle of an object is in the box."""
+        left, top, right, bottom = self.box
+        return left <= found.x <= right and top <= found.y <= bottom
+
+
+def unlike(rng: np.random.Generator, old: Thing, other: Thing) -> Thing:
+    """A thing that differs from both in shape and colour."""
+    free = [
+        Thing(shape, colour)
+        for shape in SHAPES
+        for colour in COLOURS
+        if shape not in (old.shape, other.shape)
+        and colour not in (old.colour, other.colour)
+        and (colour, shape) not in UNSEEN_PAIRS
+    ]
+    return free[rng.integers(len(free))]
+
+
+def recoloured(rng: np.random.Generator, old: Thing, other: Thing) -> Thing:
+    """The thing in a colour that neither has."""
+    free = [
+        colour
+        for colour in COLOURS
+        if colour not in (old.colour, other.colour) and (colour, old.shape) not in UNSEEN_PAIRS
+    ]
+    return replace(old, colour=free[rng.integers(len(free))])
+
+
+# How the thing that is edited follows from it and the other; None where there is none afterwards.
+KINDS: dict[str, Callable[[np.random.Generator, Thing, Thing], Thing | None]] = {
+    "replace": unlike,
+    "recolour": recoloured,
+    "remove": lambda rng, old, other: None,
+    "add": lambda rng, old, other: old,
+}
+
+
+def tasks(number: int) -> list[Task]:
+    """Tasks of every kind by turns."""
+    rng = np.random.default_rng(SEED)
+    found: list[Task] = []
+    while len(found) < number:
+        spec = training_spec(rng)
+        if spec.family == "position" and all(thing.colour for thing in spec.things):
+            found.append(_task(rng, spec, list(KINDS)[len(found) % len(KINDS)]))
+    return found
+
+
+def _task(rng: np.random.Generator, spec: Spec, kind: str) -> Task:
+    edited = int(rng.integers(2))
+    objects = place(spec, rng)
+    target, kept = objects[edited], objects[1 - edited]
+    wanted = KINDS[kind](rng, spec.things[edited], spec.things[1 - edited])
+    if wanted is None:
+        asked = Spec("colours", (spec.things[1 - edited],), background=spec.background)
+    else:
+        things = list(spec.things)
+        things[edited] = wanted
+        asked = replace(spec, things=tuple(things))
+    half = PAIR_SIZE / 2 + MARGIN
+    box = (target.x - half, target.y - half, target.x + half, target.y + half)
+    shown = (kept,) if kind == "add" else objects
+    background = spec.drawn_background
+    prompt = caption(asked, rng)
+    return Task(kind, render(shown, background), box, prompt, wanted, kept, background)
+
+
+def verdict(task: Task, edited: Pixels) -> dict[str, bool]:
+    """Whether the part, the rest, and both are right."""
+    reading = read(edited)
+    inside = [found for found in reading.objects if task.holds(found)]
+    outside = [found for found in reading.objects if not task.holds(found)]
+    if task.wanted is None:
+        part = not inside
+    else:
+        wanted = (task.wanted.shape, task.wanted.colour)
+        part = [(found.shape, found.colour) for found in inside] == [wanted]
+    rest = reading.background == task.background and len(outside) == 1
+    rest = rest and _unmoved(task.kept, outside[0])
+    return {"part": part, "rest": rest, "both": part and rest}
+
+
+def _unmoved(kept: Placed, found: Found) -> bool:
+    same = (found.shape, found.colour) == (kept.shape, kept.colour)
+    steps = (found.x - kept.x, found.y - kept.y, found.size - kept.size)
+    return same and max(abs(step) for step in steps) <= MOVED
+
+
+def psnr_outside(task: Task, edited: Pixels, side: int) -> float:
+    """dB between the image and what was made of it, where tokens are kept.
+
+    Args:
+        side: tokens of the grid's side.
+    """
+    cells = masks.places(Image.fromarray(task.mask()), side).reshape(side, side)
+    kept = ~np.kron(cells, np.ones((SIDE // side, SIDE // side), bool))
+    off = (task.image[kept].astype(float) - edited[kept]) ** 2
+    return float(10 * np.log10(255**2 / max(off.mean(), 1e-9)))
+
+
+def measure(generator: Generator, asked: Sequence[Task]) -> tuple[dict[str, Any], list[Pixels]]:
+    """Edit every render: shares in percent by kind, and the pictures."""
+    side = round(generator.manifest.model.num_visual_tokens**0.5)
+    rows, pictures = [], []
+    for i, task in enumerate(asked):
+        (edited,) = generator.run(
+            task.prompt, image=task.image, mask=task.mask(), seed=i, output_type="np"
+        ).images
+        pictures.append(edited)
+        rows.append({**verdict(task, edited), "psnr": psnr_outside(task, edited, side)})
+        if sys.stderr.isatty():
+            print(f"\r{i + 1}/{len(asked)}", end="", file=sys.stderr, flush=True)
+    found = {}
+    for kind in (*KINDS, "all"):
+        of = [r for r, t in zip(rows, asked, strict=True) if kind in (t.kind, "all")]
+        if of:
+            shares = {n: round(100 * float(np.mean([r[n] for r in of])), 1) for n in PARTS}
+            db = [row["psnr"] for row in of]
+            found[kind] = {
+                "tasks": len(of),
+                **shares,
+                "psnr_mean": round(float(np.mean(db)), 1),
+                "psnr_least": round(min(db), 1),
+            }
+    return found, pictures
+
+
+PARTS = ("part", "rest", "both")
+
+
+def table(found: dict[str, Any]) -> str:
+    """The result as lines for a person."""
+    names = ("tasks", *PARTS, "psnr_mean", "psnr_least")
+    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for kind, row in found.items():
+        lines.append(f"| {kind} | " + " | ".join(str(row[name]) for name in names) + " |")
+    return "\n".join(lines)
+
+
+def sheet(asked: Sequence[Task], pictures: Sequence[Pixels], path: Path, columns: int = 6) -> None:
+    """Save a picture of tasks: the image, the image with its mask in gray, and what was made."""
+    edge = SIDE + FRAME
+    rows = -(-len(asked) // columns)
+    canvas = Image.new("RGB", (columns * (3 * edge + 2 * FRAME), rows * edge), "white")
+    for i, (task, edited) in enumerate(zip(asked, pictures, strict=True)):
+        shown = np.where(task.mask()[..., None] > 0, task.image // 2 + 64, task.image)
+        left, top = (i % columns) * (3 * edge + 2 * FRAME), (i // columns) * edge
+        for j, pixels in enumerate((task.image, shown.astype(np.uint8), edited)):
+            canvas.paste(Image.fromarray(pixels), (left + j * edge, top))
+    canvas.save(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.editing", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--engines", type=Path, required=True, help="the set to measure")
+    parser.add_argument("--limit", type=count, default=TASKS, help=f"tasks ({TASKS})")
+    parser.add_argument("--backend", help="default: the one that the set was built for")
+    parser.add_argument("--json", type=new_file, help="write the result")
+    parser.add_argument("--sheet", type=new_file, help="write a contact sheet of the first 36")
+    given = parser.parse_args(arguments)
+    asked = tasks(given.limit)
+    with Generator(given.engines, backend=given.backend) as generator:
+        found, pictures = measure(generator, asked)
+        who = f"{generator.manifest.name}, {generator.backend.name}"
+    print(f"{who}\n\n{table(found)}")
+    if given.sheet:
+        sheet(asked[:36], pictures[:36], given.sheet)
+    if given.json:
+        result = {"machine": machine(), "set": who, "edits": found}
+        given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(command.run(main, debug=False))
