@@ -79,7 +79,7 @@ class Checkpoint:
         for name, folder in (("mllm", mllm), ("bifrost", bifrost)):
             if found := foreign.folder(folder, name):
                 raise CheckpointError(f"{folder}: {found.what}", hint=found.hint)
-        self.flux = flux if isinstance(flux, FluxFiles) else FluxFiles(flux)
+        self.flux = (flux if isinstance(flux, FluxFiles) else FluxFiles(flux)).checked()
         self._bifrost_config = _config(bifrost / "config.json", identity.BIFROST)
         for key, value in networks.SUPPORTED_VARIANT.items():
             self._bifrost_config.only(key, value)

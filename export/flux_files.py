@@ -91,9 +91,6 @@ class FluxFiles:
 
     Attributes:
         pipeline: the folder with the tokenizers.
-
-    Raises:
-        CheckpointError: a part, or the tokenizers, are nowhere.
     """
 
     flux: Path
@@ -104,6 +101,14 @@ class FluxFiles:
         self._single = self.flux.is_file() or self.flux.suffix in foreign.SINGLE_FILE_ENDINGS
         self._opened: dict[str, Named] = {}
         self._whole: Weights | None = None
+        self.pipeline = self.configs if self._single and self.configs else self.flux
+
+    def checked(self) -> FluxFiles:
+        """Look for the files, and open that of the whole model.
+
+        Raises:
+            CheckpointError: a part, or the tokenizers, are nowhere.
+        """
         if not self._single:
             if self.configs is not None:
                 raise CheckpointError(
@@ -112,17 +117,16 @@ class FluxFiles:
                 )
             if found := foreign.folder(self.flux, "flux"):
                 raise CheckpointError(f"{self.flux}: {found.what}", hint=found.hint)
-            self.pipeline = self.flux
-            return
+            return self
         if self.configs is None:
             raise CheckpointError(
                 f"{self.flux}: a single file of FLUX, which holds no tokenizers", hint=TOKENIZERS
             )
         if not self.configs.is_dir():
             raise CheckpointError(f"{self.configs}: no such folder", hint=TOKENIZERS)
-        self.pipeline = self.configs
         self._whole = Weights.open_file(self.flux)
         _refuse_left_overs(self._whole)
+        return self
 
     @property
     def paths(self) -> tuple[Path, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from export import sources, weight_files
-from export.dialects import fp8, gguf_file
+from export.dialects import float8, gguf_file
 from export.dialects.place import Place
 from export.errors import CheckpointError
 from export.sources import Source
@@ -58,7 +58,7 @@ class Weights:
         found = weight_files.find(folder, stems)
         entries = _all_entries(found)
         _refuse_unmerged(folder, entries)
-        return cls(folder, fp8.unpack(entries), weight_files.ignored(folder))
+        return cls(folder, float8.unpack(entries), weight_files.ignored(folder))
 
     @classmethod
     def open_file(cls, file: Path) -> Weights:
@@ -71,7 +71,7 @@ class Weights:
             return cls(file, gguf_file.entries(file))
         entries = of_safetensors(file)
         _refuse_unmerged(file, entries)
-        return cls(file, fp8.unpack(entries))
+        return cls(file, float8.unpack(entries))
 
     def below(self, prefix: str) -> Weights:
         """The tensors whose names begin with `prefix`, without it."""
@@ -143,7 +143,7 @@ def unreadable(name: str, entry: Entry) -> CheckpointError:
         )
     return CheckpointError(
         f"{entry.file}: tensor {name} is {entry.dtype}, expected "
-        + ", ".join((*FLOATS, *fp8.CODES)),
+        + ", ".join((*FLOATS, *float8.CODES)),
         hint="give the model before it was quantized",
     )
 

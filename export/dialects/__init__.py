@@ -1,7 +1,7 @@
 """The forms in which people have FLUX and its text encoders, one file each.
 
 place          where a parameter stands in a file of other names
-fp8            float8 weights, plain and with scales
+float8         float8 weights, plain and with scales
 gguf_file      GGUF files and their number formats
 flux           the transformer as its authors named it
 autoencoder    the VAE as its authors named it

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from bifrost_rt import manifest
 from export.build import build
 from export.checkpoint import Checkpoint
-from export.dialects import autoencoder, fp8, gguf_file, t5
+from export.dialects import autoencoder, float8, gguf_file, t5
 from export.dialects import flux as authors
 from export.errors import CheckpointError
 from export.flux_files import FluxFiles
@@ -168,7 +168,7 @@ def test_a_file_of_the_whole_model_is_the_pipeline(
         whole |= {prefix + n: value for n, value in tensors.items()}
     save_file(whole, files / "whole.safetensors")
     root = files.parent
-    flux = FluxFiles(files / "whole.safetensors", {}, root / "configs")
+    flux = FluxFiles(files / "whole.safetensors", {}, root / "configs").checked()
     found = Checkpoint(root / "mllm", root / "bifrost", flux, read=False)
     assert outline(found) == tiny_outline
 
@@ -283,7 +283,7 @@ def test_damaged_files_are_named(files: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds T5's encoder, expected FLUX's VAE"):
         outline(single(files, vae=files / "t5.gguf"))
     with pytest.raises(CheckpointError, match=r"--flux-configs|holds no tokenizers"):
-        FluxFiles(files / "flux1-dev.safetensors")
+        FluxFiles(files / "flux1-dev.safetensors").checked()
     tensors = load_file(files / "flux1-dev.safetensors")
     tensors["single_blocks.0.linear1.weight"] = tensors["single_blocks.0.linear1.weight"][1:]
     save_file(tensors, files / "short.safetensors")
@@ -300,4 +300,4 @@ def test_scales_that_do_not_fit_are_named(tmp_path: Path) -> None:
         save_file({"a.weight": codes, **beside}, tmp_path / "a.safetensors")
         with pytest.raises(CheckpointError, match=message):
             Weights.open_file(tmp_path / "a.safetensors")
-    assert fp8.unpack({}) == {}
+    assert float8.unpack({}) == {}

@@ -26,9 +26,12 @@ ALLOWED = {
     "bifrost_rt/processor.py": "features of processors as Linux calls them, and products of bytes",
     "export/compile/plan_text.py": "types of whole numbers that plans may have",
     "export/compile/quantized.py": "operators of TensorRT for layers of each format",
+    "export/dialects/float8.py": "the type of torch that holds every float8",
+    "export/dialects/gguf_file.py": "types of GGUF, and torch's for them",
     "export/quantize/rounding.py": "element types of torch",
     "export/stages/__init__.py": "what an engine may differ by in each 16-bit type",
     "export/stages/vae_decode.py": "what this engine may differ by in each 16-bit type",
+    "export/weights.py": "a type of GGUF, in a hint",
 }
 
 
