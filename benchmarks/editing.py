@@ -26,6 +26,7 @@ from PIL import Image
 
 from benchmarks.arguments import count, new_file
 from benchmarks.machine import describe as machine
+from benchmarks.understanding import percent
 from bifrost_rt import Generator, command, masks
 from scenes.captions import caption
 from scenes.layout import PAIR_SIZE, SIDE, place
@@ -39,6 +40,7 @@ SEED = 20261127
 MARGIN = 7.0  # px of the mask around an object of usual size
 MOVED = 4.0  # px by which an object that is kept may move or grow
 FRAME = 3  # px of the contact sheet's frames
+PARTS = ("part", "rest", "both")  # of a verdict
 
 Pixels = NDArray[np.uint8]
 
@@ -172,21 +174,22 @@ def psnr_outside(task: Task, edited: Pixels, side: int) -> float:
 def measure(generator: Generator, asked: Sequence[Task]) -> tuple[dict[str, Any], list[Pixels]]:
     """Edit every render: shares in percent by kind, and the pictures."""
     side = round(generator.manifest.model.num_visual_tokens**0.5)
-    rows, pictures = [], []
+    verdicts, distances, pictures = [], [], []
     for i, task in enumerate(asked):
         (edited,) = generator.run(
             task.prompt, image=task.image, mask=task.mask(), seed=i, output_type="np"
         ).images
         pictures.append(edited)
-        rows.append({**verdict(task, edited), "psnr": psnr_outside(task, edited, side)})
+        verdicts.append(verdict(task, edited))
+        distances.append(psnr_outside(task, edited, side))
         if sys.stderr.isatty():
             print(f"\r{i + 1}/{len(asked)}", end="", file=sys.stderr, flush=True)
     found = {}
     for kind in (*KINDS, "all"):
-        of = [r for r, t in zip(rows, asked, strict=True) if kind in (t.kind, "all")]
+        of = [i for i, task in enumerate(asked) if kind in (task.kind, "all")]
         if of:
-            shares = {n: round(100 * float(np.mean([r[n] for r in of])), 1) for n in PARTS}
-            db = [row["psnr"] for row in of]
+            shares = {name: percent([verdicts[i][name] for i in of]) for name in PARTS}
+            db = [distances[i] for i in of]
             found[kind] = {
                 "tasks": len(of),
                 **shares,
@@ -194,9 +197,6 @@ def measure(generator: Generator, asked: Sequence[Task]) -> tuple[dict[str, Any]
                 "psnr_least": round(min(db), 1),
             }
     return found, pictures
-
-
-PARTS = ("part", "rest", "both")
 
 
 def table(found: dict[str, Any]) -> str:
