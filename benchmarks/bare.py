@@ -159,8 +159,8 @@ class Bare:
 
     def _carried(self, name: str, outputs: Arrays) -> Arrays:
         """What a step hands to the next."""
-        carry = self._facts.engine(name).carry
-        return {carry[output]: outputs[output] for output in carry}
+        state = self._facts.engine(name).state
+        return {s.input: outputs[s.output] for s in state}
 
 
 def _prompts(request: Mapping[str, Any]) -> list[str]:

@@ -112,7 +112,7 @@ def compile_one(path: Path) -> dict[str, Any]:
     inputs, outputs = (
         tuple(strict.load(TensorSpec, tensor) for tensor in side) for side in task["doors"]
     )
-    spec = EngineSpec(task["name"], "", (), inputs, outputs, {}, Precision("", "", ""))
+    spec = EngineSpec(task["name"], "", (), inputs, outputs, (), Precision("", "", ""))
     builder = builders.find("tensorrt-rtx")
     graph = graphs.read(Path(task["graph"]), spec.name)
     doors = {tensor.name for tensor in inputs}

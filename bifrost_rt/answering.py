@@ -343,7 +343,7 @@ class Answer(Iterator[int]):
             "seen": state["seen"],
             **{
                 into: down(found[out]).copy()
-                for out, into in spec.carry.items()
+                for out, into in spec.next_inputs.items()
                 if into != "seen" and into not in cache.buffers
             },
         }

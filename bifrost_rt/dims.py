@@ -203,7 +203,7 @@ def drawing(engines: Iterable[EngineSpec]) -> list[str]:
 def loops(spec: EngineSpec) -> bool:
     """Whether an engine belongs to a loop of drawing: it carries something from step to step. The
     text engine does so in answers alone."""
-    return bool(spec.carry) and STEPS in used_by(spec)
+    return bool(spec.state) and STEPS in used_by(spec)
 
 
 def calls(spec: EngineSpec, sizes: Mapping[str, int]) -> int:

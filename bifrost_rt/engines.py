@@ -342,7 +342,8 @@ class Loop:
     """An engine whose outputs become its inputs in the next step.
 
     Everything is bound before the first step: two calls that read and write two sets of buffers in
-    turn. A step is one call, with no allocation, no copy and nothing to upload.
+    turn. A step is one call, with no allocation, no copy and nothing to upload. State that a step
+    continues, such as a K/V cache, is one buffer where the backend writes in place.
     """
 
     def __init__(
@@ -355,19 +356,22 @@ class Loop:
         into: Mapping[str, Buffer] | None = None,
     ) -> None:
         workspace = Workspace(backend) if workspace is None else workspace
-        carry = engine.spec.carry  # output name -> input name
-        ping = {carry[out]: inputs[carry[out]] for out in carry}
-        outputs = _outputs(workspace, engine.spec, inputs, into or {})
-        pong = {carry[out]: outputs[out] for out in carry}
+        state = engine.spec.state
+        same = {
+            s.output: inputs[s.input] for s in state if s.kind != "swap" and backend.writes_in_place
+        }
+        outputs = _outputs(workspace, engine.spec, inputs, {**same, **(into or {})})
+        ping = {s.input: inputs[s.input] for s in state}
+        pong = {s.input: outputs[s.output] for s in state}
         fixed = {name: buffer for name, buffer in inputs.items() if name not in ping}
-        beside = {name: buffer for name, buffer in outputs.items() if name not in carry}
+        beside = {n: b for n, b in outputs.items() if n not in engine.spec.next_inputs}
         self._backend = backend
         self._timings = timings
         self._name = engine.spec.name
         self._now, self._next = ping, pong
         self._call, self._other = (
             workspace.bind(
-                engine, {**fixed, **now}, {**beside, **{o: after[i] for o, i in carry.items()}}
+                engine, {**fixed, **now}, {**beside, **{s.output: after[s.input] for s in state}}
             )
             for now, after in ((ping, pong), (pong, ping))
         )

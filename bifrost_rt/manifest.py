@@ -14,12 +14,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from bifrost_rt import strict
 from bifrost_rt.errors import EngineSetError, IntegrityError
 
-FORMAT = 3
+FORMAT = 4
 FILENAME = "manifest.json"
 REBUILD = "rebuild the set with `python -m export.build`"
 # Types of tables and sizes, in which no layer computes.
@@ -105,10 +105,25 @@ class Compiled:
 
 
 @dataclass(frozen=True)
+class State:
+    """Loop state: what a step leaves in `output` is `input` of the next.
+
+    `kind` says how a step writes it. "swap": all of it anew, into another buffer; the two change
+    places from step to step. "append": rows behind those that are there, which stay as they are, so
+    a step that is repeated leaves the same. "in_place": single elements of it. The last two may be
+    written where they are read, on backends that allow it.
+    """
+
+    output: str
+    input: str
+    kind: Literal["swap", "append", "in_place"] = "swap"
+
+
+@dataclass(frozen=True)
 class EngineSpec:
     """One compiled graph with named, typed inputs and outputs.
 
-    `carry` pairs an output with the input that it becomes in the next step of the engine's loop.
+    `state` is what its loop hands from step to step; empty where it has no loop.
     `scratch_bytes` is what its arithmetic needs between its doors for one picture at the default
     steps and the longest prompt, counted from the graph; 0 in sets that do not state it.
     `square_bytes` is what comes beside where all rows of a larger run see each other: that much for
@@ -123,7 +138,7 @@ class EngineSpec:
     files: tuple[str, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    carry: dict[str, str]
+    state: tuple[State, ...]
     precision: Precision
     scratch_bytes: int = 0
     compiled: Compiled | None = None
@@ -137,6 +152,11 @@ class EngineSpec:
     def output(self, name: str) -> TensorSpec:
         """The output called `name`."""
         return next(t for t in self.outputs if t.name == name)
+
+    @property
+    def next_inputs(self) -> dict[str, str]:
+        """The input that each output of the loop state becomes in the next step."""
+        return {state.output: state.input for state in self.state}
 
 
 @dataclass(frozen=True)

@@ -267,7 +267,7 @@ def _handed_on(manifest: SetSpec, before: Sequence[str], after: Sequence[str], a
     left: set[str] = set()
     for name in before:
         spec = manifest.engine(name)
-        left |= {tensor.name for tensor in spec.outputs} | set(spec.carry.values())
+        left |= {tensor.name for tensor in spec.outputs} | set(spec.next_inputs.values())
     read = {
         t.name: tensor_size(t, at(name)) for name in after for t in manifest.engine(name).inputs
     }

@@ -70,6 +70,10 @@ def _value(hint: Any, data: Any, where: str) -> Any:
     elif origin in (dict, Mapping) or hint is dict:
         if isinstance(data, Mapping):
             return {key: _value(args[1], item, f"{where}.{key}") for key, item in data.items()}
+    elif origin is typing.Literal:
+        if data in args:
+            return data
+        raise StrictError(where, f"expected one of {', '.join(map(repr, args))}, found {data!r}")
     elif dataclasses.is_dataclass(hint):
         return load(typing.cast(type, hint), data, where)
     elif hint is float:

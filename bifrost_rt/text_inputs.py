@@ -115,7 +115,7 @@ def written(spec: EngineSpec, cache: Mapping[str, Buffer]) -> dict[str, Buffer]:
 
 def _caches(spec: EngineSpec) -> dict[str, str]:
     """Output -> input of keys and values."""
-    return {out: name for out, name in spec.carry.items() if out.startswith("text_")}
+    return {state.output: state.input for state in spec.state if state.kind == "append"}
 
 
 def _zeros(tensors: Iterable[TensorSpec], sizes: Mapping[str, int]) -> Arrays:

@@ -178,7 +178,7 @@ def _in_memory(driver: Backend, storage: Format) -> InMemory:
     def in_memory(work: Work, stored: int) -> int:
         dtype = HALF.dtype if storage.linear_bits <= 8 and work.all_in_16_bit else storage.dtype
         precision = Precision(storage.name, dtype, "float32")
-        spec = EngineSpec(work.engine, "", (), (), (), {}, precision)
+        spec = EngineSpec(work.engine, "", (), (), (), (), precision)
         return driver.weights_in_memory(spec, stored)
 
     return in_memory

@@ -59,7 +59,7 @@ def key(stage: Stage, configs: str, rest: str, counted: Mapping[str, int]) -> st
     facts = {
         "stage": stage.name,
         "doors": [str(door) for door in doors],
-        "carry": stage.carry,
+        "state": [dataclasses.astuple(state) for state in stage.state],
         "tensors": {name: s.identity for name, s in sources.named(stage.module).items()},
         "configs": configs,
         "rest": rest,

@@ -108,7 +108,7 @@ class OnnxRuntimeCuda:
             BackendError: onnxruntime does not accept the file, its provider does not start, or it
                 would compute part of the graph on the CPU.
         """
-        graphs = self.graphs and bool(spec.carry)
+        graphs = self.graphs and bool(spec.state)
         session = None
         if graphs:
             try:
@@ -262,7 +262,7 @@ class _Call:
     ) -> None:
         self._engine, self._driver = engine, driver
         self._session, self._binding, self._outputs = session, binding, tuple(outputs.values())
-        self._loop = bool(engine.spec.carry)
+        self._loop = bool(engine.spec.state)
         self._eager = self._options(-1)
         self._replay = self._eager
         if engine.graphs:

@@ -126,7 +126,7 @@ class TensorRtEngine:
         self._scratch: DeviceBuffer | None = driver.empty(
             (int(engine.device_memory_size_v2),), np.uint8
         )
-        self._loop = bool(spec.carry)
+        self._loop = bool(spec.state)
         self._graphs = self._loop and driver.graphs
         self._calls = 0
         self._slots = [_Slot(self._context())]

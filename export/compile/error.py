@@ -119,4 +119,4 @@ def _float32(
             engine.bind(inputs, outputs)()
             return tuple(torch.from_numpy(outputs[t.name]) for t in spec.outputs)
 
-    return Stage(held, Engine(), spec.inputs, spec.outputs, spec.carry)
+    return Stage(held, Engine(), spec.inputs, spec.outputs, spec.state)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from bifrost_rt.manifest import EngineSpec, Precision, TensorSpec
+from bifrost_rt.manifest import EngineSpec, Precision, State, TensorSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,7 +66,7 @@ class Stage:
 
     Attributes:
         module: called with the inputs in order, returns the outputs in order.
-        carry: output -> the input that it becomes in the loop's next step.
+        state: what its loop hands from step to step.
         compared: the outputs that say most when layers are quantized; default: the first.
         chosen: outputs that name the largest of others: they are not compared, since rounding
             decides among near equals.
@@ -76,7 +76,7 @@ class Stage:
     module: nn.Module
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    carry: dict[str, str] = field(default_factory=dict)
+    state: tuple[State, ...] = ()
     compared: tuple[str, ...] = ()
     chosen: tuple[str, ...] = ()
 
@@ -99,6 +99,6 @@ class Stage:
             files=(),
             inputs=self.inputs,
             outputs=self.outputs,
-            carry=self.carry,
+            state=self.state,
             precision=precision or unknown,
         )

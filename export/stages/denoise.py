@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bifrost_rt.dims import IMAGES, STEPS
-from bifrost_rt.manifest import TensorSpec
+from bifrost_rt.manifest import State, TensorSpec
 from export.stages import Definition, Stage, conditioning, control_embed
 
 if TYPE_CHECKING:
@@ -49,5 +49,9 @@ def stage(module: Denoise, inner: int, text_tokens: int, modulation: int) -> Sta
             TensorSpec("next_velocity", "float32", latents),
             TensorSpec("next_step", "int64", (1,)),
         ),
-        carry={"next_latents": "latents", "next_velocity": "velocity", "next_step": "step"},
+        state=(
+            State("next_latents", "latents"),
+            State("next_velocity", "velocity"),
+            State("next_step", "step"),
+        ),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bifrost_rt.dims import ANSWER_TOKENS, CACHE_TOKENS, IMAGE_TOKENS, NEW_TOKENS, TEXTS
-from bifrost_rt.manifest import TensorSpec
+from bifrost_rt.manifest import State, TensorSpec
 from export.stages import Definition, Stage
 
 if TYPE_CHECKING:
@@ -72,15 +72,15 @@ def stage(module: MllmText, c: DecoderConfig) -> Stage:
             *present,
         ),
         # of a step: one new row
-        carry={
-            "next_ids": "input_ids",
-            "next_positions": "positions",
-            "next_length": "past_length",
-            "next_seen": "seen",
-            "next_answer": "answer",
-            "next_step": "answer_step",
-            **{new.name: old.name for old, new in zip(past, present, strict=True)},
-        },
+        state=(
+            State("next_ids", "input_ids"),
+            State("next_positions", "positions"),
+            State("next_length", "past_length"),
+            State("next_seen", "seen", "in_place"),
+            State("next_answer", "answer", "in_place"),
+            State("next_step", "answer_step"),
+            *(State(new.name, old.name, "append") for old, new in zip(past, present, strict=True)),
+        ),
         # the visual branch reads the cache, and the logits are the answer
         compared=("logits", *(spec.name for spec in present)),
         chosen=("next_ids", "next_answer"),

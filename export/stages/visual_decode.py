@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bifrost_rt.dims import BRANCHES, IMAGES, REVEALED, STEPS, TEXT_TOKENS, TEXTS
-from bifrost_rt.manifest import TensorSpec
+from bifrost_rt.manifest import State, TensorSpec
 from export.stages import Definition, Stage
 from export.stages.mllm_text import cache_specs
 
@@ -41,5 +41,5 @@ def stage(module: VisualDecode, c: DecoderConfig) -> Stage:
             TensorSpec("next_tokens", "float32", tokens),
             TensorSpec("next_step", "int64", (1,)),
         ),
-        carry={"next_tokens": "tokens", "next_step": "step"},
+        state=(State("next_tokens", "tokens"), State("next_step", "step")),
     )

@@ -128,7 +128,7 @@ def test_without_a_ceiling_there_is_no_percent(alpha_set: Path) -> None:
 def engine(layers: dict[str, int], compute: str, compiled: bool) -> EngineSpec:
     about = Compiled("tensorrt-rtx", "1", ("sm89",), (), "") if compiled else None
     precision = manifest.Precision("", "", compute, layers)
-    return EngineSpec("denoise", "", (), (), (), {}, precision, 0, about)
+    return EngineSpec("denoise", "", (), (), (), (), precision, 0, about)
 
 
 @pytest.mark.parametrize(

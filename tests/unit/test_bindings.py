@@ -7,7 +7,7 @@ import pytest
 
 from bifrost_rt.backends.base import check_bindings
 from bifrost_rt.errors import StageInputError
-from bifrost_rt.manifest import EngineSpec, Precision, Range, TensorSpec
+from bifrost_rt.manifest import EngineSpec, Precision, Range, State, TensorSpec
 
 SPEC = EngineSpec(
     name="denoise",
@@ -18,7 +18,7 @@ SPEC = EngineSpec(
         TensorSpec("step", "int64", (1,)),
     ),
     outputs=(TensorSpec("next_latents", "float32", ("images", 64, 16)),),
-    carry={"next_latents": "latents"},
+    state=(State("next_latents", "latents"),),
     precision=Precision("fp32", "float32", "float32"),
 )
 DIMENSIONS = {"images": Range(1, 4)}

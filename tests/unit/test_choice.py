@@ -41,7 +41,7 @@ def _no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 def a_set(form: str, backend: str = "onnxruntime") -> Manifest:
     """With one engine of one layer."""
     precision = Precision(form, form, "float32", {form: 1})
-    engine = EngineSpec("denoise", "", (), (), (), {}, precision)
+    engine = EngineSpec("denoise", "", (), (), (), (), precision)
     return dataclasses.replace(FACTS, backend=backend, engines=(engine,))
 
 

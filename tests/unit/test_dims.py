@@ -22,7 +22,7 @@ GROWING = EngineSpec(
         TensorSpec("shape", "float32", ("height", "width")),
     ),
     outputs=(TensorSpec("next_cache", "float32", ("past + 1", 4)),),
-    carry={},
+    state=(),
     precision=Precision("fp32", "float32", "float32"),
 )
 ANY = {name: Range(1, 8) for name in ("past", "height", "width")}

@@ -16,7 +16,7 @@ from tests.unit.test_request import FACTS
 def a_set(*formats: str, backend: str = "onnxruntime") -> Manifest:
     """An engine for each format."""
     engines = tuple(
-        EngineSpec(f"stage_{form}", "", (), (), (), {}, Precision(form, form, "float32", {form: 1}))
+        EngineSpec(f"stage_{form}", "", (), (), (), (), Precision(form, form, "float32", {form: 1}))
         for form in formats
     )
     return dataclasses.replace(FACTS, format=manifest.FORMAT, backend=backend, engines=engines)

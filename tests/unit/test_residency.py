@@ -137,7 +137,7 @@ def spec(*shapes: tuple[int | str, ...], outputs: tuple[int | str, ...] = (1,)) 
         files=(),
         inputs=tuple(TensorSpec(f"i{n}", "float32", shape) for n, shape in enumerate(shapes)),
         outputs=(TensorSpec("o", "int64", outputs),),
-        carry={},
+        state=(),
         precision=Precision("fp32", "float32", "float32"),
         scratch_bytes=1000,
     )

@@ -23,7 +23,7 @@ def a_generator(folder: Path, form: str, drawn: np.ndarray) -> Any:
     """Of a set with layers in a format, which draws this."""
     Image.fromarray(PICTURE).save(folder / selftest.PICTURE)
     precision = Precision(form, form, "float32", {form: 1, "bf16": 2})
-    engine = EngineSpec("denoise", "", (), (), (), {}, precision)
+    engine = EngineSpec("denoise", "", (), (), (), (), precision)
     return SimpleNamespace(
         path=folder,
         manifest=dataclasses.replace(FACTS, engines=(engine,)),

@@ -64,7 +64,7 @@ def written(stage: Stage, folder: Path, form: str) -> EngineSpec:
     files = graph.save(traced, folder / "two.onnx")
     layers = audit.read(files[0])
     return EngineSpec(
-        "two", files[0].name, tuple(f.name for f in files), stage.inputs, stage.outputs, {},
+        "two", files[0].name, tuple(f.name for f in files), stage.inputs, stage.outputs, (),
         Precision(form, "", audit.compute(layers), audit.formats(layers)),
     )  # fmt: skip
 
