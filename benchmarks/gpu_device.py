@@ -42,7 +42,7 @@ def _memory(cuda: Cuda, size: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "driver_cuda": cuda._call("cudaDriverGetVersion"),
         "runtime_cuda": cuda._call("cudaRuntimeGetVersion"),
-        "unified_memory": cuda._unified,
+        "unified_memory": cuda.unified,
         "free_bytes": free,
         "free_bytes_told_by_cuda": int(cuda._call("cudaMemGetInfo")),
         "taken_for_two_buffers": free - cuda.free_bytes(),

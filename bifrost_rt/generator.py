@@ -17,7 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from bifrost_rt import (
-    backends,
     chat,
     dims,
     engines,
@@ -35,7 +34,7 @@ from bifrost_rt import (
 )
 from bifrost_rt import messages as conversation
 from bifrost_rt.backends.base import Backend
-from bifrost_rt.backends.choice import Choice, choose
+from bifrost_rt.backends.choice import start
 from bifrost_rt.chat import ChatResult, OnText
 from bifrost_rt.chat_params import ChatOptions, ChatParameters
 from bifrost_rt.engines import Loop
@@ -70,6 +69,8 @@ class Generator:
             model's set: see `default_set`.
         backend: a driver's name, or one that is already started. Default: the one that the set was
             compiled for; for ONNX graphs, the fastest exact one that is installed for the CPU.
+            "openvino,t5_text=onnxruntime" gives an engine its own, in the place of that which the
+            set names for it.
         memory_budget: what engines and their tensors may take together, as bytes or as text
             ("8GiB"); the Python process itself comes on top. Engines leave and come back as it
             demands, and the pictures stay the same. Default: what the device has free when the
@@ -103,17 +104,11 @@ class Generator:
         self.manifest = manifest.read(folder)
         files = OpenedFiles(folder, self.manifest)
         files.verify(self.manifest)
-        if backend is None:
-            self.backend = choose(self.manifest)
-        else:
-            name = backend if isinstance(backend, str) else backend.name
-            self.backend = Choice(name, "it was asked for")
+        self.backend, started = start(self.manifest, backend)
         log.info("backend %s: %s", self.backend.name, self.backend.reason)
         text = self.manifest.text
         self._tokenizers = Tokenizers(folder, text)
         files.same(part.tokenizer for part in (text.mllm, text.clip, text.t5))
-        asked = self.backend.name if backend is None else backend
-        started = backends.load(asked) if isinstance(asked, str) else asked
         budget = residency.default_budget(started.free_memory()) if given is None else given
         if prompts is None:
             prompts = default_bytes(budget)

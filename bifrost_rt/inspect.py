@@ -36,6 +36,7 @@ def describe(manifest: Manifest) -> str:
         "  built by   " + ", ".join(f"{k} {v}" for k, v in manifest.builder.items()),
         *_compiled(manifest),
         f"  runs on    {chosen.name}: {chosen.reason}",
+        *(f"             {e.name} on {e.backend}" for e in manifest.engines if e.backend),
         *([f"  simulated  {note}"] if (note := simulation(manifest)) else []),
         "  sizes      " + ", ".join(f"{n} {_range(r)}" for n, r in manifest.dimensions.items()),
         "",
@@ -120,7 +121,8 @@ def plan(folder: Path, manifest: Manifest) -> str:
     """
     try:
         found = _report(folder, manifest)["compiled"]["engines"]
-        plans = {spec.name: found[spec.name]["plan"] for spec in manifest.engines}
+        compiled = [spec.name for spec in manifest.engines if spec.backend is None]
+        plans = {name: found[name]["plan"] for name in compiled}
     except (OSError, ValueError, KeyError, TypeError):
         raise EngineSetError(
             f"{folder / REPORT}: does not say what the engines' plans are",

@@ -131,6 +131,7 @@ class EngineSpec:
     `piece_scratch_bytes` is the same for `dims.CHUNK` tokens of a conversation behind
     a cache of `dims.CONTEXT`; 0 for engines that read none.
     `compiled` is None where the file is an ONNX graph.
+    `backend` is the engine's own, where it is not the set's.
     """
 
     name: str
@@ -144,6 +145,7 @@ class EngineSpec:
     compiled: Compiled | None = None
     piece_scratch_bytes: int = 0
     square_bytes: int = 0
+    backend: str | None = None
 
     def input(self, name: str) -> TensorSpec | None:
         """The input called `name`, or None where this engine has none of that name."""
@@ -380,8 +382,9 @@ class Manifest:
         """The file's bytes: readable JSON whose last key is the sha256 of everything before it."""
         data = dataclasses.asdict(self)
         for engine in data["engines"]:
-            if engine["compiled"] is None:
-                del engine["compiled"]
+            for optional in ("compiled", "backend"):
+                if engine[optional] is None:
+                    del engine[optional]
         for optional in ("calibration", "selftest", "vision", "chat"):
             if data[optional] is None:
                 del data[optional]

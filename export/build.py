@@ -83,12 +83,14 @@ def _build_and_compile(
     """The ONNX set, which is compared with torch and stays beside it, then its engines."""
     from export.compile import builder as builders
     from export.compile import capabilities
-    from export.compile.compiled_set import check_targets, compile_set
+    from export.compile.compiled_set import check_on_cpu, check_targets, compile_set
+    from export.stages.catalog import DEFINITIONS
 
     # what cannot be compiled is refused before the graphs are built
     formats = {FULL.name, recipe.precision, *recipe.stages.values(), *recipe.layers.values()}
     formats |= {recipe.rest} if recipe.quantised else set()
     check_targets(builders.find(recipe.backend), recipe.target, sorted(formats))
+    check_on_cpu(recipe.on_cpu, tuple(DEFINITIONS))
     for pattern, form in recipe.layers.items():
         stage = pattern.partition(":")[0]
         around = FORMATS[recipe.precision_of(stage)]
@@ -102,6 +104,7 @@ def _build_and_compile(
         targets=recipe.target,
         max_images=recipe.max_images,
         max_steps=recipe.max_steps,
+        on_cpu=recipe.on_cpu,
         progress=progress,
     )
 
@@ -112,7 +115,8 @@ def graphs_of(recipe: Recipe) -> Recipe:
     if recipe.backend not in recipes.COMPILED:
         return recipe
     output = Path(recipe.output)
-    limits: dict[str, Any] = {"target": (), "max_images": None, "max_steps": None}  # engines alone
+    # what is said of engines alone
+    limits: dict[str, Any] = {"target": (), "max_images": None, "max_steps": None, "on_cpu": ()}
     return dataclasses.replace(
         recipe,
         backend="onnxruntime",
@@ -252,6 +256,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-steps", type=int, metavar="N", help="of compiled engines: steps of a loop"
+    )
+    parser.add_argument(
+        "--on-cpu",
+        type=lambda text: tuple(text.split(",")),
+        metavar="ENGINES",
+        help="beside compiled engines: those that stay on the CPU, such as t5_text,clip_text",
     )
     parser.add_argument(
         "--onnx-only",

@@ -184,6 +184,7 @@ class PairedBackend:
     name = "paired"
     opens_in_threads = False
     scratch_share = 1.0
+    in_host_memory = True
     writes_in_place = True
 
     def __init__(self, driver: Backend, stages: Mapping[str, Stage], kept: int | None) -> None:

@@ -57,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(report.describe(plan))
         if times is not None:
             print(f"\n{kernel_report.describe(times)}")
+        for note in _elsewhere(options.engines):
+            print(note)
         return 0 if plan.fits else 3
 
     return command.run(planned, debug=options.debug)
@@ -182,6 +184,12 @@ def _in_memory(driver: Backend, storage: Format) -> InMemory:
         return driver.weights_in_memory(spec, stored)
 
     return in_memory
+
+
+def _elsewhere(folder: Path | None) -> list[str]:
+    """What a plan of a compiled set leaves out."""
+    engines = () if folder is None else manifests.read(folder).engines
+    return [f"not counted: {spec.name}, on {spec.backend}" for spec in engines if spec.backend]
 
 
 def _storage(name: str | None) -> Format | None:

@@ -42,6 +42,7 @@ class Recipe:
         max_images: images per run; None sets no limit, which compiled engines cannot do.
         target: of compiled engines, the GPUs; none means this machine's own.
         max_steps: of compiled engines, steps of a loop; None takes the set's defaults.
+        on_cpu: engines that are not compiled and run on the CPU, beside compiled ones.
         max_image_pixels: of an image that is looked at; larger ones are made smaller. None takes
             the checkpoint's limit, at most 1280 tokens.
         rest: what a quantised set stores its other weights in.
@@ -67,6 +68,7 @@ class Recipe:
     max_images: int | None = None
     target: tuple[str, ...] = ()
     max_steps: int | None = None
+    on_cpu: tuple[str, ...] = ()
     max_image_pixels: int | None = None
     rest: str = HALF.name
     stages: dict[str, str] = field(default_factory=dict)
@@ -137,9 +139,9 @@ class Recipe:
                 "run",
                 hint="give it, such as --max-images 1",
             )
-        if self.backend not in COMPILED and (self.target or self.max_steps):
+        if self.backend not in COMPILED and (self.target or self.max_steps or self.on_cpu):
             raise RecipeError(
-                f"target and max_steps are for compiled engines, not for {self.backend!r}",
+                f"target, max_steps and on_cpu are for compiled engines, not for {self.backend!r}",
                 hint="add --backend tensorrt-rtx, or leave them out",
             )
 

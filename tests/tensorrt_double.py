@@ -33,6 +33,7 @@ class HostDevice:
     """`bifrost_rt.backends.cuda.Device` in host memory."""
 
     stream = 7
+    unified = False
 
     def __init__(self) -> None:
         self.blocks: dict[int, NDArray[np.uint8]] = {}

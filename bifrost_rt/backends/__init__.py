@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.base import Backend
+from bifrost_rt.backends.mixed import Mixed
 from bifrost_rt.errors import BackendError
 from bifrost_rt.strict import nearest
 
@@ -100,6 +102,42 @@ DRIVERS = {
         compiled=True,
     ),
 }
+
+
+def parse(text: str) -> tuple[str | None, dict[str, str]]:
+    """Read `NAME`, `ENGINE=NAME` or several with commas: the set's backend and those of engines.
+
+    Raises:
+        BackendError: two for the set, or a part without a name.
+    """
+    main, own = None, {}
+    for part in (part.strip() for part in text.split(",")):
+        engine, given, name = part.rpartition("=")
+        if given and engine and name:
+            own[engine.strip()] = name.strip()
+        elif given or not part or main is not None:
+            raise BackendError(
+                f"backend {text!r}: cannot read {part!r}",
+                hint="give one name, and where engines have their own `ENGINE=NAME` behind commas",
+            )
+        else:
+            main = part
+    return main, own
+
+
+def beside(main: Backend, own: Mapping[str, str]) -> Backend:
+    """Start the drivers of engines that have their own beside that of the set.
+
+    Args:
+        own: engine -> its driver's name.
+
+    Raises:
+        BackendError: as in `load`.
+    """
+    others = dict.fromkeys(name for name in own.values() if name != main.name)
+    started = {name: load(name) for name in others}
+    elsewhere = {engine: started[name] for engine, name in own.items() if name in started}
+    return Mixed(main, elsewhere) if elsewhere else main
 
 
 def load(name: str) -> Backend:

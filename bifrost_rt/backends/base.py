@@ -76,6 +76,9 @@ class Backend(Protocol):
     """What the driver takes of the scratch memory that a manifest states, which is counted for one
     that keeps the scores of attention in memory."""
 
+    in_host_memory: bool
+    """Whether what it takes is the machine's memory, not that of a device alone."""
+
     writes_in_place: bool
     """Whether a tensor that an engine continues, such as a K/V cache, may be bound as its input and
     its output at once."""
@@ -102,6 +105,7 @@ class HostMemory:
 
     opens_in_threads = True
     scratch_share = 1.0
+    in_host_memory = True
     writes_in_place = True
 
     def free_memory(self) -> int | None:

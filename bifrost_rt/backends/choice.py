@@ -1,4 +1,4 @@
-"""Which driver a set gets where nobody names one: the fastest that is installed, and why."""
+"""Which driver a set gets: the one that is named, or the fastest that is installed, and why."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from bifrost_rt import backends, formats
 from bifrost_rt import processor as processors
+from bifrost_rt.backends.base import Backend
+from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import Manifest
 from bifrost_rt.processor import Processor
+from bifrost_rt.strict import nearest
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,34 @@ def choose(manifest: Manifest, processor: Processor | None = None) -> Choice:
     if backends.DRIVERS[order[1]].unavailable() is None:
         return Choice(order[1], f"{order[0]} would be the choice, but {missing}")
     return Choice(order[0], reason)  # neither is there: opening it says what to do
+
+
+def start(manifest: Manifest, asked: str | Backend | None) -> tuple[Choice, Backend]:
+    """Start what the engines of a set run on: the set's driver, and those of engines with their
+    own.
+
+    Args:
+        asked: as `backends.parse` reads it, or a driver that is started. What it names comes before
+            what the set names.
+
+    Raises:
+        BackendError: a driver is not available here, or an engine is unknown.
+    """
+    main, named = backends.parse(asked) if isinstance(asked, str) else (None, {})
+    engines = [spec.name for spec in manifest.engines]
+    for engine in named:
+        if engine not in engines:
+            raise BackendError(
+                f"backend {asked!r}: the set {manifest.name!r} has no engine {engine!r}"
+                f"{nearest(engine, engines)}; it has {', '.join(engines)}"
+            )
+    started = None if asked is None or isinstance(asked, str) else asked
+    name = main if started is None else started.name
+    choice = choose(manifest) if name is None else Choice(name, "it was asked for")
+    own = {spec.name: spec.backend for spec in manifest.engines if spec.backend is not None} | named
+    others = [f"{engine} runs on {name}" for engine, name in own.items() if name != choice.name]
+    choice = Choice(choice.name, "; ".join([choice.reason, *others]))
+    return choice, backends.beside(started or backends.load(choice.name), own)
 
 
 def _reason(names: Collection[str], here: Processor) -> str:

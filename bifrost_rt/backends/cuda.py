@@ -26,6 +26,10 @@ class Device(Protocol):
 
     stream: int
 
+    @property
+    def unified(self) -> bool:
+        """Whether it shares the machine's memory."""
+
     def free_bytes(self) -> int:
         """Memory that can be had."""
 
@@ -71,12 +75,12 @@ class Cuda:
         kinds = self._runtime.cudaMemcpyKind
         self._in, self._out = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
         integrated = self._runtime.cudaDeviceAttr.cudaDevAttrIntegrated
-        self._unified = bool(self._call("cudaDeviceGetAttribute", integrated, 0))
+        self.unified = bool(self._call("cudaDeviceGetAttribute", integrated, 0))
 
     def free_bytes(self) -> int:
         """Of this GPU. Where it shares the machine's memory, what the machine can give: there CUDA
         leaves out the pages of files, which are given up when somebody asks for memory."""
-        if self._unified and (free := residency.host_memory()) is not None:
+        if self.unified and (free := residency.host_memory()) is not None:
             return free
         return int(self._call("cudaMemGetInfo"))
 

@@ -73,6 +73,7 @@ class OnnxRuntimeCuda:
 
     name = "onnxruntime-cuda"
     scratch_share = 1.0
+    in_host_memory = False
     # A replay is compared with a run on the same inputs, which must still be there.
     writes_in_place = False
 

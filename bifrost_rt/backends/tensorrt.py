@@ -119,6 +119,11 @@ class TensorRt:
         self.graphs = graphs
         self.eager: dict[str, str] = {}
 
+    @property
+    def in_host_memory(self) -> bool:
+        """Whether the GPU shares the machine's memory."""
+        return self._device.unified
+
     def free_memory(self) -> int:
         """The GPU's."""
         return self._device.free_bytes()

@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
             compute=options.compute,
             weights=options.weights,
             measure=options.measure,
+            on_cpu=options.on_cpu,
             progress=Progress(),
         )
         print(folder)
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     return command.run(compiled, debug=options.debug, interrupted=INTERRUPTED)
 
 
-def targets(text: str) -> tuple[str, ...]:
+def parts(text: str) -> tuple[str, ...]:
     """`sm89,rtx-5090` -> its parts."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--target",
         metavar="NAMES",
-        type=targets,
+        type=parts,
         default=(),
         help="sm86,sm89,sm120 or rtx-4090,rtx-5090 …; default: the architecture of this machine's "
         "GPU; current: that very card",
@@ -90,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compute 16-bit graphs here, beside the float32 ones, and refuse what differs by more "
         "than it should",
+    )
+    parser.add_argument(
+        "--on-cpu",
+        metavar="ENGINES",
+        type=parts,
+        default=(),
+        help="engines that stay ONNX graphs and run on the CPU, such as t5_text,clip_text: the "
+        "GPU's memory is for the others",
     )
     parser.add_argument("--debug", action="store_true", help="show the trace of an error")
     return parser

@@ -17,6 +17,7 @@ from bifrost_rt import manifest as manifests
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.tensorrt_log import logger
 from bifrost_rt.manifest import Compiled, Deviation, EngineSpec
+from bifrost_rt.strict import nearest
 from export import extras
 from export.compile import (
     bound,
@@ -47,6 +48,7 @@ from export.stages.catalog import DEFINITIONS
 PEAK, FIXED = 3.3, 1 << 30
 # Weights of this many bytes are not compiled into the engine: docs/decisions/0033.
 BOUND_FROM = 1 << 30
+ON_CPU = "onnxruntime"  # what runs the engines that stay on the CPU
 CURRENT = "current"  # the target that is this machine's own GPU
 
 
@@ -62,6 +64,7 @@ def compile_set(
     weights: str | None = None,
     measure: bool = False,
     progress: Callable[[str], None] | None = None,
+    on_cpu: Sequence[str] = (),
     definitions: Mapping[str, Definition] = DEFINITIONS,
     generate: pipeline.Generate = draw_look_answer,
 ) -> Path:
@@ -78,6 +81,8 @@ def compile_set(
         measure: whether to compute the 16-bit graphs here, beside the float32 ones, and to refuse
             what differs by more than the engine's `half_tolerance`; the set keeps how far its
             self-test's picture may then be from the builder's. Not for sets with quantised layers.
+        on_cpu: engines that stay ONNX graphs and run on the CPU, so that the GPU's memory has room
+            for the others. Their inputs and outputs are copied at every call.
         definitions: of the set's engines, by name.
         generate: what runs the engines, to measure them.
 
@@ -99,14 +104,17 @@ def compile_set(
                 f"{source}: has an engine `{spec.name}`, which this version does not know",
                 hint="compile with the version that built the set, or rebuild it",
             )
+    check_on_cpu(on_cpu, [spec.name for spec in manifest.engines])
+    elsewhere = [spec for spec in manifest.engines if spec.name in on_cpu]
+    given = [spec for spec in manifest.engines if spec.name not in on_cpu]
     _check_apart(source.resolve(), output.resolve())
     # sets of earlier versions may name the type of their tables
-    stored = {spec.precision.weights for spec in manifest.engines} - manifests.INDICES
+    stored = {spec.precision.weights for spec in given} - manifests.INDICES
     architectures = check_targets(builder, targets, sorted(stored))
-    types = {spec.name: compute_type(spec, compute, architectures) for spec in manifest.engines}
+    types = {spec.name: compute_type(spec, compute, architectures) for spec in given}
     check_targets(builder, architectures, sorted({*types.values(), "float32"}))
     bounds = sizes(manifest.dimensions, manifest.defaults, max_images, max_steps)
-    used = {name for spec in manifest.engines for name in spec.files}
+    used = {name for spec in given for name in spec.files}
     with written_aside(output) as folder:
         say("checking the set's files")
         opened.verify(source, manifest)
@@ -115,7 +123,7 @@ def compile_set(
                 *(builder, source, spec, definitions[spec.name], types[spec.name]),
                 *(architectures, weights, measure),
             )
-            for spec in manifest.engines
+            for spec in given
         ]
         errors: dict[str, dict[str, Any]] = {}
         deviation: Deviation | None = None
@@ -129,7 +137,7 @@ def compile_set(
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)
         at = residency.sizes(dataclasses.replace(manifest, dimensions=bounds.ranges()))
-        compiled: list[EngineSpec] = []
+        compiled = {spec.name: dataclasses.replace(spec, backend=ON_CPU) for spec in elsewhere}
         record: dict[str, dict[str, Any]] = {}
         for job in jobs:
             name = job.spec.name
@@ -138,7 +146,7 @@ def compile_set(
             spec, arithmetic = job.run(
                 builder, source, folder, bounds, architectures, current=CURRENT in targets
             )
-            compiled.append(spec)
+            compiled[name] = spec
             planned = read_plan(folder, spec, at(name), arithmetic)
             record[name] = {
                 "seconds": round(time.perf_counter() - start, 3),
@@ -155,7 +163,7 @@ def compile_set(
             backend=backend,
             builder={**manifest.builder, backend: builder.version},
             dimensions=bounds.ranges(),
-            engines=tuple(compiled),
+            engines=tuple(compiled[spec.name] for spec in manifest.engines),
             files=describe_files(folder),
             selftest=deviation,
         )
@@ -249,6 +257,25 @@ def check_targets(
             hint="run this command on the device, or use --backend tensorrt-rtx",
         )
     return found
+
+
+def check_on_cpu(on_cpu: Sequence[str], engines: Sequence[str]) -> None:
+    """Check the names of engines that stay on the CPU; needs no set.
+
+    Raises:
+        CompileError: one is unknown, or nothing is left to compile.
+    """
+    for name in on_cpu:
+        if name not in engines:
+            raise CompileError(
+                f"on_cpu names {name!r}, which is no engine{nearest(name, engines)}",
+                hint=f"engines are {', '.join(engines)}",
+            )
+    if set(on_cpu) >= set(engines):
+        raise CompileError(
+            "on_cpu names every engine: nothing is left to compile",
+            hint="run the onnxruntime set as it is",
+        )
 
 
 def _check_apart(source: Path, output: Path) -> None:

@@ -104,7 +104,7 @@ class Estimate:
 
 
 def of_set(folder: Path, manifest: Manifest, at: residency.Sizes) -> list[Calls]:
-    """Read the plans of the engines of a compiled set that draw.
+    """Read the plans of the engines of a compiled set that draw, on the set's backend.
 
     Args:
         at: engine -> a number for every symbol of its inputs and outputs.
@@ -112,7 +112,7 @@ def of_set(folder: Path, manifest: Manifest, at: residency.Sizes) -> list[Calls]
     Raises:
         RecipeError: an engine has no plan that can be read, or not all of it is known.
     """
-    names = dims.drawing(manifest.engines)
+    names = dims.drawing(spec for spec in manifest.engines if spec.backend is None)
     return [_calls(folder, manifest.engine(name), at(name)) for name in names]
 
 

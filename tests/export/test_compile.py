@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import load, numpy_helper
 
-from bifrost_rt import Generator, backends, manifest
+from bifrost_rt import Generator, backends, inspect, manifest
 from bifrost_rt.backends import gpu
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import Range
@@ -190,6 +190,29 @@ def test_files_that_are_links_of_another_sets_are_read(small_set: Path, tmp_path
     assert compile_set(source, tmp_path / "out", targets=("sm89",), max_images=1)
 
 
+def test_engines_stay_on_the_cpu_where_it_is_asked(
+    small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(small_set), "--output", str(tmp_path / "out"), "--target", "sm89"]
+    arguments += ["--max-images", "1", "--on-cpu"]
+    assert command.main([*arguments, "t5_txt"]) == 1
+    assert "names 't5_txt', which is no engine (did you mean 't5_text'?)" in capsys.readouterr().err
+    assert command.main([*arguments, ",".join(SMALL)]) == 1
+    assert "nothing is left to compile" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert command.main([*arguments, "t5_text"]) == 0
+    facts, source = manifest.read(tmp_path / "out"), manifest.read(small_set)
+    assert [spec.name for spec in facts.engines] == [spec.name for spec in source.engines]
+    for spec in facts.engines:
+        assert (spec.compiled is None) == (spec.name == "t5_text")
+        assert spec.backend == ("onnxruntime" if spec.name == "t5_text" else None)
+    kept = facts.engine("t5_text")
+    assert kept.files == source.engine("t5_text").files
+    assert all(facts.files[name] == source.files[name] for name in kept.files)
+    assert "t5_text on onnxruntime" in inspect.describe(facts)
+    assert "t5_text" not in inspect.plan(tmp_path / "out", facts)
+
+
 def test_the_command_line(
     small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,7 +231,8 @@ def test_the_command_line(
     ("options", "message"),
     [
         ({"backend": "tensorrt-rtx"}, "needs max_images"),
-        ({"target": ("sm89",)}, "target and max_steps are for compiled engines"),
+        ({"target": ("sm89",)}, "target, max_steps and on_cpu are for compiled engines"),
+        ({"on_cpu": ("t5_text",)}, "target, max_steps and on_cpu are for compiled engines"),
         ({"backend": "tensorrt-rtx", "max_images": 1, "max_steps": 0}, "max_steps must be"),
     ],
 )
@@ -226,8 +250,11 @@ def test_one_command_from_the_checkpoint(
     recipe = alpha_recipe(tmp_path / "rtx", precision="fp8", target=("sm86",), **compiles)
     with pytest.raises(CompileError, match="has no fp8"):
         build.build(recipe)
+    recipe = alpha_recipe(tmp_path / "rtx", target=("sm89",), on_cpu=("t5",), **compiles)
+    with pytest.raises(CompileError, match="on_cpu names 't5', which is no engine"):
+        build.build(recipe)
     assert list(tmp_path.iterdir()) == []
-    recipe = alpha_recipe(tmp_path / "rtx", target=("sm89",), **compiles)
+    recipe = alpha_recipe(tmp_path / "rtx", target=("sm89",), on_cpu=("t5_text",), **compiles)
     whole, asked = build.build, []
 
     def graphs(inner: Recipe, progress: Any = None, memory_budget: Any = None) -> Path:
@@ -238,7 +265,8 @@ def test_one_command_from_the_checkpoint(
     monkeypatch.setattr("export.compile.compiled_set.compile_set", lambda *a, **k: (a, k))
     places, options = whole(recipe)
     assert places == (alpha_set, tmp_path / "rtx")
-    assert options["targets"] == ("sm89",)
+    assert (options["targets"], options["on_cpu"]) == (("sm89",), ("t5_text",))
+    assert asked[0].on_cpu == ()
     assert (asked[0].backend, asked[0].output) == ("onnxruntime", str(tmp_path / "rtx-onnx"))
     assert asked[0].max_images is None  # the graphs take any number
     assert options["max_images"] == 2
