@@ -85,7 +85,7 @@ def opening(subject: Subject) -> dict[str, Any]:
     facts, driver = manifest.read(subject.folder), subject.start()
     rows: dict[str, Any] = {}
     for spec in facts.engines:
-        stored = sum(facts.files[name].size for name in spec.files)
+        stored = manifest.stored_bytes(facts, spec)
         row: dict[str, Any] = {
             "file_bytes": stored,
             "counted_bytes": driver.weights_in_memory(spec, stored),

@@ -45,7 +45,7 @@ def engines(folder: Path, backend: str) -> list[dict[str, Any]]:
     facts, driver = manifest.read(folder), backends.load(backend)
     found = []
     for spec in facts.engines:
-        stored = sum(facts.files[name].size for name in spec.files)
+        stored = manifest.stored_bytes(facts, spec)
         base = reset()
         engine = driver.open(folder, spec, facts.dimensions)
         opened, peak = status()

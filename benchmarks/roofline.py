@@ -18,7 +18,7 @@ from bifrost_rt import backends, dims, manifest, residency
 from bifrost_rt.dims import CACHE_TOKENS, NEW_TOKENS, TEXT_TOKENS
 from bifrost_rt.errors import EngineSetError
 from bifrost_rt.formats import of_layers
-from bifrost_rt.manifest import EngineSpec, Manifest
+from bifrost_rt.manifest import EngineSpec, Manifest, stored_bytes
 from bifrost_rt.text import Tokenizers
 from export import formats
 from export.formats import FORMATS, FULL
@@ -94,7 +94,7 @@ def of_contender(
         rate = rate_of(engine, spec.backend, bounds)
         if rate is None or bandwidth is None:
             continue
-        files = sum(facts.files[name].size for name in engine.files)
+        files = stored_bytes(facts, engine)
         moved = one.tensors + (files if engine.compiled else one.weights(None))
         # what a cache may still hold from the call before need not come again
         moved = 0 if bounds.cache_bytes is None else max(0, moved - bounds.cache_bytes)

@@ -86,7 +86,7 @@ def build(folder: Path, output: Path, precision: str) -> None:
     traced = graph.to_graph(stage)
     precisions.store(traced, rest)
     done("trace", largest_bytes=largest(stage.module))
-    files = graph.save(traced, output / "visual_decode.onnx")
+    files, _ = graph.save(traced, output / "visual_decode.onnx")
     del traced
     done("write", file_bytes=sum(file.stat().st_size for file in files))
     with torch.inference_mode(), streamed(stage.module, 0):

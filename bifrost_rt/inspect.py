@@ -202,7 +202,7 @@ def _tensors(tensors: Sequence[TensorSpec]) -> list[str]:
 
 
 def _size(manifest: Manifest, engine: EngineSpec) -> int:
-    return sum(manifest.files[name].size for name in engine.files)
+    return manifests.stored_bytes(manifest, engine)
 
 
 def _range(bounds: Range) -> str:

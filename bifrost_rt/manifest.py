@@ -132,6 +132,8 @@ class EngineSpec:
     a cache of `dims.CONTEXT`; 0 for engines that read none.
     `compiled` is None where the file is an ONNX graph.
     `backend` is the engine's own, where it is not the set's.
+    `shared` are files of other engines whose weights it reads too, with the bytes of them that it
+    reads.
     """
 
     name: str
@@ -146,6 +148,7 @@ class EngineSpec:
     piece_scratch_bytes: int = 0
     square_bytes: int = 0
     backend: str | None = None
+    shared: dict[str, int] = field(default_factory=dict)
 
     def input(self, name: str) -> TensorSpec | None:
         """The input called `name`, or None where this engine has none of that name."""
@@ -382,8 +385,8 @@ class Manifest:
         """The file's bytes: readable JSON whose last key is the sha256 of everything before it."""
         data = dataclasses.asdict(self)
         for engine in data["engines"]:
-            for optional in ("compiled", "backend"):
-                if engine[optional] is None:
+            for optional in ("compiled", "backend", "shared"):
+                if not engine[optional]:
                     del engine[optional]
         for optional in ("calibration", "selftest", "vision", "chat"):
             if data[optional] is None:
@@ -401,6 +404,11 @@ def engine_of(spec: SetSpec, name: str) -> EngineSpec:
         if engine.name == name:
             return engine
     raise EngineSetError(f"the set {spec.name!r} has no engine {name!r}", hint=REBUILD)
+
+
+def stored_bytes(spec: SetSpec, engine: EngineSpec) -> int:
+    """Count the bytes that an engine is opened from: its files, and what it reads of others'."""
+    return sum(spec.files[name].size for name in engine.files) + sum(engine.shared.values())
 
 
 def _render(data: Mapping[str, Any], digest: str | None) -> bytes:

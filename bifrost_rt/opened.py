@@ -31,7 +31,7 @@ def identity(path: Path) -> Identity | None:
 def files_of(spec: EngineSpec) -> list[str]:
     """The files that an engine is opened from, the weights that it gets by address among them."""
     bound = [weight.file for weight in spec.compiled.weights] if spec.compiled else []
-    return list(dict.fromkeys((spec.graph, *spec.files, *bound)))
+    return list(dict.fromkeys((spec.graph, *spec.files, *spec.shared, *bound)))
 
 
 def verify(folder: Path, manifest: Manifest) -> None:

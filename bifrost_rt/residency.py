@@ -21,7 +21,7 @@ import numpy as np
 from bifrost_rt import dims, image_processor, schedules
 from bifrost_rt.dims import DIMS, REVEALED, STEPS
 from bifrost_rt.errors import BudgetError, RequestError, RequestTypeError
-from bifrost_rt.manifest import EngineSpec, SetSpec, TensorSpec
+from bifrost_rt.manifest import EngineSpec, SetSpec, TensorSpec, stored_bytes
 
 # Of the memory that a machine has available, what is left to everyone else.
 MARGIN = 0.1
@@ -229,7 +229,7 @@ def needs(
     found = []
     for i, name in enumerate(order):
         spec = manifest.engine(name)
-        stored = sum(manifest.files[file].size for file in spec.files)
+        stored = stored_bytes(manifest, spec)
         counted = scratch_bytes(spec, at(name), manifest.text.mllm.max_length)
         scratch = math.ceil(scratch_share * counted)
         if spec.compiled is not None and spec.compiled.activation_bytes:

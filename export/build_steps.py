@@ -32,6 +32,7 @@ from export.engine_set import describe_files
 from export.pieces import Bounded
 from export.quantize import audit
 from export.quantize.quantise import Outcome
+from export.shared_weights import SharedWeights
 from export.stage_cache import StageCache
 
 Say = Callable[[str], None]
@@ -72,17 +73,18 @@ def write_engines(
     )
     counted = memory.one_picture(plan.mllm_max_length)
     largest = None if plan.vision is None else image_processor.limits(plan.vision)
-    engines = []
+    shared, engines = SharedWeights(plan.stages.values()), []
     for name, stage in plan.stages.items():
         rest = layers.rest[name]
-        key = stage_cache.key(stage, configs, rest, counted)
+        key = stage_cache.key(stage, configs, rest, counted, shared.before(stage))
         done = cache.get(name, key)
         if done is None:
             say(f"building {name}")
-            made = engine_files.write(stage, folder, rest, counted, largest)
+            made = engine_files.write(stage, folder, rest, counted, largest, shared)
             done = cache.put(name, key, *made)
         else:
             say(f"{name} is there already")
+        shared.add(stage, key, done.facts.get("stored", {}))
         asked = plan.recipe.precision_of(name)
         engines.append(engine_files.describe(stage, folder, list(done.files), done.facts, asked))
     return plan.with_engines(tuple(engines), cache.files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from bifrost_rt.image_processor import Limits
 from bifrost_rt.manifest import EngineSpec, Precision
 from export import graph, memory, precision
 from export.quantize import audit
+from export.shared_weights import SharedWeights
 from export.stages import Stage
 
 
@@ -22,6 +24,7 @@ def write(
     rest: str,
     counted: Mapping[str, int],
     largest: Limits | None = None,
+    shared: SharedWeights | None = None,
 ) -> tuple[list[Path], dict[str, Any]]:
     """Trace a stage and write its graph and weights.
 
@@ -29,10 +32,13 @@ def write(
         rest: the precision of what is not quantized.
         counted: the sizes for which scratch memory is stated.
         largest: image to look at.
+        shared: what earlier engines of the set have stored.
 
     Returns:
         The files, the graph first; and bytes by type (`weight_bytes`, the most first), memory of
-        its arithmetic (`scratch_bytes`, `piece_scratch_bytes`) and `seconds`.
+        its arithmetic (`scratch_bytes`, `piece_scratch_bytes`) and `seconds`. Where engines share
+        weights, also `stored` as `SharedWeights.add` takes it, and `reads`: other engines' files
+        and the bytes of them that it reads.
 
     Raises:
         ExportError: torch cannot trace it, or ONNX's checker refuses the graph.
@@ -50,7 +56,15 @@ def write(
         facts["piece_scratch_bytes"] = memory.scratch_bytes(traced, memory.one_piece())
     if largest is not None and dims.looks(stage.outline()):
         facts["square_bytes"] = memory.square_bytes(traced, largest)
-    files = graph.save(traced, folder / f"{stage.name}.onnx")
+    names = {} if shared is None else shared.names(stage, traced)
+    places = {n: shared.place(name) for n, name in names.items()} if shared else {}
+    elsewhere = {name: place for name, place in places.items() if place is not None}
+    files, stored = graph.save(traced, folder / f"{stage.name}.onnx", elsewhere)
+    if names:
+        facts["stored"] = {name: stored[n] for n, name in names.items() if n not in elsewhere}
+        facts["reads"] = dict(
+            sum((Counter({p.file: p.length}) for p in set(elsewhere.values())), Counter())
+        )
     facts["seconds"] = round(time.perf_counter() - start, 3)
     return files, facts
 
@@ -76,6 +90,7 @@ def describe(
         stage.outline(found),
         graph=files[0],
         files=tuple(files),
+        shared=facts.get("reads", {}),
         scratch_bytes=facts["scratch_bytes"],
         square_bytes=facts["square_bytes"],
         piece_scratch_bytes=facts["piece_scratch_bytes"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx
@@ -19,7 +19,7 @@ from torch import nn
 
 from export import sources
 from export.errors import ExportError
-from export.initializers import Weight
+from export.initializers import TRANSPOSED, Place, Weight
 from export.quantize import operators
 from export.quantize.linear import QuantizedLinear
 from export.stages import Stage
@@ -48,6 +48,9 @@ def to_graph(stage: Stage) -> ir.Model:
     _share_weights(model.graph)
     _transpose_weights(model.graph)
     return model
+
+
+INLINE = 256  # bytes; so many stay in the graph
 
 
 @contextlib.contextmanager
@@ -93,7 +96,7 @@ def _transpose_weights(graph: ir.Graph) -> None:
         assert isinstance(weight, Weight)
         assert value.name is not None
         alone = len(value.uses()) == 1
-        name = value.name if alone else f"{value.name}.transposed"
+        name = value.name if alone else f"{value.name}{TRANSPOSED}"
         source = weight.source.map(
             f"permuted {order}",
             functools.partial(torch.permute, dims=order),
@@ -112,19 +115,43 @@ def _transpose_weights(graph: ir.Graph) -> None:
         graph.register_initializer(stored)
 
 
-def save(model: ir.Model, path: Path) -> list[Path]:
+def save(
+    model: ir.Model, path: Path, elsewhere: Mapping[str, Place] | None = None
+) -> tuple[list[Path], dict[str, Place]]:
     """Write `path` and, for the weights, `path` with the suffix `.data`; run ONNX's checker.
 
+    Args:
+        elsewhere: initializers that files beside it hold already.
+
     Returns:
-        The files written.
+        The files written, and the places of the initializers that are in files.
 
     Raises:
         ExportError: the checker refuses the graph.
     """
     data = path.with_suffix(".data")
-    ir.save(model, path, external_data=data.name)
+    graph, elsewhere = model.graph, elsewhere or {}
+    kept = {name: graph.initializers[name].const_value for name in elsewhere}
+    for name in elsewhere:
+        graph.initializers[name].const_value = None  # nothing to write
+    ir.external_data.unload_from_model(model, path.parent, data.name, size_threshold_bytes=INLINE)
+    for name, place in elsewhere.items():
+        tensor = kept[name]
+        assert tensor is not None
+        graph.initializers[name].const_value = ir.ExternalTensor(
+            *(place.file, place.offset, place.length, tensor.dtype),
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=name,
+            base_dir=path.parent,
+        )
+    ir.save(model, path)
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except onnx.checker.ValidationError as error:
         raise ExportError(f"{path.name}: ONNX's checker refuses it: {error}") from error
-    return [path, data] if data.exists() else [path]
+    places = {
+        name: Place(str(tensor.location), tensor.offset or 0, tensor.length or tensor.nbytes)
+        for name, value in graph.initializers.items()
+        if isinstance(tensor := value.const_value, ir.ExternalTensor)
+    }
+    return [path, data] if data.exists() else [path], places

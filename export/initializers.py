@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 
 from export import sources
 from export.sources import Source
+
+TRANSPOSED = ".transposed"  # behind the name of a parameter that is stored both ways
+
+
+class Place(NamedTuple):
+    """Where a tensor's bytes are: `length` of them, from `offset` in a file of the set."""
+
+    file: str
+    offset: int
+    length: int
 
 
 class Weight(ir.LazyTensor):

@@ -65,7 +65,9 @@ class Bounded(HostMemory):
 
     def open(self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]) -> Engine:
         """The driver's engine, or one in pieces."""
-        stored = sum((folder / name).stat().st_size for name in spec.files)
+        stored = sum((folder / name).stat().st_size for name in spec.files) + sum(
+            spec.shared.values()
+        )
         if self._driver.weights_in_memory(spec, stored) <= self._limit:
             self.pieces[spec.name] = 1
             return self._driver.open(folder, spec, dimensions)

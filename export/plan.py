@@ -114,7 +114,7 @@ def of_set(folder: Path, device: devices.Device, budget: int | None = None) -> P
 
     def in_memory(one: Work, stored: int) -> int:
         spec = manifest.engine(one.engine)
-        return driver.weights_in_memory(spec, sum(manifest.files[f].size for f in spec.files))
+        return driver.weights_in_memory(spec, manifests.stored_bytes(manifest, spec))
 
     return estimate.plan(
         works, device, None, budget, in_memory, driver.opens_in_threads, driver.scratch_share

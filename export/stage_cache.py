@@ -46,7 +46,13 @@ class Finished:
     facts: dict[str, Any]
 
 
-def key(stage: Stage, configs: str, rest: str, counted: Mapping[str, int]) -> str:
+def key(
+    stage: Stage,
+    configs: str,
+    rest: str,
+    counted: Mapping[str, int],
+    before: Mapping[str, str] | None = None,
+) -> str:
     """Changes with everything that decides the bytes of a stage's engine.
 
     Args:
@@ -54,6 +60,7 @@ def key(stage: Stage, configs: str, rest: str, counted: Mapping[str, int]) -> st
         configs: of the checkpoint, `configs_digest`.
         rest: the precision in which tensors are stored that have none of their own.
         counted: the sizes for which scratch memory is stated.
+        before: as `SharedWeights.before` gives it.
     """
     doors = [*stage.inputs, *stage.outputs]
     facts = {
@@ -65,6 +72,7 @@ def key(stage: Stage, configs: str, rest: str, counted: Mapping[str, int]) -> st
         "rest": rest,
         "modules": str(stage.module),
         "counted": {name: counted[name] for name in sorted(dims.used_by(stage.outline()))},
+        "before": before or {},
         **surroundings(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

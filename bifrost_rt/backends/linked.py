@@ -31,7 +31,7 @@ Entries = Mapping[str, str]
 
 def real_files(folder: Path, spec: EngineSpec) -> dict[str, Path]:
     """Where an engine's files really are, by name; nothing where none of them is a link."""
-    found = {name: Path(os.path.realpath(folder / name)) for name in spec.files}
+    found = {name: Path(os.path.realpath(folder / name)) for name in (*spec.files, *spec.shared)}
     base = Path(os.path.realpath(folder))
     return {} if all(path == base / name for name, path in found.items()) else found
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import mmap
 import re
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from bifrost_rt.backends.kernels import Kernels
 from bifrost_rt.backends.tensorrt_engine import NoContext, TensorRtEngine, Weights, on_device
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import Compiled, EngineSpec, Range
+from bifrost_rt.opened import Identity, identity
 
 # What the graphs need of it: `Attention` came to the parser in 10.14, `RMSNormalization` in 10.15.
 OLDEST = {"tensorrt": (10, 15)}
@@ -116,6 +118,10 @@ class TensorRt:
         version = str(library.__version__)
         self._kernels = Kernels((name, architecture, self.name, version, gpu.driver_version()))
         self._opened = 0
+        # weights that opened engines hold, by file and bytes of it
+        self._resident: weakref.WeakValueDictionary[
+            tuple[Identity | None, int, int], DeviceBuffer
+        ] = weakref.WeakValueDictionary()
         self.graphs = graphs
         self.eager: dict[str, str] = {}
 
@@ -155,7 +161,7 @@ class TensorRt:
             raise self._cannot_load(path)
         self._check_door(path, spec, engine)
         try:
-            weights = self._upload(folder, spec.compiled)
+            weights = self._upload(folder, spec)
             made = TensorRtEngine(self, spec, dimensions, engine, weights)
         except NoContext:
             raise self._cannot_load(path) from None
@@ -175,23 +181,35 @@ class TensorRt:
             hint=self._compile_again(),
         )
 
-    def _upload(self, folder: Path, compiled: Compiled | None) -> Weights:
-        """The weights that the engine does not hold: their file, in one piece, and where each of
-        them lies then."""
+    def _upload(self, folder: Path, spec: EngineSpec) -> Weights:
+        """The weights that the engine does not hold, and where each of them lies: its own file in
+        one piece, and what it reads of other engines' files, where those are not there already."""
         found: dict[str, int] = {}
-        files: dict[str, DeviceBuffer] = {}
-        for weight in compiled.weights if compiled else ():
-            if weight.file not in files:
-                # pages of the file: they are read while they are copied
-                content = np.memmap(folder / weight.file, np.uint8, "r")
-                files[weight.file] = self.upload(content)
-            if weight.offset + weight.size > files[weight.file].nbytes:
+        held: dict[tuple[str, int], DeviceBuffer] = {}
+        for weight in spec.compiled.weights if spec.compiled else ():
+            path = folder / weight.file
+            whole = path.stat().st_size
+            if weight.offset + weight.size > whole:
                 raise BackendError(
-                    f"{folder / weight.file}: ends before the weight {weight.name}",
-                    hint=self._compile_again(),
+                    f"{path}: ends before the weight {weight.name}", hint=self._compile_again()
                 )
-            found[weight.name] = files[weight.file].address + weight.offset
-        return Weights(found, tuple(files.values()))
+            start, size = weight.offset, weight.size
+            if weight.file in spec.files or (identity(path), 0, whole) in self._resident:
+                start, size = 0, whole
+            if (weight.file, start) not in held:
+                held[weight.file, start] = self._in_memory(path, start, size)
+            found[weight.name] = held[weight.file, start].address + weight.offset - start
+        return Weights(found, tuple(held.values()))
+
+    def _in_memory(self, path: Path, start: int, size: int) -> DeviceBuffer:
+        """Bytes of a file, uploaded unless an engine that is open holds them."""
+        key = (identity(path), start, size)
+        buffer = self._resident.get(key)
+        if buffer is None:
+            # pages of the file: they are read while they are copied
+            buffer = self.upload(np.memmap(path, np.uint8, "r", start, (size,)))
+            self._resident[key] = buffer
+        return buffer
 
     def context(self, engine: Any, *, graph: bool) -> Any:
         """A context without scratch memory of its own; None where the library makes none.

@@ -7,6 +7,8 @@ after another, as they are computed with.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -57,22 +59,34 @@ def _of_four_bits(graph: ir.Graph) -> set[ir.Value]:
     return found
 
 
-def store(tensors: Sequence[Tensor], path: Path) -> tuple[BoundWeight, ...]:
-    """Write weights to a file, one at a time."""
+def store(
+    tensors: Sequence[Tensor], path: Path, known: dict[str, BoundWeight] | None = None
+) -> tuple[BoundWeight, ...]:
+    """Write weights to a file, one at a time; no file where others hold all of them.
+
+    Args:
+        known: digest of a tensor -> where an engine before has it; what is written is added. None:
+            the engines share nothing.
+    """
     found = []
     with path.open("wb") as stream:
         for tensor in tensors:
+            digest = "" if known is None else _digest(tensor)
+            name, shape = str(tensor.name), tuple(tensor.shape.numpy())
+            if known is not None and digest in known:
+                found.append(dataclasses.replace(known[digest], name=name, shape=shape))
+                continue
             stream.write(bytes(-stream.tell() % ALIGNMENT))
             offset = stream.tell()
             tensor.tofile(stream)
-            found.append(
-                BoundWeight(
-                    name=str(tensor.name),
-                    dtype=tensor.dtype.numpy().name,
-                    shape=tuple(tensor.shape.numpy()),
-                    file=path.name,
-                    offset=offset,
-                    size=tensor.nbytes,
-                )
-            )
+            dtype = tensor.dtype.numpy().name
+            found.append(BoundWeight(name, dtype, shape, path.name, offset, tensor.nbytes))
+            if known is not None:
+                known[digest] = found[-1]
+    if not path.stat().st_size:
+        path.unlink()
     return tuple(found)
+
+
+def _digest(tensor: Tensor) -> str:
+    return f"{tensor.dtype.name} {hashlib.sha256(tensor.tobytes()).hexdigest()}"

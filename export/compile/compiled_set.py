@@ -16,7 +16,7 @@ from bifrost_rt import dims, opened, pipeline, residency
 from bifrost_rt import manifest as manifests
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.tensorrt_log import logger
-from bifrost_rt.manifest import Compiled, Deviation, EngineSpec
+from bifrost_rt.manifest import BoundWeight, Compiled, Deviation, EngineSpec
 from bifrost_rt.strict import nearest
 from export import extras
 from export.compile import (
@@ -114,7 +114,8 @@ def compile_set(
     types = {spec.name: compute_type(spec, compute, architectures) for spec in given}
     check_targets(builder, architectures, sorted({*types.values(), "float32"}))
     bounds = sizes(manifest.dimensions, manifest.defaults, max_images, max_steps)
-    used = {name for spec in given for name in spec.files}
+    stay = {name for spec in elsewhere for name in (*spec.files, *spec.shared)}
+    used = {name for spec in given for name in spec.files} - stay
     with written_aside(output) as folder:
         say("checking the set's files")
         opened.verify(source, manifest)
@@ -139,12 +140,14 @@ def compile_set(
         at = residency.sizes(dataclasses.replace(manifest, dimensions=bounds.ranges()))
         compiled = {spec.name: dataclasses.replace(spec, backend=ON_CPU) for spec in elsewhere}
         record: dict[str, dict[str, Any]] = {}
+        known: dict[str, BoundWeight] | None = {} if any(s.shared for s in given) else None
         for job in jobs:
             name = job.spec.name
             say(f"compiling {name} for {', '.join(architectures)}")
             start = time.perf_counter()
             spec, arithmetic = job.run(
-                builder, source, folder, bounds, architectures, current=CURRENT in targets
+                *(builder, source, folder, bounds, architectures, known),
+                current=CURRENT in targets,
             )
             compiled[name] = spec
             planned = read_plan(folder, spec, at(name), arithmetic)
@@ -328,10 +331,15 @@ class _Job:
         folder: Path,
         bounds: Sizes,
         architectures: tuple[str, ...],
+        known: dict[str, BoundWeight] | None,
         *,
         current: bool,
     ) -> tuple[EngineSpec, Arithmetic]:
-        """Compile, and write the engine and its weights into `folder`."""
+        """Compile, and write the engine and its weights into `folder`.
+
+        Args:
+            known: see `bound.store`.
+        """
         spec, names = self.spec, {str(tensor.name) for tensor in self.weights}
         built = builders.compile_graph(
             builder, self.graph, spec, bounds, architectures, names, current=current
@@ -340,7 +348,7 @@ class _Job:
         (folder / engine).write_bytes(built.engine)
         weights = folder / f"{spec.name}.weights"
         with messages.explained(spec.name, builder.title, logger(builder.module)):
-            stored = bound.store(self.weights, weights) if self.weights else ()
+            stored = bound.store(self.weights, weights, known) if self.weights else ()
         precision = dataclasses.replace(
             spec.precision, weights=built.arithmetic.stored, compute=built.arithmetic.compute
         )
@@ -358,9 +366,16 @@ class _Job:
             activation_bytes=built.activation_bytes,
             weight_bytes=built.weight_bytes,
         )
-        files = (engine, weights.name) if stored else (engine,)
+        shared: dict[str, int] = {}
+        for weight in (w for w in stored if w.file != weights.name):
+            shared[weight.file] = shared.get(weight.file, 0) + weight.size
         made = dataclasses.replace(
-            spec, graph=engine, files=files, precision=precision, compiled=about
+            spec,
+            graph=engine,
+            files=(engine, weights.name) if weights.exists() else (engine,),
+            shared=shared,
+            precision=precision,
+            compiled=about,
         )
         return made, built.arithmetic
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from bifrost_rt import dims, residency
 from bifrost_rt.dims import STEPS
-from bifrost_rt.manifest import EngineSpec, Manifest
+from bifrost_rt.manifest import EngineSpec, Manifest, stored_bytes
 from export import assemble, flops, memory
 from export.checkpoint import Checkpoint
 from export.compile import half
@@ -144,7 +144,7 @@ def of_calls(manifest: Manifest, calls: Sequence[Calls], at: residency.Sizes) ->
         found.append(
             Work(
                 engine=one.engine,
-                weights=_fixed(sum(manifest.files[name].size for name in spec.files)),
+                weights=_fixed(stored_bytes(manifest, spec)),
                 calls=one.calls,
                 flops=one.operations,
                 cache=_cache(spec, at(one.engine)),

@@ -343,7 +343,8 @@ def test_weights_are_uploaded_once_and_bound_by_address(
         tmp_path / "t5_text.engine", tmp_path / "t5_text.onnx", names, ["prompt_embeds"]
     )
     compiled = dataclasses.replace(COMPILED, weights=weights)
-    spec = dataclasses.replace(spec, compiled=compiled)
+    files = ("t5_text.engine", "t5_text.weights")
+    spec = dataclasses.replace(spec, compiled=compiled, files=files)
     driver, case = driver_on(library), load_case("case_04")
     engine = driver.open(tmp_path, spec, facts.dimensions)
     ids = driver.upload(case.tensors["flux.t5_input_ids"].astype(np.int64))
@@ -354,8 +355,26 @@ def test_weights_are_uploaded_once_and_bound_by_address(
     held = sum(block.nbytes for block in library.device.blocks.values())
     size = (tmp_path / "t5_text.weights").stat().st_size
     assert held == size + ids.nbytes + out.nbytes + double.SCRATCH
+    # a second engine on the same file, and one that reads a part of it as another's
+    part = dataclasses.replace(spec, files=files[:1], shared={files[1]: weights[0].size})
+    others = [driver.open(tmp_path, one, facts.dimensions) for one in (spec, part)]
+    held = sum(block.nbytes for block in library.device.blocks.values())
+    assert held == size + ids.nbytes + out.nbytes + 3 * double.SCRATCH
+    for one in others:
+        driver.write(out, np.zeros(expected.shape, np.float32))
+        one.bind({"input_ids": ids}, {"prompt_embeds": out})()
+        assert difference(driver.download(out), expected) < 1e-4
+        one.close()
     engine.close()
-    del engine
+    del engine, others, one
+    alone = driver.open(tmp_path, part, facts.dimensions)  # the file's own engine is not there
+    held = sum(block.nbytes for block in library.device.blocks.values())
+    assert held == sum(w.size for w in weights) + ids.nbytes + out.nbytes + double.SCRATCH
+    driver.write(out, np.zeros(expected.shape, np.float32))
+    alone.bind({"input_ids": ids}, {"prompt_embeds": out})()
+    assert difference(driver.download(out), expected) < 1e-4
+    alone.close()
+    del alone
     assert sum(b.nbytes for b in library.device.blocks.values()) == ids.nbytes + out.nbytes
     path = tmp_path / "t5_text.weights"
     path.write_bytes(path.read_bytes()[: size // 2])

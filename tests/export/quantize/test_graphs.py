@@ -61,7 +61,7 @@ def written(stage: Stage, folder: Path, form: str) -> EngineSpec:
     precision.round_weights(stage.module, "bf16")
     traced = graph.to_graph(stage)
     precision.store(traced, "bf16")
-    files = graph.save(traced, folder / "two.onnx")
+    files, _ = graph.save(traced, folder / "two.onnx")
     layers = audit.read(files[0])
     return EngineSpec(
         "two", files[0].name, tuple(f.name for f in files), stage.inputs, stage.outputs, (),
