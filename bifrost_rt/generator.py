@@ -69,7 +69,7 @@ class Generator:
             model's set: see `default_set`.
         backend: a driver's name, or one that is already started. Default: the one that the set was
             compiled for; for ONNX graphs, the fastest exact one that is installed for the CPU.
-            "openvino,t5_text=onnxruntime" gives an engine its own, in the place of that which the
+            "openvino,ENGINE=onnxruntime" gives an engine its own, in the place of that which the
             set names for it.
         memory_budget: what engines and their tensors may take together, as bytes or as text
             ("8GiB"); the Python process itself comes on top. Engines leave and come back as it

@@ -261,7 +261,7 @@ def _parser() -> argparse.ArgumentParser:
         "--on-cpu",
         type=lambda text: tuple(text.split(",")),
         metavar="ENGINES",
-        help="beside compiled engines: those that stay on the CPU, such as t5_text,clip_text",
+        help="beside compiled engines: those that stay on the CPU, names with commas",
     )
     parser.add_argument(
         "--onnx-only",

@@ -75,12 +75,17 @@ class Cuda:
         kinds = self._runtime.cudaMemcpyKind
         self._in, self._out = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
         integrated = self._runtime.cudaDeviceAttr.cudaDevAttrIntegrated
-        self.unified = bool(self._call("cudaDeviceGetAttribute", integrated, 0))
+        self._unified = bool(self._call("cudaDeviceGetAttribute", integrated, 0))
+
+    @property
+    def unified(self) -> bool:
+        """Whether it shares the machine's memory."""
+        return self._unified
 
     def free_bytes(self) -> int:
         """Of this GPU. Where it shares the machine's memory, what the machine can give: there CUDA
         leaves out the pages of files, which are given up when somebody asks for memory."""
-        if self.unified and (free := residency.host_memory()) is not None:
+        if self._unified and (free := residency.host_memory()) is not None:
             return free
         return int(self._call("cudaMemGetInfo"))
 
