@@ -35,6 +35,10 @@ def describe(manifest: Manifest) -> str:
         + (f"guidance {d.guidance_scale:g}" if m.guidance_embeds else "no guidance embedding"),
         "  built by   " + ", ".join(f"{k} {v}" for k, v in manifest.builder.items()),
         *_compiled(manifest),
+        *(
+            f"  LoRA       {lora.file}, times {lora.scale:g}, sha256 {lora.sha256[:12]}"
+            for lora in manifest.loras
+        ),
         f"  runs on    {chosen.name}: {chosen.reason}",
         *(f"             {e.name} on {e.backend}" for e in manifest.engines if e.backend),
         *([f"  simulated  {note}"] if (note := simulation(manifest)) else []),

@@ -72,6 +72,16 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """A LoRA whose products were added to the weights: the name and hash of its file, and what the
+    products were multiplied by beside what the file says itself."""
+
+    file: str
+    sha256: str
+    scale: float
+
+
+@dataclass(frozen=True)
 class BoundWeight:
     """An input that is a weight: `size` bytes at `offset` of a file of the set, as they are."""
 
@@ -372,6 +382,7 @@ class Manifest:
     selftest: Deviation | None = None
     vision: Vision | None = None
     chat: Chat | None = None
+    loras: tuple[Lora, ...] = ()
 
     def engine(self, name: str) -> EngineSpec:
         """Find an engine by its name.
@@ -388,8 +399,8 @@ class Manifest:
             for optional in ("compiled", "backend", "shared"):
                 if not engine[optional]:
                     del engine[optional]
-        for optional in ("calibration", "selftest", "vision", "chat"):
-            if data[optional] is None:
+        for optional in ("calibration", "selftest", "vision", "chat", "loras"):
+            if not data[optional]:
                 del data[optional]
         return _render(data, hashlib.sha256(_render(data, None)).hexdigest())
 

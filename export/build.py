@@ -64,6 +64,8 @@ def build(
             if origin["packed"]:
                 kinds = ", ".join(f"{n} tensors in {kind}" for kind, n in origin["packed"].items())
                 say(f"{origin['from']} holds {kinds}: what that lost stays lost")
+        for lora in checkpoint.loras:
+            say(f"adding {lora.said.file}, times {lora.said.scale:g}, to {len(lora.taken)} layers")
         if plan.chat is None:
             say(f"the set will hold no conversations: {checkpoint.mllm} has another chat template")
         share = steps.reserve(plan, cache, memory_budget, say)
@@ -201,6 +203,13 @@ def _parser() -> argparse.ArgumentParser:
         "--flux-configs",
         metavar="DIR",
         help="beside a single file: a folder with tokenizer/ and tokenizer_2/, and configs",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE[:SCALE]",
+        help="add a LoRA of FLUX or its text encoders to the weights, as diffusers, peft and kohya "
+        "write it; several times for several",
     )
     parser.add_argument(
         "--download",

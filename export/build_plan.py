@@ -26,6 +26,7 @@ from bifrost_rt.manifest import (
     Defaults,
     EngineSpec,
     File,
+    Lora,
     Manifest,
     ModelFacts,
     Range,
@@ -54,6 +55,7 @@ class BuildPlan:
         mllm_max_length: tokens of the longest chat prompt.
         ignored_files: of the checkpoint, which nothing reads.
         origins: network -> its file and what was lost in it (`Checkpoint.origins`).
+        loras: whose products are added to the weights.
         demand: bytes that the build takes.
         engines: outlines; after `with_engines`, the engines.
         files: none; after `with_engines`, the engines' files.
@@ -72,6 +74,7 @@ class BuildPlan:
     mllm_max_length: int
     ignored_files: tuple[str, ...]
     origins: Mapping[str, Mapping[str, Any]]
+    loras: tuple[Lora, ...]
     demand: budget.Demand
     engines: tuple[EngineSpec, ...]
     files: Mapping[str, File] = dataclasses.field(default_factory=dict)
@@ -110,6 +113,7 @@ class BuildPlan:
             engines=self.engines,
             files=dict(files),
             calibration=calibration,
+            loras=self.loras,
         )
 
 
@@ -120,7 +124,9 @@ def read_checkpoint(recipe: Recipe) -> tuple[Checkpoint, ModelFacts]:
         CheckpointError: a part is missing or foreign, or two sizes do not fit.
     """
     checkpoint = Checkpoint(
-        Path(recipe.mllm), Path(recipe.bifrost), flux_files.of_recipe(recipe), read=False
+        *(Path(recipe.mllm), Path(recipe.bifrost), flux_files.of_recipe(recipe)),
+        loras=recipe.loras,
+        read=False,
     )
     return checkpoint, assemble.facts(checkpoint)
 
@@ -175,6 +181,7 @@ def draw_up(recipe: Recipe, checkpoint: Checkpoint, model: ModelFacts, folder: P
         mllm_max_length=length,
         ignored_files=tuple(checkpoint.ignored_files),
         origins=checkpoint.origins,
+        loras=tuple(lora.said for lora in checkpoint.loras),
         demand=budget.demand(
             stages.values(),
             parity.sizes(length, model, recipe.max_images, vision),

@@ -137,6 +137,7 @@ def write_report(
         "prompts": parity.prompts(built),
         "ignored_files": built.ignored_files,
         "origins": built.origins,
+        "loras": [dataclasses.asdict(lora) for lora in built.loras],
         "engines": engines,
         "layers": layers.record(),
     }

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,10 +27,11 @@ from bifrost_rt.manifest import Scheduler
 from export import foreign, identity, sources
 from export import network_configs as networks
 from export.configs import WIDTH, Config, Flag, Optional, Whole
-from export.dialects import t5
+from export.dialects import lora, t5
 from export.errors import CheckpointError
 from export.flux_files import DIFFUSERS_STEMS, FluxFiles
 from export.identity import Part
+from export.lora_files import LoraFile
 from export.model.controlnet import LatentControlNet
 from export.model.decoder_config import DecoderConfig
 from export.model.text_branch import TextBranch
@@ -63,7 +64,8 @@ class Checkpoint:
 
     Args:
         flux: the pipeline's folder; or where its parts are.
-        read: whether their tensors are read then, in float32. False leaves every network on the
+        loras: files whose products are added to the weights of FLUX and its text encoders.
+        read: whether the tensors are read then, in float32. False leaves every network on the
             meta device, after checking that the folders hold its tensors in its shapes; each
             tensor has its source (`export.sources`).
 
@@ -72,7 +74,13 @@ class Checkpoint:
     """
 
     def __init__(
-        self, mllm: Path, bifrost: Path, flux: Path | FluxFiles, *, read: bool = True
+        self,
+        mllm: Path,
+        bifrost: Path,
+        flux: Path | FluxFiles,
+        *,
+        loras: Sequence[LoraFile] = (),
+        read: bool = True,
     ) -> None:
         self._fill = functools.partial(fill, read=read)
         self.mllm, self.bifrost = mllm, bifrost
@@ -80,6 +88,7 @@ class Checkpoint:
             if found := foreign.folder(folder, name):
                 raise CheckpointError(f"{folder}: {found.what}", hint=found.hint)
         self.flux = (flux if isinstance(flux, FluxFiles) else FluxFiles(flux)).checked()
+        self.loras = [lora.load(file) for file in loras]
         self._bifrost_config = _config(bifrost / "config.json", identity.BIFROST)
         for key, value in networks.SUPPORTED_VARIANT.items():
             self._bifrost_config.only(key, value)
@@ -195,10 +204,11 @@ class Checkpoint:
         return tower
 
     def refuse_left_overs(self) -> None:
-        """After both branches and the head were read: raise for tensors that belong to none of
-        them, such as those of an unsupported variant."""
+        """After all networks were made: raise for tensors that belong to neither branch nor the
+        head, such as those of an unsupported variant, and for layers of a LoRA that none has."""
         refuse_unused(self.trained, "bifrost", BIFROST_UNUSED)
         refuse_unused(self.base, "mllm", MLLM_UNUSED)
+        lora.refuse_left_overs(self.loras)
 
     @cached_property
     def controlnet(self) -> LatentControlNet:
@@ -232,7 +242,7 @@ class Checkpoint:
         """The FLUX transformer."""
         config, named = self.flux.config("transformer"), self.flux.named("transformer")
         net = _on_meta(config, FluxTransformer2DModel, networks.flux(config))
-        self._fill(net, "FLUX transformer", named.find)
+        self._fill(net, "FLUX transformer", named.find, adapt=self._adapt("transformer", net))
         refuse_unused(named.weights, "FLUX transformer")
         return net
 
@@ -253,7 +263,7 @@ class Checkpoint:
         # as `CLIPModel` writes it: its text encoder is a table of its own
         config = whole.table("text_config") or whole
         net = _on_meta(config, _clip, config.among(networks.CLIP))
-        self._fill(net, "CLIP text encoder", named.find)
+        self._fill(net, "CLIP text encoder", named.find, adapt=self._adapt("text_encoder", net))
         # a constant that old versions saved, and what FLUX does not use
         constant = named.place("embeddings.position_ids").key
         refuse_unused(named.weights, "CLIP text encoder", [constant, *CLIP_UNUSED])
@@ -269,9 +279,12 @@ class Checkpoint:
         config, named = self.flux.config("text_encoder_2"), self.flux.named("text_encoder_2")
         arguments = config.among(networks.T5)
         net = _on_meta(config, lambda **keys: T5EncoderModel(T5Config(**keys)), arguments)
-        self._fill(net, "T5 encoder", named.find)
+        self._fill(net, "T5 encoder", named.find, adapt=self._adapt("text_encoder_2", net))
         refuse_unused(named.weights, "T5 encoder", [*t5.EMBEDDINGS, *t5.UNUSED])
         return net
+
+    def _adapt(self, part: str, net: nn.Module) -> Callable[[str, sources.Source], sources.Source]:
+        return lora.adapt(self.loras, part, net)
 
     @cached_property
     def scheduler(self) -> Scheduler:

@@ -125,14 +125,12 @@ def of_recipe(
     path: Path, device: devices.Device, storage: Format | None, budget: int | None = None
 ) -> Plan:
     """Plan what a recipe would build; `storage` takes the place of its precision."""
-    from export import flux_files
-    from export.checkpoint import Checkpoint
+    from export import build_plan
     from export.planning import estimate, work
 
     recipe = recipes.read(path, {})
     shipped.check_checkpoint(path, recipe.folders)
-    flux = flux_files.of_recipe(recipe)
-    checkpoint = Checkpoint(Path(recipe.mllm), Path(recipe.bifrost), flux, read=False)
+    checkpoint, _ = build_plan.read_checkpoint(recipe)
     length = recipe.mllm_max_length or checkpoint.max_seq_length
     works = work.of_checkpoint(checkpoint, length, recipe.t5_max_length, STEPS)
     storage = storage or FORMATS[recipe.precision]

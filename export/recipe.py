@@ -11,9 +11,10 @@ from typing import Any
 
 from bifrost_rt import files, strict
 from bifrost_rt.errors import TextFileError
-from export import shipped
+from export import lora_files, shipped
 from export.errors import RecipeError
 from export.formats import FORMATS, FULL, HALF, SIXTEEN_BIT, eight_bit
+from export.lora_files import LoraFile
 
 COMPILED = ("tensorrt-rtx", "tensorrt")
 BACKENDS = ("onnxruntime", *COMPILED)
@@ -36,6 +37,8 @@ class Recipe:
         vae, clip, t5: single files that are read in the place of flux's own parts.
         flux_configs: beside a single file as flux, the folder with tokenizer/ and tokenizer_2/, and
             with the configs of what the tensors do not tell.
+        lora: files of LoRA that are added to the weights of FLUX and its text encoders, each
+            `FILE[:scale]`.
         output: the set's folder.
         mllm_max_length: tokens of the chat prompt; None takes the checkpoint's max_seq_length.
         t5_max_length: tokens of T5; FLUX pads to exactly this many.
@@ -82,6 +85,7 @@ class Recipe:
     clip: str | None = None
     t5: str | None = None
     flux_configs: str | None = None
+    lora: tuple[str, ...] = ()
 
     @property
     def quantised(self) -> bool:
@@ -100,11 +104,17 @@ class Recipe:
         files = (self.vae, self.clip, self.t5)
         return (*self.folders.values(), *(file for file in files if file is not None))
 
+    @property
+    def loras(self) -> tuple[LoraFile, ...]:
+        """The files of LoRA, with their scales."""
+        return lora_files.parse_all(self.lora)
+
     def precision_of(self, stage: str) -> str:
         """What a stage was asked to be."""
         return self.stages.get(stage, self.precision)
 
     def __post_init__(self) -> None:
+        lora_files.parse_all(self.lora)
         for name, value, known in self._named_choices():
             if value not in known:
                 raise RecipeError(
@@ -179,6 +189,10 @@ def read(path: Path, overrides: dict[str, object]) -> Recipe:
     for key in PATHS:
         if isinstance(data.get(key), str):
             data[key] = str(shipped.base(path) / data[key])
+    if isinstance(data.get("lora"), list):
+        data["lora"] = [
+            str(shipped.base(path) / one) if isinstance(one, str) else one for one in data["lora"]
+        ]
     if "output" not in overrides and isinstance(data.get("output"), str):
         data["output"] = _output(data, overrides, path)
     return load({**data, **overrides}, str(path))
@@ -193,6 +207,11 @@ def _output(data: dict[str, Any], overrides: dict[str, object], path: Path) -> s
                 f"{data['output']}",
                 hint="name its folder: --output DIR",
             )
+    if "lora" in overrides and overrides["lora"] != data.get("lora"):
+        raise RecipeError(
+            f"{path}: a set with a LoRA would take the place of the recipe's, {data['output']}",
+            hint="name its folder: --output DIR",
+        )
     own = {"precision": Recipe.precision, "backend": Recipe.backend, **data}
     changed = [key for key in ("precision", "backend") if overrides.get(key, own[key]) != own[key]]
     return "-".join([data["output"], *(str(overrides[key]) for key in changed)])

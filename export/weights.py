@@ -4,7 +4,7 @@ and what is missing, damaged or left over is named."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -148,9 +148,14 @@ def unreadable(name: str, entry: Entry) -> CheckpointError:
     )
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are, without a copy of the tensor."""
+    return all(bool(torch.isfinite(b).all()) for b in tensor.flatten().split(BLOCK))
+
+
 def _read(entry: Entry, name: str, rows: Rows = None) -> Tensor:
     tensor = entry.read(rows)
-    if not all(torch.isfinite(block).all() for block in tensor.flatten().split(BLOCK)):
+    if not is_finite(tensor):
         raise CheckpointError(f"{entry.file}: tensor {name} holds NaN or infinite values")
     return tensor
 
@@ -160,23 +165,23 @@ def _all_entries(found: WeightFiles) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for file in found.files:
         for name, entry in of_safetensors(file).items():
-            listed = found.listed.get(name, file)
+            shard = found.listed.get(name, file)
             if name in entries and name not in found.listed:
                 raise CheckpointError(
                     f"{file}: holds tensor {name}, and so does {entries[name].file.name}",
                     hint="remove the file that is not of the trained model",
                 )
-            if listed == file:
+            if shard == file:
                 entries[name] = entry
     if lost := sorted(found.listed.keys() - entries.keys()):
-        raise CheckpointError(f"{found.index}: not in the shard that it names: {_listed(lost)}")
+        raise CheckpointError(f"{found.index}: not in the shard that it names: {listed(lost)}")
     return entries
 
 
 def _refuse_unmerged(folder: Path, entries: Iterable[str]) -> None:
     if unmerged := sorted(n for n in entries if any(mark in f".{n}" for mark in UNMERGED)):
         raise CheckpointError(
-            f"{folder}: holds a LoRA adapter that was not merged: {_listed(unmerged, 3)}",
+            f"{folder}: holds a LoRA adapter that was not merged: {listed(unmerged, 3)}",
             hint="merge it (`merge_and_unload()` of peft, `fuse_lora()` and "
             "`unload_lora_weights()` of diffusers) and save the model again",
         )
@@ -188,6 +193,7 @@ def fill(
     find: Callable[[str], tuple[Weights, str | Place]],
     *,
     read: bool = True,
+    adapt: Callable[[str, Source], Source] = lambda name, source: source,
 ) -> None:
     """Give every tensor of a module on the meta device its source.
 
@@ -196,6 +202,7 @@ def fill(
         find: a parameter's name -> the folder that should hold it, and its key or place there.
         read: whether to read them all at once, in float32. Otherwise the module stays on the meta
             device; names and shapes are checked.
+        adapt: a parameter's name and its source -> the source that it gets.
 
     Raises:
         CheckpointError: listing every tensor that is missing or has another shape.
@@ -218,20 +225,20 @@ def fill(
     if missing:
         first, weights = next(iter(missing.items()))
         raise CheckpointError(
-            f"{what}: missing tensors: {_listed(list(missing))}",
+            f"{what}: missing tensors: {listed(list(missing))}",
             hint=_wrapped(weights, first.split(" ")[0]),
         )
     if misshapen:
         folder = next(iter(misshapen.values())).folder
         raise CheckpointError(
-            f"{what}: tensors of a wrong shape in {folder}: {_listed(list(misshapen))}",
+            f"{what}: tensors of a wrong shape in {folder}: {listed(list(misshapen))}",
             hint="the weights do not belong to the config.json beside them",
         )
     for name, (weights, place) in places.items():
         rows = None if place.rows is None else place.rows[:2]
         prefix, _, leaf = name.rpartition(".")
         source = place.take(weights.source(place.key, rows))
-        sources.attach(module.get_submodule(prefix), leaf, source)
+        sources.attach(module.get_submodule(prefix), leaf, adapt(name, source))
     if read:
         sources.load(module)
     module.eval().requires_grad_(False)
@@ -249,7 +256,7 @@ def refuse_unused(weights: Weights, what: str, allowed: Iterable[str] = ()) -> N
     """
     if unused := weights.unused(allowed):
         raise CheckpointError(
-            f"{what}: unexpected tensors in {weights.folder}: {_listed(unused)}",
+            f"{what}: unexpected tensors in {weights.folder}: {listed(unused)}",
             hint="the checkpoint is of a variant that is not supported, or of another model",
         )
 
@@ -273,6 +280,7 @@ def _persistent_buffers(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
             yield name, buffer
 
 
-def _listed(names: list[str], limit: int = 12) -> str:
+def listed(names: Sequence[str], limit: int = 12) -> str:
+    """Name the first of many in an error."""
     rest = f" … and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest

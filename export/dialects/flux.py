@@ -71,7 +71,7 @@ def named(weights: Weights) -> Named:
     """
     if MARK not in weights:
         return Named(weights, Place, "diffusers")
-    return Named(weights, _places(weights.shape(MARK, rank=2)[0]), "black-forest-labs")
+    return Named(weights, places(weights.shape(MARK, rank=2)[0]), "black-forest-labs")
 
 
 def config(net: Named) -> dict[str, Any]:
@@ -116,7 +116,9 @@ def scheduler(net: Named) -> dict[str, Any]:
     }
 
 
-def _places(width: int) -> Callable[[str], Place]:
+def places(width: int) -> Callable[[str], Place]:
+    """Where the authors' files have a parameter of a network of a width."""
+
     def place(name: str) -> Place:
         path, _, leaf = name.rpartition(".")
         if path in _WHOLE:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from bifrost_rt import files, pipeline
 from bifrost_rt.dims import IMAGES
 from bifrost_rt.errors import TextFileError
-from bifrost_rt.manifest import SetSpec
-from export import chain
+from bifrost_rt.manifest import Lora, SetSpec
+from export import chain, foreign
 from export.errors import CalibrationError
 from export.exercise import draw_look_answer
 from export.quantize.policy import linears
@@ -52,21 +52,25 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def fingerprint(folders: Sequence[Path]) -> str:
-    """What tells one checkpoint from another: names, headers and samples of all weight files.
+def fingerprint(folders: Sequence[Path], loras: Sequence[Lora] = ()) -> str:
+    """What tells one checkpoint from another: names, headers and samples of all weight files; and
+    what is added to the weights.
 
     Not a proof against tampering, which would mean to read everything.
     """
     digest = hashlib.sha256()
     for number, folder in enumerate(folders):
-        for path in [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors")):
+        found = [p for p in folder.rglob("*") if p.suffix in foreign.SINGLE_FILE_ENDINGS]
+        for path in [folder] if folder.is_file() else sorted(found):
             size = path.stat().st_size
             digest.update(f"{number}/{path.relative_to(folder).as_posix()}/{size}".encode())
             with path.open("rb") as stream:
                 header = int.from_bytes(stream.read(8), "little")
-                for at in (0, 8 + header, size // 2, max(0, size - SAMPLE)):
+                for at in (0, min(8 + header, size), size // 2, max(0, size - SAMPLE)):
                     stream.seek(at)
                     digest.update(stream.read(SAMPLE))
+    for lora in loras:
+        digest.update(f"{lora.sha256}*{lora.scale!r}".encode())
     return digest.hexdigest()
 
 

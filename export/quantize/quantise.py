@@ -126,7 +126,9 @@ def _statistics(
     older: Path | None,
     generate: pipeline.Generate,
 ) -> tuple[Statistics, Calibration]:
-    checkpoint = calibrate.fingerprint([Path(path) for path in recipe.paths])
+    checkpoint = calibrate.fingerprint(
+        [Path(path) for path in recipe.paths], [lora.described() for lora in recipe.loras]
+    )
     if recipe.statistics is not None:
         found = Statistics.load(Path(recipe.statistics), checkpoint)
     else:
