@@ -17,7 +17,7 @@ from typing import Any
 from bifrost_rt import command, inspect
 from bifrost_rt import manifest as manifests
 from bifrost_rt.residency import parse as parse_size
-from export import extras, hub, shipped
+from export import checkpoint_options, extras, shipped
 from export import recipe as recipes
 from export.engine_set import written_aside
 from export.formats import FORMATS, FULL, HALF, SIXTEEN_BIT
@@ -162,9 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _recipe(options: argparse.Namespace) -> Recipe:
     names = {field.name for field in dataclasses.fields(Recipe)}
     flags = {k: v for k, v in vars(options).items() if k in names and v is not None}
-    for part in recipes.CHECKPOINT:
-        if part in flags:
-            flags[part] = str(hub.find(flags[part], part, download=options.download))
+    flags |= checkpoint_options.read(options)
     if options.recipe is None and flags.keys() & set(recipes.CHECKPOINT):
         return recipes.load(flags, "command line")
     path = DEFAULT_RECIPE if options.recipe is None else shipped.find(options.recipe)
@@ -184,38 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"a file, or the name of a recipe that ships ({', '.join(shipped.names())}); default: "
         f"{shipped.DEFAULT}, or none with --mllm …",
     )
-    parser.add_argument(
-        "--mllm",
-        metavar="DIR",
-        help="the Qwen2.5-VL folder; this and the next two also as a model of the Hugging Face "
-        "hub, org/name or org/name@revision, which is looked up in the local cache",
-    )
-    parser.add_argument("--bifrost", metavar="DIR", help="the trained Bifrost-1 folder")
-    parser.add_argument(
-        "--flux", metavar="PATH", help="the diffusers FLUX pipeline folder, or a single file"
-    )
-    parser.add_argument("--vae", metavar="FILE", help="in the place of flux's: ae.safetensors")
-    parser.add_argument("--clip", metavar="FILE", help="in the place of flux's: clip_l.safetensors")
-    parser.add_argument(
-        "--t5", metavar="FILE", help="in the place of flux's: t5xxl_fp16.safetensors, or a GGUF"
-    )
-    parser.add_argument(
-        "--flux-configs",
-        metavar="DIR",
-        help="beside a single file: a folder with tokenizer/ and tokenizer_2/, and configs",
-    )
-    parser.add_argument(
-        "--lora",
-        action="append",
-        metavar="FILE[:SCALE]",
-        help="add a LoRA of FLUX or its text encoders to the weights, as diffusers, peft and kohya "
-        "write it; several times for several",
-    )
-    parser.add_argument(
-        "--download",
-        action="store_true",
-        help="fetch from the hub what the cache lacks; nothing is fetched without it",
-    )
+    checkpoint_options.add(parser)
     parser.add_argument(
         "--output",
         metavar="DIR",

@@ -1,7 +1,9 @@
 """Checkpoints of the Hugging Face hub: found in the local cache, fetched only when asked for.
 
-What is given for a part of a checkpoint is a path, or `org/name`, or `org/name@revision`. The cache
-is that of huggingface_hub: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT and HF_TOKEN count as they do there.
+What is given for a part of a checkpoint is a path, or `org/name`, or `org/name@revision`; for a
+single file, one of these with the file's path behind it: `org/name/folder/file.safetensors`. The
+cache is that of huggingface_hub: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT and HF_TOKEN count as they do
+there.
 """
 
 from __future__ import annotations
@@ -9,14 +11,18 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from export import foreign
 from export.configs import read_json
 from export.errors import CheckpointError
 
 _ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_FILE = re.compile(
+    r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w.-]+))?/(?P<file>.+)"
+)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 MAIN = "main"
 # Of a folder: everything that is no weights and that a build may read.
@@ -65,6 +71,8 @@ def find(given: str, part: str, *, download: bool = False) -> Path:
             fetched: gated, unknown, no connection, no room.
     """
     path = Path(given)
+    if given.endswith(foreign.SINGLE_FILE_ENDINGS):
+        return find_file(given, download=download)
     if os.path.lexists(path):
         if not (path / "snapshots").is_dir() or (path / "config.json").exists():
             return path
@@ -72,6 +80,7 @@ def find(given: str, part: str, *, download: bool = False) -> Path:
     match = _ID.fullmatch(given)
     if match is None or path.parent.exists():
         return path  # no hub id: what is wrong with it is said where it is opened
+    import huggingface_hub
     from huggingface_hub import constants
 
     repository = Repository(match["repository"], match["revision"] or MAIN)
@@ -82,7 +91,13 @@ def find(given: str, part: str, *, download: bool = False) -> Path:
         return folder
     if not download:
         raise _not_there(repository, part, cache, folder, lacking)
-    folder = _fetch(repository, part, cache)
+    folder = _fetch(
+        repository,
+        cache,
+        lambda: huggingface_hub.snapshot_download(
+            repository.id, revision=repository.revision, allow_patterns=patterns(part)
+        ),
+    )
     if lacking := missing(folder, part):
         raise CheckpointError(
             f"{repository}: fetched, but not a {part} checkpoint: {_named(lacking)} missing in "
@@ -91,6 +106,43 @@ def find(given: str, part: str, *, download: bool = False) -> Path:
             "run the same command again",
         )
     return folder
+
+
+def find_file(given: str, *, download: bool = False) -> Path:
+    """A single file.
+
+    Args:
+        given: a path, or a file of a model of the hub that is no path: `org/name/file`,
+            `org/name@revision/file`.
+        download: whether it is fetched where the cache lacks it.
+
+    Raises:
+        CheckpointError: the cache does not hold it, or it cannot be fetched.
+    """
+    path = Path(given)
+    match = _FILE.fullmatch(given)
+    if match is None or os.path.lexists(path) or Path(path.parts[0]).exists():
+        return path  # what is wrong with it is said where it is opened
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    repository = Repository(match["repository"], match["revision"] or MAIN)
+    cache, name = Path(constants.HF_HUB_CACHE), match["file"]
+    folder = snapshot(cache / repository.folder, repository.revision)
+    if folder is not None and (folder / name).exists():
+        return folder / name
+    if not download:
+        revision = "" if repository.revision == MAIN else f" --revision {repository.revision}"
+        raise CheckpointError(
+            f"{repository}: {name} is not in the hub cache {cache}",
+            hint=f"add --download to fetch it, or run `hf download {repository.id} {name}"
+            f"{revision}`; of a path, check that its folder is there",
+        )
+    return _fetch(
+        repository,
+        cache,
+        lambda: huggingface_hub.hf_hub_download(repository.id, name, revision=repository.revision),
+    )
 
 
 def snapshot(root: Path, revision: str) -> Path | None:
@@ -172,14 +224,13 @@ def _not_there(
     )
 
 
-def _fetch(repository: Repository, part: str, cache: Path) -> Path:
-    """Fetch what the cache lacks. A connection that is lost continues within this call; after it,
-    files that are complete stay.
+def _fetch(repository: Repository, cache: Path, call: Callable[[], str]) -> Path:
+    """Let the client fetch what the cache lacks. A connection that is lost continues within `call`;
+    after it, files that are complete stay.
 
     Raises:
         CheckpointError: it cannot be fetched.
     """
-    import huggingface_hub
     from huggingface_hub import constants, errors
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -187,9 +238,7 @@ def _fetch(repository: Repository, part: str, cache: Path) -> Path:
         disable_progress_bars()
     page = f"{constants.ENDPOINT}/{repository.id}"
     try:
-        folder = huggingface_hub.snapshot_download(
-            repository.id, revision=repository.revision, allow_patterns=patterns(part)
-        )
+        return Path(call())
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{repository}: gated: its authors give it to those who accept its licence",
@@ -209,9 +258,13 @@ def _fetch(repository: Repository, part: str, cache: Path) -> Path:
     except errors.LocalEntryNotFoundError as error:
         # what the client raises for every failed connection, and for HF_HUB_OFFLINE
         raise _unreachable(repository, cache, error.__cause__ or error) from None
+    except errors.EntryNotFoundError as error:
+        raise CheckpointError(
+            f"{repository}: the model has no such file: {str(error).strip().splitlines()[-1]}",
+            hint=f"see its files at {page}",
+        ) from None
     except Exception as error:  # the connection's, the disk's, the transfer library's
         raise _unreachable(repository, cache, error) from None
-    return Path(folder)
 
 
 def _unreachable(repository: Repository, cache: Path, error: BaseException) -> CheckpointError:

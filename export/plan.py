@@ -12,18 +12,19 @@ import json
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bifrost_rt import backends, command, residency, strict
 from bifrost_rt import manifest as manifests
 from bifrost_rt.backends.base import Backend
 from bifrost_rt.manifest import EngineSpec, Manifest, Precision
-from export import extras, shipped
+from export import checkpoint_options, extras, shipped
 from export import recipe as recipes
 from export.errors import RecipeError
 from export.formats import FORMATS, HALF
 from export.formats.base import Format
 from export.planning import devices
+from export.recipe import Recipe
 
 if TYPE_CHECKING:
     from export.planning.estimate import InMemory, Plan
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 RELEASE_T5_LENGTH = 512
 STEPS = 28
+NOWHERE = "."  # a plan writes no set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,6 +71,13 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, Estimate | None]:
     device = devices.find(options.device)
     budget = None if options.memory_budget is None else residency.parse(options.memory_budget)
     storage = _storage(options.precision)
+    flags = checkpoint_options.read(options)
+    if flags and (options.engines or options.like):
+        raise RecipeError(
+            f"--{next(iter(flags)).replace('_', '-')} is of a checkpoint, and --engines and --like "
+            "name none",
+            hint="leave one of them out",
+        )
     if options.engines and storage is not None:
         raise RecipeError("--precision does not apply to a built set")
     if options.engines:
@@ -76,8 +85,13 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, Estimate | None]:
         if any(spec.compiled is not None for spec in manifest.engines):
             return of_compiled(options.engines, manifest, device, budget)
         return of_set(options.engines, device, budget), None
-    if options.recipe:
-        return of_recipe(shipped.find(options.recipe), device, storage, budget), None
+    if options.recipe or flags:
+        return of_recipe(_recipe(options.recipe, flags), device, storage, budget), None
+    if options.like is None:
+        raise RecipeError(
+            "nothing to plan",
+            hint="give --recipe, --mllm with --bifrost and --flux, --engines or --like",
+        )
     return of_shapes(options.like, device, storage or HALF, budget), None
 
 
@@ -121,15 +135,24 @@ def of_set(folder: Path, device: devices.Device, budget: int | None = None) -> P
     )
 
 
+def _recipe(given: str | None, flags: dict[str, Any]) -> Recipe:
+    """The recipe of a checkpoint: a file's, flags on top of it, or flags alone."""
+    flags = {**flags, "output": NOWHERE}
+    if given is None:
+        return recipes.load(flags, "command line")
+    path = shipped.find(given)
+    recipe = recipes.read(path, flags)
+    shipped.check_checkpoint(path, recipe.folders)
+    return recipe
+
+
 def of_recipe(
-    path: Path, device: devices.Device, storage: Format | None, budget: int | None = None
+    recipe: Recipe, device: devices.Device, storage: Format | None, budget: int | None = None
 ) -> Plan:
     """Plan what a recipe would build; `storage` takes the place of its precision."""
     from export import build_plan
     from export.planning import estimate, work
 
-    recipe = recipes.read(path, {})
-    shipped.check_checkpoint(path, recipe.folders)
     checkpoint, _ = build_plan.read_checkpoint(recipe)
     length = recipe.mllm_max_length or checkpoint.max_seq_length
     works = work.of_checkpoint(checkpoint, length, recipe.t5_max_length, STEPS)
@@ -204,10 +227,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m export.plan",
         description="Memory, schedule and least time of one picture on a device.",
     )
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--recipe", metavar="FILE", help="what it would build; or one that ships")
     source.add_argument("--engines", type=Path, metavar="DIR", help="a built set")
     source.add_argument("--like", metavar="NAME", help="published shapes: 7b, 3b")
+    checkpoint_options.add(parser)
     known = ", ".join([devices.HERE, *devices.read(devices.TABLE)])
     parser.add_argument("--device", required=True, metavar="NAME", help=known)
     parser.add_argument(

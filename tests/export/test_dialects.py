@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,9 +20,12 @@ from export.dialects import autoencoder, float8, gguf_file, t5
 from export.dialects import flux as authors
 from export.errors import CheckpointError
 from export.flux_files import FluxFiles
+from export.plan import main as plan
 from export.recipe import Recipe
+from export.synthesize import synthesize
+from export.synthetic.shapes import Encoder, Flux, Shapes
 from export.weights import Weights
-from tests.export.checkpoints import DIFFUSERS, outline
+from tests.export.checkpoints import DIFFUSERS, opened, outline
 
 gguf = pytest.importorskip("gguf")
 Tensors = dict[str, torch.Tensor]
@@ -107,23 +112,69 @@ def t5_in_gguf(transformers: Tensors) -> Tensors:
     return {names[name]: value for name, value in transformers.items()}
 
 
-def write_gguf(path: Path, tensors: Tensors, kind: str = "F32") -> None:
-    """Write a file; what is no multiple of a block stays in float32."""
-    writer = gguf.GGUFWriter(path, "flux")
+def write_gguf(path: Path, tensors: Tensors, kind: str = "F32") -> Tensors:
+    """Write a file; what is no multiple of a block stays in float32. The package cannot quantize to
+    Q4_K, so blocks of that type are random.
+
+    Returns:
+        What the package dequantizes.
+    """
+    writer, values = gguf.GGUFWriter(path, "flux"), {}
+    codes = np.random.default_rng(0)
     for name, value in tensors.items():
         number = gguf.GGMLQuantizationType[kind]
-        fits = value.shape[-1] % gguf.GGML_QUANT_SIZES[number][0] == 0 and value.dim() > 1
+        block, size = gguf.GGML_QUANT_SIZES[number]
+        fits = value.shape[-1] % block == 0 and value.dim() > 1
         number = number if fits else gguf.GGMLQuantizationType.F32
-        data = gguf.quantize(value.float().numpy(), number)
+        if fits and kind == "Q4_K":
+            blocks = codes.integers(0, 256, (value.numel() // block, size), np.uint8)
+            scales = codes.uniform(1e-4, 1e-3, (len(blocks), 2)).astype(np.float16)
+            blocks[:, :4] = scales.view(np.uint8)
+            data = blocks.reshape(*value.shape[:-1], -1)
+        else:
+            data = gguf.quantize(value.float().numpy(), number)
+        values[name] = torch.from_numpy(gguf.dequantize(data, number)).reshape(value.shape).clone()
         writer.add_tensor(name, data, raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return values
 
 
-@pytest.fixture
-def files(root: Path) -> Any:
+def of_diffusers(
+    values: Tensors, to_theirs: Callable[[Tensors], Tensors], ours: Tensors
+) -> Tensors:
+    """Values under other names -> those that `to_theirs` makes them of."""
+    ends = np.cumsum([0, *(value.numel() for value in ours.values())])
+    places = {
+        name: torch.arange(start, start + value.numel()).reshape(value.shape)
+        for start, (name, value) in zip(ends[:-1].tolist(), ours.items(), strict=True)
+    }
+    flat, theirs, dtypes = torch.empty(int(ends[-1])), to_theirs(places), {}
+    for name, at in theirs.items():
+        flat[at.flatten()] = values[name].float().flatten()
+        dtypes |= dict.fromkeys(at.flatten().tolist(), values[name].dtype)
+    return {name: flat[at].to(dtypes[int(at.flatten()[0])]) for name, at in places.items()}
+
+
+def float8_file(path: Path, tensors: Tensors, scaled: bool) -> Tensors:
+    """Write matrices in float8, and return what they stand for."""
+    saved, values = dict(tensors), dict(tensors)
+    for number, name in enumerate(n for n, value in tensors.items() if value.dim() == 2):
+        factor = torch.tensor(0.5 + number / 64)
+        codes = (tensors[name].float() / factor).to(torch.float8_e4m3fn)
+        saved[name], values[name] = codes, codes.bfloat16()
+        if scaled:
+            saved[f"{name.removesuffix('weight')}scale_weight"] = factor
+            values[name] = codes.float() * factor
+    if scaled:
+        saved["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    save_file(saved, path)
+    return values
+
+
+def as_files(root: Path) -> Path:
     """The four parts of FLUX as single files in a folder, and configs without weights."""
     flux, out = root / "flux", root / "single"
     out.mkdir()
@@ -138,6 +189,85 @@ def files(root: Path) -> Any:
     shutil.copy(flux / "text_encoder/model.safetensors", out / "clip_l.safetensors")
     shutil.copy(flux / "text_encoder_2/model.safetensors", out / "t5xxl_fp16.safetensors")
     return out
+
+
+@pytest.fixture
+def files(root: Path) -> Path:
+    """The tiny checkpoint's."""
+    return as_files(root)
+
+
+WIDE = Shapes(
+    transformer=Flux(head_dim=128, rope_axes=(16, 56, 56)),
+    controlnet=Flux(head_dim=128, rope_axes=(16, 56, 56)),
+    t5=Encoder(width=256, layers=1, heads=4, head_dim=64, mlp=256, vocab=384),
+)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose matrices are as wide as the largest blocks of GGUF."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "wide"
+    synthesize(WIDE, folder)
+    return folder
+
+
+@pytest.fixture(params=["float8", "scaled float8", "Q8_0", "Q4_K"])
+def packed(request: pytest.FixtureRequest, wide: Path, tmp_path: Path) -> dict[str, Path]:
+    """FLUX in its authors' names and T5, packed; and a pipeline's folder of the same numbers."""
+    kind: str = request.param
+    root = tmp_path / "checkpoint"
+    shutil.copytree(wide, root)
+    out = as_files(root)
+    shutil.rmtree(root / "configs/transformer")  # its tensors tell it
+    found = {"root": root, "configs": root / "configs"}
+    for option, part, stem, file, to_theirs in (
+        ("flux", "transformer", DIFFUSERS, "flux1-dev", transformer),
+        ("t5", "text_encoder_2", "model", "t5xxl_fp16", t5_in_gguf),
+    ):
+        place = root / "flux" / part / f"{stem}.safetensors"
+        ours = load_file(place)
+        found[option] = out / f"{file}-{kind}.gguf"
+        if "float8" in kind:
+            theirs, found[option] = load_file(out / f"{file}.safetensors"), out / f"{file}.sft"
+            values = float8_file(found[option], theirs, kind.startswith("scaled"))
+            to_theirs = to_theirs if option == "flux" else dict
+        else:
+            values = write_gguf(found[option], to_theirs(ours), kind)
+        save_file(of_diffusers(values, to_theirs, ours), place)
+    for option, name in (("vae", "ae"), ("clip", "clip_l")):
+        found[option] = out / f"{name}.safetensors"
+    return found
+
+
+def test_a_packed_file_is_the_folder_of_its_numbers(packed: dict[str, Path]) -> None:
+    root = packed.pop("root")
+    flux = FluxFiles(packed.pop("flux"), packed, packed.pop("configs"))
+    found = Checkpoint(root / "mllm", root / "bifrost", flux, read=False)
+    assert outline(found) == outline(opened(root))
+    counted = [found.origins[f"flux/{n}"]["packed"] for n in ("transformer", "text_encoder_2")]
+    assert all(sum(kinds.values()) > 5 for kinds in counted), counted
+
+
+@pytest.mark.slow
+def test_its_engines_are_the_same_to_the_bit(packed: dict[str, Path], tmp_path: Path) -> None:
+    root = packed.pop("root")
+    same_engines(root, {"flux_configs": packed.pop("configs"), **packed}, tmp_path)
+
+
+def same_engines(root: Path, alone: dict[str, Path], tmp_path: Path) -> Path:
+    """Build a set of a pipeline's folder and one of files, compare their engines, and return the
+    second."""
+    common = {"mllm": str(root / "mllm"), "bifrost": str(root / "bifrost"), "t5_max_length": 16}
+    sets = []
+    for name, flux in (("folder", {"flux": root / "flux"}), ("files", alone)):
+        where = {key: str(path) for key, path in flux.items()}
+        sets.append(build(Recipe(**common, **where, output=str(tmp_path / name))))
+    folder, single_set = (manifest.read(one).files for one in sets)
+    same = [name for name in folder if name.endswith((".onnx", ".data"))]
+    assert len(same) > 10
+    assert {n: folder[n].sha256 for n in same} == {n: single_set[n].sha256 for n in same}
+    return sets[1]
 
 
 def single(files: Path, **others: Path) -> Checkpoint:
@@ -176,7 +306,6 @@ def test_a_file_of_the_whole_model_is_the_pipeline(
 @pytest.mark.slow
 def test_the_engines_are_the_same_to_the_bit(files: Path, tmp_path: Path) -> None:
     root = files.parent
-    common = {"mllm": str(root / "mllm"), "bifrost": str(root / "bifrost"), "t5_max_length": 16}
     alone = {
         "flux": files / "flux1-dev.safetensors",
         "vae": files / "ae.safetensors",
@@ -184,15 +313,8 @@ def test_the_engines_are_the_same_to_the_bit(files: Path, tmp_path: Path) -> Non
         "t5": files / "t5xxl_fp16.safetensors",
         "flux_configs": root / "configs",
     }
-    sets = []
-    for name, flux in (("folder", {"flux": root / "flux"}), ("files", alone)):
-        where = {key: str(path) for key, path in flux.items()}
-        sets.append(build(Recipe(**common, **where, output=str(tmp_path / name))))
-    folder, single_set = (manifest.read(one).files for one in sets)
-    same = [name for name in folder if name.endswith((".onnx", ".data"))]
-    assert len(same) > 10
-    assert {n: folder[n].sha256 for n in same} == {n: single_set[n].sha256 for n in same}
-    report = json.loads((sets[1] / "report.json").read_text())
+    built = same_engines(root, alone, tmp_path)
+    report = json.loads((built / "report.json").read_text())
     assert report["origins"]["flux/vae"]["names"] == "black-forest-labs"
 
 
@@ -301,3 +423,60 @@ def test_scales_that_do_not_fit_are_named(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message):
             Weights.open_file(tmp_path / "a.safetensors")
     assert float8.unpack({}) == {}
+
+
+@pytest.mark.parametrize("kind", ["I8", "Q8_1", "Q8_K"])
+def test_types_that_the_package_does_not_dequantize_are_named(files: Path, kind: str) -> None:
+    saved = t5_in_gguf(load_file(files / "t5xxl_fp16.safetensors"))
+    name = "enc.blk.0.attn_q.weight"
+    number = gguf.GGMLQuantizationType[kind]
+    size = gguf.GGML_QUANT_SIZES[number][1]
+    writer = gguf.GGUFWriter(files / "t5.gguf", "t5")
+    for one, value in saved.items():
+        if one == name:
+            kinds = np.int8 if kind == "I8" else np.uint8
+            data = np.zeros((value.shape[0], value.shape[1] if kind == "I8" else size), kinds)
+            writer.add_tensor(one, data, raw_dtype=number)
+        else:
+            writer.add_tensor(one, value.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=rf"t5\.gguf: tensor {name} is {kind}, which") as said:
+        outline(single(files, t5=files / "t5.gguf"))
+    assert "such as Q8_0, Q4_K or BF16" in str(said.value.hint)
+
+
+def test_a_type_that_the_package_does_not_know_is_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "a.gguf", {"one.weight": torch.ones(2, 32)})
+    raw = bytearray((tmp_path / "a.gguf").read_bytes())
+    at = raw.index(b"one.weight") + len("one.weight") + 4 + 2 * 8  # its rank and two sizes
+    raw[at : at + 4] = (999).to_bytes(4, "little")
+    (tmp_path / "a.gguf").write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"a\.gguf: .*999.*") as said:
+        Weights.open_file(tmp_path / "a.gguf")
+    assert "pip install -U gguf" in str(said.value.hint)
+
+
+def test_a_plan_takes_what_a_build_takes(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = files.parent
+    both = ["--device", "rtx-4090", "--mllm", root / "mllm", "--bifrost", root / "bifrost"]
+    alone = ["--flux", files / "flux1-dev.safetensors", "--flux-configs", root / "configs"]
+    for option, name in (("vae", "ae"), ("clip", "clip_l"), ("t5", "t5xxl_fp16")):
+        alone += [f"--{option}", files / f"{name}.safetensors"]
+    plans = []
+    for number, flux in enumerate((["--flux", root / "flux"], alone)):
+        json_file = tmp_path / f"{number}.json"
+        assert plan([str(one) for one in (*both, *flux, "--json", json_file)]) == 0
+        plans.append(json.loads(json_file.read_text()))
+    assert plans[0] == plans[1]
+    for wrong, message in (
+        (["--device", "rtx-4090", "--like", "7b", "--flux", "f"], "--flux is of a checkpoint"),
+        (["--device", "rtx-4090"], "nothing to plan"),
+        ([*both, "--flux", root / "flux", "--lora", "a.pt"], "expected a .safetensors file"),
+    ):
+        assert plan([str(one) for one in wrong]) == 1
+        assert message in capsys.readouterr().err

@@ -52,8 +52,9 @@ class Hub:
 
     def bodies(self) -> list[str]:
         """The files whose bytes were asked for."""
-        marks = f"/{ID}/resolve/{COMMIT}/"
-        return [p.removeprefix(marks) for m, p, _ in self.asked if m == "GET" and marks in p]
+        marks = tuple(f"/{ID}/resolve/{revision}/" for revision in (COMMIT, "main"))
+        got = [path for method, path, _ in self.asked if method == "GET"]
+        return [path.removeprefix(m) for path in got for m in marks if path.startswith(m)]
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         path = handler.path.partition("?")[0]
@@ -68,7 +69,9 @@ class Hub:
             return self.send(handler, json.dumps({"id": ID, "sha": COMMIT}).encode())
         if path.startswith(f"/api/models/{ID}/revision/"):
             return self.refuse(handler, 404, "RevisionNotFound")
-        name = path.removeprefix(f"/{ID}/resolve/{COMMIT}/")
+        name = path.removeprefix(f"/{ID}/resolve/{COMMIT}/").removeprefix(f"/{ID}/resolve/main/")
+        if name not in self.files and name != path:
+            return self.refuse(handler, 404, "EntryNotFound")
         if name not in self.files:
             return self.refuse(handler, 404, "RepoNotFound")
         if self.gated:
@@ -136,7 +139,10 @@ def find(served: Hub, tmp_path: Path) -> Any:
     def run(given: str = ID, *, download: bool = True, part: str = "mllm", **more: str) -> str:
         code = (
             "import sys; from export import hub\nfrom export.errors import CheckpointError\n"
-            "try: print(hub.find(sys.argv[1], sys.argv[2], download=sys.argv[3] == 'True'))\n"
+            "part, more = sys.argv[2], {'download': sys.argv[3] == 'True'}\n"
+            "call = (lambda given: hub.find_file(given, **more)) if part == 'file' else (\n"
+            "    lambda given: hub.find(given, part, **more))\n"
+            "try: print(call(sys.argv[1]))\n"
             "except CheckpointError as error: print('refused', error.message, '|', error.hint)\n"
         )
         environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
@@ -210,6 +216,30 @@ def test_an_interrupted_download_keeps_what_is_complete(find: Any, served: Hub) 
     served.asked.clear()
     assert (Path(find()) / name).read_bytes() == served.files[name]
     assert served.bodies() == [name]
+
+
+@pytest.mark.parametrize("part", ["file", "flux"])
+def test_a_single_file(find: Any, served: Hub, tmp_path: Path, part: str) -> None:
+    name = "split/flux1-dev.safetensors"
+    served.files[name] = os.urandom(BLOCK)
+    given = f"{ID}/{name}"
+    said = find(given, part=part, download=False)
+    assert f"refused {ID}: {name} is not in the hub cache {tmp_path / 'home/hub'}" in said
+    assert f"`hf download {ID} {name}`" in said
+    assert served.asked == []
+    file = Path(find(given, part=part))
+    assert file.read_bytes() == served.files[name]
+    assert served.bodies() == [name]
+    served.asked.clear()
+    for again in (given, f"{ID}@main/{name}", f"{ID}@{COMMIT}/{name}", str(file)):
+        assert find(again, part=part, download=False) == str(file)
+    assert served.asked == []
+    assert "the model has no such file" in find(f"{ID}/none.safetensors", part=part)
+    served.gated = True
+    served.files["other.gguf"] = b"GGUF"
+    assert f"refused {ID}: gated" in find(f"{ID}/other.gguf", part=part)
+    (tmp_path / "org").mkdir()  # now it is a path whose file is not there
+    assert find(given, part=part) == given
 
 
 def test_a_gated_model(find: Any, served: Hub) -> None:

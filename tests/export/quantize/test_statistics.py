@@ -262,3 +262,7 @@ def test_fingerprints_tell_checkpoints_apart(tmp_path: Path) -> None:
         save_file({"w": torch.full((100, 100), value)}, tmp_path / name / "model.safetensors")
     a, b, c = (calibrate.fingerprint([tmp_path / name]) for name in "abc")
     assert a == b != c
+    for name, last in (("a", b"1"), ("b", b"2")):
+        (tmp_path / name / "model.gguf").write_bytes(b"GGUF" + bytes(1000) + last)
+    with_a, with_b = (calibrate.fingerprint([tmp_path / name]) for name in "ab")
+    assert len({a, with_a, with_b}) == 3
