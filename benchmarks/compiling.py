@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from bifrost_rt import command, dims, strict
 from bifrost_rt.manifest import EngineSpec, Precision, TensorSpec
 from export.compile import bound, graphs
 from export.compile import builder as builders
+from export.compile.builder import Built
 from export.compile.capabilities import ARCHITECTURES
 from export.compile.compiled_set import rewrite
 from export.compile.options import COMPUTE as COMPUTES_IN
@@ -37,6 +38,7 @@ from export.compile.profiles import Sizes
 from export.formats import HALF
 from export.stages.catalog import DEFINITIONS
 
+MODULE = "benchmarks.compiling"
 TARGETS = ("sm86", "sm89", "sm120")
 # one picture of the release, with guidance
 LARGEST = dims.of_run(text_tokens=300, steps=256, guided=True, revealed=256, **dims.ANSWERS)
@@ -90,25 +92,28 @@ def measure(
                 yield {"stage": spec.name, "compute": computed, "weights": weights, **found}
 
 
-def in_a_process(folder: Path, spec: EngineSpec, compute: str, weights: str) -> dict[str, Any]:
-    """Compile; the child reads its task from a file."""
+def in_a_process(
+    folder: Path, spec: EngineSpec, compute: str, weights: str, module: str = MODULE, **more: Any
+) -> Any:
+    """Compile in a process of a benchmark's module; the child reads its task from a file.
+
+    Args:
+        more: of the task.
+    """
     doors = [[dataclasses.asdict(t) for t in side] for side in (spec.inputs, spec.outputs)]
     task = folder / "task.json"
     graph = str(folder / spec.graph)
-    names = {"name": spec.name, "graph": graph, "compute": compute, "weights": weights}
+    names = {"name": spec.name, "graph": graph, "compute": compute, "weights": weights, **more}
     task.write_text(json.dumps({**names, "doors": doors}))
-    command = [sys.executable, "-m", "benchmarks.compiling", "--one", str(task)]
+    command = [sys.executable, "-m", module, "--one", str(task)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return json.loads(done.stdout)
 
 
-def compile_one(path: Path) -> dict[str, Any]:
-    """Of a task: what most products compute in as read back, MB of weights and of the engine,
-    seconds, and the highest resident MB."""
-    task = json.loads(path.read_text())
+def compiled(task: Mapping[str, Any], targets: Sequence[str]) -> tuple[Built, EngineSpec, set[str]]:
+    """Compile a task's graph: the engine, its inputs and outputs, and which inputs are weights."""
     inputs, outputs = (
         tuple(strict.load(TensorSpec, tensor) for tensor in side) for side in task["doors"]
     )
@@ -117,13 +122,20 @@ def compile_one(path: Path) -> dict[str, Any]:
     graph = graphs.read(Path(task["graph"]), spec.name)
     doors = {tensor.name for tensor in inputs}
     names = {str(value.name) for value in graph.graph.inputs} - doors
-    start = time.perf_counter()
     if not names:
         rewrite(graph, DEFINITIONS[spec.name], COMPUTES_IN.get(task["compute"], HALF.dtype))
         if task["weights"] == "bound":
             names = {str(tensor.name) for tensor in bound.bind(graph)}
+    return builders.compile_graph(builder, graph, spec, SIZES, targets, names), spec, names
+
+
+def compile_one(path: Path) -> dict[str, Any]:
+    """Of a task: what most products compute in as read back, MB of weights and of the engine,
+    seconds, and the highest resident MB."""
+    task = json.loads(path.read_text())
+    start = time.perf_counter()
     targets = [name for name in TARGETS if task["compute"] in ARCHITECTURES[name].precisions]
-    built = builders.compile_graph(builder, graph, spec, SIZES, targets, names)
+    built, _, _ = compiled(task, targets)
     return {
         "computes_in": built.arithmetic.compute,
         "weights_mb": round(sum(built.arithmetic.weights.values()) / 1e6),

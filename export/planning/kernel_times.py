@@ -8,7 +8,7 @@ or slower; nothing here was measured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,12 @@ from bifrost_rt.manifest import EngineSpec, Manifest
 from export import formats
 from export.compile import plan_report, plan_text
 from export.compile.plan_report import Kernel
+from export.compile.plan_text import EnginePlan
 from export.errors import RecipeError
 from export.planning.devices import Device
 
 BANDWIDTH, COMPUTE = "bandwidth", "compute"
+FROM_ONNX = "plan with the ONNX set that it was compiled from"
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,25 @@ def of_set(folder: Path, manifest: Manifest, at: residency.Sizes) -> list[Calls]
 def _calls(folder: Path, spec: EngineSpec, sizes: Mapping[str, int]) -> Calls:
     assert spec.compiled is not None
     weights = [weight.name for weight in spec.compiled.weights]
-    plan = plan_text.read(folder / spec.graph)
-    hint = "plan with the ONNX set that it was compiled from"
+    path = folder / spec.graph
+    plan = plan_text.read(path)
     if plan is None:
-        raise RecipeError(
-            f"{folder / spec.graph}: the engine holds no plan that can be read", hint=hint
-        )
+        raise RecipeError(f"{path}: the engine holds no plan that can be read", hint=FROM_ONNX)
+    return of_plan(plan, spec, sizes, weights, str(path))
+
+
+def of_plan(
+    plan: EnginePlan, spec: EngineSpec, sizes: Mapping[str, int], weights: Collection[str], of: str
+) -> Calls:
+    """What an engine's plan says of a call at sizes.
+
+    Args:
+        weights: inputs of the engine that are weights.
+        of: whose plan it is, for the error.
+
+    Raises:
+        RecipeError: not all of it is known.
+    """
     doors = (*spec.inputs, *spec.outputs)
     plan = plan.at({tensor.name: dims.shape_at(tensor.shape, sizes) for tensor in doors})
     kernels = plan_report.kernels(plan, weights)
@@ -132,9 +147,9 @@ def _calls(folder: Path, spec: EngineSpec, sizes: Mapping[str, int]) -> Calls:
     unclear = [k.name for k in kernels if k.bytes is None or k.operations is None]
     if least is None or unclear:
         raise RecipeError(
-            f"{folder / spec.graph}: the engine's plan does not say what "
+            f"{of}: the engine's plan does not say what "
             f"{', '.join(unclear[:3]) or 'a weight'} moves or computes",
-            hint=hint,
+            hint=FROM_ONNX,
         )
     return Calls(spec.name, dims.calls(spec, sizes), tuple(kernels), least)
 
