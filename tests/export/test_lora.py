@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from safetensors.torch import load_file, save_file
 
 from bifrost_rt import inspect, manifest
@@ -16,6 +19,7 @@ from bifrost_rt.errors import BifrostError
 from export import recipe, sources
 from export.build import build, main
 from export.checkpoint import Checkpoint
+from export.dialects import lora
 from export.errors import RecipeError
 from export.flux_files import FluxFiles
 from export.lora_files import LoraFile, parse
@@ -415,3 +419,37 @@ def test_a_recipe_names_loras_beside_it(tmp_path: Path) -> None:
     assert given.loras == (LoraFile(Path("z.safetensors")),)
     with pytest.raises(RecipeError, match="is given 2 times"):
         recipe.load({**dict.fromkeys((*PARTS, "output"), "m"), "lora": ["z.safetensors"] * 2}, "r")
+
+
+def test_kohyas_names_mean_what_diffusers_says(tmp_path: Path) -> None:
+    """Its converter splits the joined layers of FLUX.1's own width."""
+    width, rank = 3072, 4
+    with torch.device("meta"):
+        net = FluxTransformer2DModel(num_layers=1, num_single_layers=1)
+    tensors: Tensors = {}
+    for layer, out, inner in (
+        ("double_blocks_0_img_attn_qkv", 3 * width, width),
+        ("double_blocks_0_txt_attn_qkv", 3 * width, width),
+        ("double_blocks_0_img_mod_lin", 6 * width, width),
+        ("single_blocks_0_linear1", 7 * width, width),
+        ("single_blocks_0_linear2", width, 5 * width),
+    ):
+        tensors[f"lora_unet_{layer}.lora_down.weight"] = torch.randn(rank, inner)
+        tensors[f"lora_unet_{layer}.lora_up.weight"] = torch.randn(out, rank)
+        tensors[f"lora_unet_{layer}.alpha"] = torch.tensor(float(rank))
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    theirs = _convert_kohya_flux_lora_to_diffusers(dict(tensors))
+    save_file({n: v.clone() for n, v in theirs.items()}, tmp_path / "diffusers.safetensors")
+    kohya, converted = (
+        lora.load(LoraFile(tmp_path / f"{name}.safetensors")) for name in ("kohya", "diffusers")
+    )
+    adapted = [lora.adapt([one], "transformer", net) for one in (kohya, converted)]
+    lora.refuse_left_overs([kohya, converted])
+    named = [name.removeprefix("transformer.") for name in converted.layers]
+    assert len(named) == 3 + 3 + 1 + 4 + 1
+    for path in named:
+        shape = tuple(net.get_parameter(f"{path}.weight").shape)
+        zero = sources.Source(shape, torch.float32, "0", partial(torch.zeros, shape))
+        ours, wanted = (add_to(f"{path}.weight", zero).read() for add_to in adapted)
+        assert torch.equal(ours, wanted)
+        assert ours.any()
