@@ -32,9 +32,9 @@ from export.compile import bound, graphs
 from export.compile import builder as builders
 from export.compile.builder import Built
 from export.compile.capabilities import ARCHITECTURES
-from export.compile.compiled_set import rewrite
 from export.compile.options import COMPUTE as COMPUTES_IN
 from export.compile.profiles import Sizes
+from export.compile.rewriting import rewrite
 from export.formats import HALF
 from export.stages.catalog import DEFINITIONS
 

@@ -31,9 +31,9 @@ from bifrost_rt.manifest import Compiled, EngineSpec
 from export import flops
 from export.compile import bound, capabilities, graphs
 from export.compile import builder as builders
-from export.compile.compiled_set import rewrite
 from export.compile.options import COMPUTE
 from export.compile.profiles import Sizes
+from export.compile.rewriting import rewrite
 from export.formats import FORMATS, HALF
 from export.planning import devices
 from export.stages.catalog import DEFINITIONS

@@ -1,7 +1,7 @@
 """What TensorRT-RTX makes of the two loops at true widths, read from its plans and estimated.
 
     python -m benchmarks.plans [--stages visual_decode,denoise] [--cards rtx-4090] [--formats fp8]
-        [--json FILE [--label before]]
+        [--json FILE [--label before | --compare before after]]
 
 A checkpoint of the widths of the 7B model and FLUX.1-dev with random weights is written, cut to one
 block of each kind in both networks and to two layers of the MLLM: of them the last computes the
@@ -9,8 +9,8 @@ unmasked positions alone, and the other all. For every card and format that it m
 engine is compiled with its weights in it and outside, each in a process of its own. No GPU is
 needed and nothing is run: times are the estimate of `export.planning.kernel_times` for one image;
 `visual_decode` is there with guidance, two branches, and without. The ratio is that time over the
-time of the same multiplications alone. With `--label` the record keeps the rows of other labels: a
-comparison of two states of the code.
+time of the same multiplications alone. With `--label` the record keeps the rows of other labels,
+and `--compare` prints two of them side by side.
 """
 
 from __future__ import annotations
@@ -146,14 +146,33 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown."""
     lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
     for row in rows:
-        cells = {
-            **{name: str(row[name]) for name in COLUMNS},
-            "bytes": f"{row['bytes'] / MB:.0f}",
-            "seconds": f"{1e3 * row['seconds']:.3f}",
-            "arithmetic": f"{1e3 * row['arithmetic']:.3f}",
-            "ratio": f"{row['ratio']:.3f}",
-        }
-        lines.append("| " + " | ".join(cells.values()) + " |")
+        lines.append("| " + " | ".join(_cells(row).values()) + " |")
+    return "\n".join(lines)
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        **{name: str(row[name]) for name in COLUMNS},
+        "bytes": f"{row['bytes'] / MB:.0f}",
+        "seconds": f"{1e3 * row['seconds']:.3f}",
+        "arithmetic": f"{1e3 * row['arithmetic']:.3f}",
+        "ratio": f"{row['ratio']:.3f}",
+    }
+
+
+def compared(states: Mapping[str, Sequence[Mapping[str, Any]]], first: str, last: str) -> str:
+    """Markdown: the rows that two states of a record have both, their figures side by side."""
+    cases = ("stage", "card", "format", "weights", "branches")
+    known = {tuple(row[name] for name in cases): row for row in states[first]}
+    figures = ("kernels", "moved", "bytes", "seconds", "ratio")
+    heads = [*cases, *(COLUMNS[name] for name in figures)]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in states[last]:
+        case = tuple(row[name] for name in cases)
+        if case in known:
+            before, after = _cells(known[case]), _cells(row)
+            sides = [f"{before[name]} → {after[name]}" for name in figures]
+            lines.append("| " + " | ".join([*(str(part) for part in case), *sides]) + " |")
     return "\n".join(lines)
 
 
@@ -175,10 +194,19 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", default=",".join(values), help="comma between")
     parser.add_argument("--json", type=new_file, help="write the record")
     parser.add_argument("--label", default="now", help="of these rows in the record; default: now")
+    parser.add_argument("--compare", nargs=2, help="print two labels of the record side by side")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.one:
         print(json.dumps(compile_one(given.one)))
+        return 0
+    if given.compare:
+        if not given.json:
+            parser.error("--compare needs --json, the record")
+        states = json.loads(given.json.read_text())["states"]
+        if unknown := [label for label in given.compare if label not in states]:
+            parser.error(f"{given.json}: no label {unknown[0]!r}, only {', '.join(states)}")
+        print(compared(states, *given.compare))
         return 0
     forms = given.formats.split(",")
     for name in forms:
@@ -193,9 +221,9 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{row['ratio']:.3f}",
                 file=sys.stderr,
             )
+            if given.json:
+                write(given.json, given.label, rows)
     print(table(rows))
-    if given.json:
-        write(given.json, given.label, rows)
     return 0
 
 

@@ -97,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ENGINES",
         type=parts,
         default=(),
-        help="engines that stay ONNX graphs and run on the CPU, names with commas: the GPU's memory "
-        "is for the others",
+        help="engines that stay ONNX graphs and run on the CPU, names with commas: the GPU's "
+        "memory is for the others",
     )
     parser.add_argument("--debug", action="store_true", help="show the trace of an error")
     return parser

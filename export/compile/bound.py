@@ -8,6 +8,7 @@ after another, as they are computed with.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +23,15 @@ Tensor: TypeAlias = ir.ExternalTensor | ir.LazyTensor | ir.Tensor[Any]
 SMALLEST = 1 << 16  # bytes; what is smaller is held by the engine
 ALIGNMENT = 256  # of device memory: the file can be uploaded in one piece
 _FEW_BITS = 4  # or fewer
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 
 
 def bind(model: ir.Model) -> list[Tensor]:
     """Turn the large constants into inputs of the same names, in place, and return them. Those of 4
-    bits and their scales stay constants."""
+    bits and their scales stay constants. A weight that is only read behind a Cast is cast here,
+    once, and not at every step."""
     graph = model.graph
+    _cast_now(graph)
     stays = _of_four_bits(graph)
     taken: list[Tensor] = []
     for name, value in list(graph.initializers.items()):
@@ -41,6 +45,48 @@ def bind(model: ir.Model) -> list[Tensor]:
             value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
             graph.inputs.append(value)
     return taken
+
+
+def _cast_now(graph: ir.Graph) -> None:
+    """Put what casts make of large weights in their place, where nothing else reads them. What no
+    product reads stays as it is: an elementwise kernel reads half as much and casts for nothing."""
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        assert tensor is not None, name
+        if tensor.nbytes < SMALLEST:
+            continue
+        while (dtype := _only_cast(value)) is not None:  # a conversion casts what was cast
+            new = ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype))
+            read = functools.partial(_cast, tensor, dtype, name)
+            tensor = ir.LazyTensor(read, dtype, ir.Shape(tensor.shape.numpy()), name=name)
+            new.const_value = tensor
+            users = list(value.consumers())
+            del graph.initializers[name]
+            graph.register_initializer(new)
+            for user in users:
+                user.outputs[0].replace_all_uses_with(new, replace_graph_outputs=True)
+                graph.remove(user, safe=True)
+            value = new
+
+
+def _only_cast(value: ir.Value) -> ir.DataType | None:
+    """The type that all users of a weight cast it to; None where one does something else, or no
+    product reads it."""
+    users = list(value.consumers())
+    types = {user.attributes["to"].as_int() for user in users if user.op_type == "Cast"}
+    alone = len(types) == 1 and all(user.op_type == "Cast" for user in users)
+    return ir.DataType(types.pop()) if alone and _multiplied(value) else None
+
+
+def _multiplied(value: ir.Value) -> bool:
+    """Whether products read a value, maybe behind casts."""
+    users = list(value.consumers())
+    cast = (user.outputs[0] for user in users if user.op_type == "Cast")
+    return any(user.op_type in _PRODUCTS for user in users) or any(map(_multiplied, cast))
+
+
+def _cast(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str) -> ir.Tensor[Any]:
+    return ir.Tensor(tensor.numpy().astype(dtype.numpy()), dtype=dtype, name=name)
 
 
 def _of_four_bits(graph: ir.Graph) -> set[ir.Value]:

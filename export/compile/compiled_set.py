@@ -21,10 +21,8 @@ from bifrost_rt.strict import nearest
 from export import extras
 from export.compile import (
     bound,
-    cache_rows,
     capabilities,
     graphs,
-    half,
     messages,
     plan_report,
     plan_text,
@@ -36,6 +34,7 @@ from export.compile.capabilities import ARCHITECTURES
 from export.compile.network import Arithmetic
 from export.compile.options import COMPUTE
 from export.compile.profiles import Sizes, sizes
+from export.compile.rewriting import rewrite
 from export.engine_set import describe_files, written_aside
 from export.errors import CompileError
 from export.exercise import draw_look_answer
@@ -215,15 +214,6 @@ def compute_type(spec: EngineSpec, compute: str | None, architectures: Sequence[
         return COMPUTE[asked]
     everywhere = all(HALF.name in ARCHITECTURES[name].precisions for name in architectures)
     return HALF.dtype if everywhere else OLDEST_HALF.dtype
-
-
-def rewrite(graph: ir.Model, engine: Definition, compute: str) -> None:
-    """In place: quantised layers and writing into caches as TensorRT knows them, and all other
-    arithmetic in `compute`, a type as `compute_type` gives it."""
-    quantized.rewrite(graph)
-    cache_rows.rewrite(graph)
-    if compute != "float32":
-        half.convert(graph, engine, compute)
 
 
 def check_targets(

@@ -21,7 +21,8 @@ from bifrost_rt import manifest as manifests
 from bifrost_rt.backends.base import Backend, output_shape, symbol_sizes
 from bifrost_rt.manifest import Deviation, EngineSpec, Manifest
 from export import parity
-from export.compile import graphs, half, simulate
+from export.compile import graphs, simulate
+from export.compile.rewriting import rewrite
 from export.engine_set import describe_files
 from export.errors import CompileError, ParityError
 from export.exercise import draw_look_answer
@@ -99,7 +100,7 @@ def simulated(
     """Write one engine's graph, as it computes in `compute`, for the CPU into `folder`."""
     model = graphs.read(source / spec.graph, spec.name)
     if compute != "float32":
-        half.convert(model, engine, compute)
+        rewrite(model, engine, compute)
         simulate.simulate(model)
     ir.save(model, folder / spec.graph, external_data=f"{spec.name}.simulated")
 

@@ -62,6 +62,17 @@ def test_a_record_keeps_the_rows_of_other_labels(tmp_path: Path) -> None:
     }
 
 
+def test_two_states_stand_side_by_side() -> None:
+    case = {"stage": "denoise", "card": "rtx-4090", "format": "bf16", "branches": 1}
+    figures = {"kernels": 77, "products": 9, "streams": 1, "moved": 3, "bytes": 2 * 10**9}
+    row = {**case, **figures, "seconds": 2e-3, "arithmetic": 1e-3, "ratio": 2.0}
+    baked, bound = ({**row, "weights": weights} for weights in ("baked", "bound"))
+    better = {**bound, "kernels": 60, "moved": 0, "seconds": 1.5e-3, "ratio": 1.5}
+    text = plans.compared({"a": [baked, bound], "b": [better]}, "a", "b")
+    line = "| denoise | rtx-4090 | bf16 | bound | 1 | 77 → 60 | 3 → 0 | 2000 → 2000 "
+    assert text.splitlines()[2:] == [line + "| 2.000 → 1.500 | 2.000 → 1.500 |"]
+
+
 def test_a_real_engine_has_its_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
