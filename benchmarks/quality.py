@@ -1,12 +1,14 @@
 """How many pictures show what was asked: the scorer on 300 held-out prompts, through the runtime.
 
-    python -m benchmarks.quality --engines DIR [--limit N] [--json FILE] [--sheet FILE]
+    python -m benchmarks.quality --engines DIR [--limit N] [--think] [--json FILE] [--sheet FILE]
 
 The scorer (scenes/scorer.py) knows the bundled model's world only, so the engine set must be built
 from engines/checkpoints/scenes. Every prompt has its own fixed seed; the same command gives the
 same pictures. `--bridge off` runs without the ControlNet and `--bridge shuffled` gives it each
 picture's own latents in wrong places: the difference to the default is what the bridge
-contributes. `--against DIR` compares with another set's pictures for the same seeds.
+contributes. With `--think` the MLLM answers every prompt first, and its answer is drawn.
+`--kept-out` takes only combinations that no training prompt has. `--against DIR` compares with
+another set's pictures for the same seeds.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ FRAME = 3  # px of the contact sheet's frames
 
 @dataclass(frozen=True)
 class Drawn:
-    """One prompt's outcome; `psnr` and `ssim` are against the other set, where there is one."""
+    """One prompt's outcome; `psnr` and `ssim` are against the other set, where there is one, and
+    `thought` is what was drawn with `--think`."""
 
     prompt: str
     family: str
@@ -49,22 +52,24 @@ class Drawn:
     reason: str
     psnr: float | None = None
     ssim: float | None = None
+    thought: str | None = None
 
 
-def chosen(limit: int | None) -> list[HeldOut]:
-    """The first prompts of every family, `limit` in all; None takes the whole list."""
+def chosen(limit: int | None, kept_out: bool = False) -> list[HeldOut]:
+    """The first prompts of every family, `limit` in all; None takes the whole list. `kept_out`
+    leaves those combinations of it that training prompts do not have."""
     each = PER_FAMILY if limit is None else max(1, math.ceil(limit / len(FAMILIES)))
     items = heldout()
     picked = [
         items[family * PER_FAMILY + i] for i in range(each) for family in range(len(FAMILIES))
     ]
-    return picked[:limit]
+    return [item for item in picked[:limit] if item.kept_out or not kept_out]
 
 
 def draw(
     generator: Generator, item: HeldOut, bridge: str, options: Mapping[str, Any]
-) -> NDArray[np.uint8]:
-    """The picture of one prompt, uint8 [H, W, 3]."""
+) -> tuple[NDArray[np.uint8], str | None]:
+    """The picture of one prompt, uint8 [H, W, 3], and what was thought of it."""
     arguments = dict(options)
     steps = arguments.get("decoding_steps") or generator.manifest.defaults.decoding_steps
     shuffled = np.random.default_rng(item.seed)
@@ -72,7 +77,7 @@ def draw(
     def misplace(
         _: Generator, step: int, timestep: float | None, tensors: dict[str, Any]
     ) -> dict[str, Any] | None:
-        if timestep is not None or step != steps - 1:
+        if "tokens" not in tensors or step != steps - 1:
             return None
         return {"tokens": shuffled.permutation(tensors["tokens"], axis=1)}
 
@@ -80,9 +85,9 @@ def draw(
         arguments["controlnet_conditioning_scale"] = 0.0
     if bridge == "shuffled":
         arguments["callback_on_step_end"] = misplace
-    images = generator.run(item.prompt, seed=item.seed, output_type="np", **arguments).images
-    picture: NDArray[np.uint8] = images[0]
-    return picture
+    result = generator.run(item.prompt, seed=item.seed, output_type="np", **arguments)
+    picture: NDArray[np.uint8] = result.image
+    return picture, result.thought
 
 
 def compare(picture: NDArray[np.uint8], other: NDArray[np.uint8]) -> tuple[float, float]:
@@ -120,12 +125,14 @@ def measure(
     drawn, pictures = [], []
     started = time.monotonic()
     for i, item in enumerate(items):
-        picture = draw(generator, item, bridge, options)
+        picture, thought = draw(generator, item, bridge, options)
         verdict = judge(item.spec, picture)
-        psnr, ssim = compare(picture, draw(other, item, bridge, options)) if other else (None, None)
+        psnr, ssim = (
+            compare(picture, draw(other, item, bridge, options)[0]) if other else (None, None)
+        )
         drawn.append(
             Drawn(item.prompt, item.spec.family, item.seed, item.kept_out,
-                  verdict.correct, verdict.reason, psnr, ssim)
+                  verdict.correct, verdict.reason, psnr, ssim, thought)
         )  # fmt: skip
         pictures.append(picture)
         if (i + 1) % 25 == 0 or i + 1 == len(items):
@@ -202,6 +209,8 @@ def main() -> int:
     )
     parser.add_argument("--engines", type=Path, required=True, help="the set to measure")
     parser.add_argument("--limit", type=count, help="this many prompts, evenly over the families")
+    parser.add_argument("--kept-out", action="store_true", help="of these, kept-out combinations")
+    parser.add_argument("--think", action="store_true", help="draw what the MLLM answers first")
     parser.add_argument("--bridge", choices=BRIDGES, default="on")
     parser.add_argument("--against", type=Path, help="another set: PSNR and SSIM to its pictures")
     parser.add_argument("--backend", help="default: the one that the set was built for")
@@ -217,12 +226,15 @@ def main() -> int:
             ("num_inference_steps", given.steps),
             ("decoding_steps", given.decoding_steps),
             ("controlnet_conditioning_scale", given.scale),
+            ("think", given.think or None),
         )
         if value is not None
     }
     with Generator(given.engines, backend=given.backend) as generator:
         other = Generator(given.against) if given.against else None
-        drawn, pictures = measure(generator, chosen(given.limit), given.bridge, options, other)
+        drawn, pictures = measure(
+            generator, chosen(given.limit, given.kept_out), given.bridge, options, other
+        )
         if other:
             other.close()
         setting = {

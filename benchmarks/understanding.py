@@ -168,7 +168,7 @@ def round_trip(generator: Generator, limit: int | None) -> dict[str, Any]:
     """Draw the held-out prompts, describe the images, and judge both."""
     say, drawn, told = with_set(generator), [], []
     for item in chosen(limit):
-        pixels = draw(generator, item, "on", {})
+        pixels = draw(generator, item, "on", {})[0]
         drawn.append(judge(item.spec, pixels).correct)
         said = parse(say(pixels))
         told.append(said is not None and judge(item.spec, render(*said)).correct)

@@ -30,6 +30,7 @@ from bifrost_rt import (
     pipeline,
     request,
     residency,
+    thinking,
     vision,
 )
 from bifrost_rt import messages as conversation
@@ -130,6 +131,7 @@ class Generator:
         order: ArrayLike | None = None,
         latents: ArrayLike | None = None,
         tokens: ArrayLike | None = None,
+        think: bool | str | None = None,
         output_type: request.OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
         preview_every: int | None = None,
@@ -156,13 +158,19 @@ class Generator:
             latents: [n, S, C] packed starting noise, instead of the seed's.
             tokens: [n, N, D] CLIP latents of an earlier result: the MLLM is not run, and seed,
                 steps and control scale may differ.
+            think: have the MLLM answer each prompt in words first, and draw its answer; see
+                `Result.thoughts`. True asks what the set states for it. A text is the instruction,
+                with `{prompt}` in the place of the prompt, or before it. The answer is the
+                likeliest, of no more tokens than the MLLM reads of a prompt.
             output_type: "pil" for `PIL.Image`s, "np" for uint8 [n, H, W, 3], "latent" to stop
                 before the VAE.
             callback_on_step_end: called as (generator, step, timestep, tensors) after every step of
                 both loops: decoding with `{"tokens": [n, N, D]}` and timestep None, then denoising
                 with `{"latents": [n, S, C]}`. The arrays are copies and may be kept; a returned
                 dict replaces them. An exception ends the run and leaves the generator usable. It
-                must not draw with the same generator, nor wait for a thread that does.
+                must not draw with the same generator, nor wait for a thread that does. With
+                `think` it is called first after every piece of an answer, with `{"thought": …,
+                "prompt": …}`: the text so far, and the prompt that it is of.
             preview_every: after every so many denoising steps the callback's dict also has
                 `"preview"`, uint8 [n, H, W, 3]: what the picture will be, estimated from the step,
                 for the price of one VAE decode.
@@ -186,13 +194,14 @@ class Generator:
             order=order,
             latents=latents,
             tokens=tokens,
+            think=think,
             output_type=output_type,
             **options,
         )
         (out,) = self._draw(
-            "run()", [checked], [callback_on_step_end], preview_every, [_places(checked)]
+            "run()", [checked], [callback_on_step_end], preview_every, of_caller=True
         )
-        return _result(checked, out)
+        return _result(checked.thought(out.thoughts), out)
 
     def run_several(
         self,
@@ -214,9 +223,10 @@ class Generator:
         self._turns.require_open("run_several()")
         checked = [self._asked(**one) for one in runs]
         callbacks = [None] * len(checked) if callbacks is None else callbacks
-        places = [_places(one) for one in checked]
-        drawn = self._draw("run_several()", checked, callbacks, preview_every, places)
-        return [_result(*one) for one in zip(checked, drawn, strict=True)]
+        drawn = self._draw("run_several()", checked, callbacks, preview_every, of_caller=True)
+        return [
+            _result(one.thought(out.thoughts), out) for one, out in zip(checked, drawn, strict=True)
+        ]
 
     def _asked(
         self,
@@ -225,6 +235,7 @@ class Generator:
         image: ImageLike | None = None,
         mask: ImageLike | None = None,
         tokens: ArrayLike | None = None,
+        think: bool | str | None = None,
         **others: Any,
     ) -> request.Request:
         """Check the arguments of a run. Its image is looked at when all else can be served."""
@@ -234,6 +245,11 @@ class Generator:
             raise RequestError("image and tokens are two sources of CLIP latents; give one")
         if mask is not None and tokens is None and image is None:
             raise RequestError("mask says what to draw anew of an image or of tokens; give one")
+        others["think"] = thinking.instruction(self.manifest, think)
+        if prompt is None and others["think"] is not None:
+            raise RequestError(
+                "think needs a prompt to think of", hint="prompt=None draws what describe() says"
+            )
         shown = None if image is None else images.read(image)
         painted = None if mask is None else images.painted(mask)
         if painted is not None:
@@ -315,18 +331,80 @@ class Generator:
         requests: Sequence[request.Request],
         callbacks: Sequence[StepCallback | None],
         preview_every: int | None,
-        places: Sequence[Sequence[int] | None] | None = None,
+        *,
+        of_caller: bool = False,
     ) -> list[pipeline.Output]:
         """Args:
-        places: where the prompts of each request stand in what the caller passed.
+        of_caller: whether notes name a prompt by its place among those that the caller passed;
+            otherwise among the different ones.
         """
-        places = [None] * len(requests) if places is None else places
         with self._turns.turn(call):
+            self._check_previews(callbacks, preview_every)
+            thought = [self._thoughts(*one) for one in zip(requests, callbacks, strict=True)]
+            requests = [
+                one.thought(found) for one, (found, _) in zip(requests, thought, strict=True)
+            ]
+            places = [_places(one) if of_caller else None for one in requests]
             said = [tuple(self._notes(*one)) for one in zip(requests, places, strict=True)]
             for note in itertools.chain(*said):
                 log.warning("%s", note)
             drawn = self._drawn(requests, callbacks, preview_every)
+        for out, (_, seconds) in zip(drawn, thought, strict=True):
+            if seconds:
+                out.timings["think"] = seconds
+                out.timings["total"] += seconds
+        drawn = [
+            dataclasses.replace(out, thoughts=found)
+            for out, (found, _) in zip(drawn, thought, strict=True)
+        ]
         return [self._noted(*one) for one in zip(requests, drawn, said, strict=True)]
+
+    def _thoughts(
+        self, checked: request.Request, callback: StepCallback | None
+    ) -> tuple[dict[str, request.Thought], float]:
+        """Have the MLLM think of every prompt where it is asked to.
+
+        Returns:
+            Its thoughts by prompt, and the seconds that they took.
+        """
+        found: dict[str, request.Thought] = {}
+        seconds = 0.0
+        for prompt in checked.prompts if checked.think is not None else ():
+            assert checked.think is not None
+            result = self._speaker.answer(
+                thinking.turns(checked.think, prompt),
+                thinking.parameters(self.manifest),
+                self._tells(prompt, callback),
+            )
+            seconds += result.timings["total"]
+            text = result.text.strip()
+            if not text:
+                raise RequestError(
+                    f"think: the MLLM answered nothing to {prompt!r}",
+                    hint="draw it without think, or give another instruction",
+                )
+            whole = result.finish_reason == "stop"
+            found[prompt] = request.Thought(prompt, checked.think, text, whole)
+        return found, seconds
+
+    def _tells(self, prompt: str, callback: StepCallback | None) -> OnText:
+        """Return what passes a thought on to a callback as it comes."""
+        pieces: list[str] = []
+
+        def on_text(piece: str) -> None:
+            if callback is None or not piece:
+                return
+            pieces.append(piece)
+            tensors = {"thought": "".join(pieces), "prompt": prompt}
+            self._turns.in_callback = True
+            returned = callback(self, len(pieces) - 1, None, tensors)
+            self._turns.in_callback = False
+            if returned is not None:
+                raise RequestError(
+                    "callback_on_step_end returned something for a thought, which it can only read"
+                )
+
+        return on_text
 
     def _noted(
         self, checked: request.Request, out: pipeline.Output, said: tuple[notes.Note, ...]
@@ -343,7 +421,8 @@ class Generator:
         self, checked: request.Request, places: Sequence[int] | None
     ) -> Iterator[notes.Note]:
         yield from notes.without_effect(self.manifest, checked)
-        for one in self._tokenizers.truncations(checked.prompts, mllm=checked.decodes):
+        cut = self._tokenizers.truncations(checked.prompts, mllm=checked.decodes)
+        for one in (*notes.cut_thoughts(checked), *cut):
             assert one.prompt is not None
             yield one if places is None else dataclasses.replace(one, prompt=places[one.prompt])
 
@@ -353,8 +432,6 @@ class Generator:
         callbacks: Sequence[StepCallback | None],
         preview_every: int | None,
     ) -> list[pipeline.Output]:
-        if preview_every is not None and None in callbacks:
-            raise RequestError("preview_every without callback_on_step_end: nobody would see them")
         previews = [
             None if preview_every is None else self._previews(checked, preview_every)
             for checked in requests
@@ -370,6 +447,12 @@ class Generator:
             if seen is not None:
                 out.timings["preview"] = seen.seconds
         return drawn
+
+    def _check_previews(
+        self, callbacks: Sequence[StepCallback | None], preview_every: int | None
+    ) -> None:
+        if preview_every is not None and None in callbacks:
+            raise RequestError("preview_every without callback_on_step_end: nobody would see them")
 
     def _previews(self, checked: request.Request, every: int) -> Previews:
         if reason := self.no_previews():
@@ -536,7 +619,16 @@ def _result(checked: request.Request, out: pipeline.Output) -> Result:
     if injected := {**injected, **checked.pixels}:
         parameters["injected"] = injected
     seed = checked.parameters.seed
-    return Result(images, out.tokens, out.latents, out.timings, seed, parameters, out.notes)
+    return Result(
+        images,
+        out.tokens,
+        out.latents,
+        out.timings,
+        seed,
+        parameters,
+        out.notes,
+        checked.thoughts,
+    )
 
 
 def _replacement(name: str, returned: ArrayLike, current: NDArray[Any], step: int) -> NDArray[Any]:

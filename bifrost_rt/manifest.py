@@ -250,6 +250,8 @@ class Chat:
         vision_start, image_pad, vision_end: around an image, and each of its tokens.
         stop_ids: tokens that end an answer.
         default_system: what the system says where no message does; None: nothing.
+        think: what the MLLM is asked where it thinks before it draws, with `{prompt}` in the
+            place of the prompt; None in sets that do not state it.
     """
 
     turn_start: int
@@ -259,6 +261,7 @@ class Chat:
     image_pad: int
     stop_ids: tuple[int, ...]
     default_system: str | None = None
+    think: str | None = None
 
 
 @dataclass(frozen=True)

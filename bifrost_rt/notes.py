@@ -81,6 +81,15 @@ def without_effect(manifest: SetSpec, request: Request) -> Iterator[Note]:
         )
 
 
+def cut_thoughts(request: Request) -> Iterator[Note]:
+    """Yield a note on every thought that the limit of tokens ended."""
+    for thought in request.thoughts:
+        if not thought.whole:
+            place = request.prompts.index(thought.text)
+            text = "thought ended at as many tokens as the MLLM reads of a prompt"
+            yield Note(text=text, prompt=place)
+
+
 def of_part(
     found: Iterable[Note], whole: Request, part: Request, images: slice
 ) -> tuple[Note, ...]:

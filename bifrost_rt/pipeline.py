@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,7 @@ from bifrost_rt.errors import BudgetError
 from bifrost_rt.manifest import SetSpec
 from bifrost_rt.notes import Note
 from bifrost_rt.numerics import Checks
-from bifrost_rt.request import Request
+from bifrost_rt.request import Request, Thought
 from bifrost_rt.text import Tokenizers
 
 # How many requests it is worth drawing together where engines leave for others: more save little
@@ -48,6 +48,7 @@ class Output:
     images: NDArray[np.uint8] | None  # [n, H, W, 3]; None when only latents were asked for
     timings: dict[str, float]  # seconds per engine, and `total`
     notes: tuple[Note, ...] = ()  # what was asked for and not done
+    thoughts: Mapping[str, Thought] = field(default_factory=dict)  # of each prompt, where it thinks
 
 
 # What runs a set's engines for a checked request. `generate` is the product's.

@@ -25,6 +25,23 @@ OutputType = Literal["pil", "np", "latent"]
 
 
 @dataclass(frozen=True)
+class Thought:
+    """What the MLLM said of a prompt before it drew.
+
+    Attributes:
+        prompt: what was asked for.
+        instruction: that the MLLM answered.
+        text: its answer, which is drawn in the place of the prompt.
+        whole: whether the MLLM ended it; otherwise the limit of tokens did.
+    """
+
+    prompt: str
+    instruction: str
+    text: str
+    whole: bool = True
+
+
+@dataclass(frozen=True)
 class Request:
     """What one run computes: n images, prompt by prompt.
 
@@ -42,6 +59,8 @@ class Request:
     masked: NDArray[np.bool_] | None = None  # [n, N], of `tokens` those that the MLLM predicts anew
     # Of what was passed in as images: "image" or "mask" -> sha256 of its pixels.
     pixels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    think: str | None = None  # the instruction, where the MLLM is yet to think of the prompts
+    thoughts: tuple[Thought, ...] = ()  # where it did, one for each of the parameters' prompts
 
     @functools.cached_property
     def prompts(self) -> tuple[str, ...]:
@@ -77,7 +96,27 @@ class Request:
     @property
     def settings(self) -> tuple[object, ...]:
         """What all images of one run share; requests that agree in it can be merged."""
-        return (self.parameters.shared, self.output_type, self.tokens is None, self.masked is None)
+        return (
+            self.parameters.shared,
+            self.output_type,
+            self.tokens is None,
+            self.masked is None,
+            self.think,
+        )
+
+    def thought(self, thoughts: Mapping[str, Thought]) -> Request:
+        """Return the request that draws what the MLLM thought of each prompt.
+
+        Args:
+            thoughts: by prompt; empty: the request as it is.
+        """
+        if not thoughts:
+            return self
+        found = tuple(thoughts[prompt] for prompt in self.parameters.prompts)
+        alone = isinstance(self.parameters.prompt, str)
+        prompt = found[0].text if alone else tuple(one.text for one in found)
+        parameters = dataclasses.replace(self.parameters, prompt=prompt)
+        return dataclasses.replace(self, parameters=parameters, think=None, thoughts=found)
 
     @property
     def decodes(self) -> bool:
@@ -116,12 +155,14 @@ def check(
     output_type: str = "pil",
     tokens: ArrayLike | None = None,
     masked: NDArray[np.bool_] | None = None,
+    think: str | None = None,
     **options: Unpack[Options],
 ) -> Request:
     """Fill in the set's defaults and refuse what cannot be served.
 
     Args:
         masked: [N], the places of `tokens` that are predicted anew. None: no place is.
+        think: the instruction that the MLLM answers before it draws; see `thinking.instruction`.
 
     Raises:
         RequestError, RequestTypeError: naming the argument, what it must be and what was given.
@@ -156,6 +197,7 @@ def check(
         if tokens is None
         else _floats("tokens", tokens, (n, model.num_visual_tokens, model.hidden_size)),
         masked=None if masked is None else np.tile(masked, (n, 1)),
+        think=think,
     )
 
 

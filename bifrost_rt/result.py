@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from bifrost_rt import handover
 from bifrost_rt.errors import RequestError
 from bifrost_rt.files import check_writable, written_aside
 from bifrost_rt.notes import Note, Truncation
+from bifrost_rt.request import Thought
 
 # The text chunk of a PNG that holds its parameters, as JSON.
 PNG_KEY = "bifrost-rt"
+THOUGHTS = "thoughts"  # its field with what the MLLM thought
 # What a picture is called in a folder.
 PICTURE = "out.png"
 SEPARATORS = tuple(separator for separator in ("/", os.sep, os.altsep) if separator)
@@ -106,6 +108,9 @@ class Result:
             tokens were passed in, `injected` names them with the sha256 of their values: they are
             needed too.
         notes: what was asked for and not done: prompts that were cut, arguments without effect.
+        thoughts: with `think`, what the MLLM said of every prompt, in their order. Its texts are
+            what was drawn: they are the prompt of `parameters`, which draw them again without
+            thinking anew.
     """
 
     images: Any
@@ -115,6 +120,20 @@ class Result:
     seed: int
     parameters: dict[str, Any]
     notes: tuple[Note, ...] = ()
+    thoughts: tuple[Thought, ...] = ()
+
+    @property
+    def thought(self) -> str | None:
+        """The text of the first thought; None where the MLLM did not think."""
+        return self.thoughts[0].text if self.thoughts else None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a PNG says of how it was made: the parameters, and `thoughts` where there are
+        some."""
+        if not self.thoughts:
+            return self.parameters
+        return {**self.parameters, THOUGHTS: [asdict(one) for one in self.thoughts]}
 
     @property
     def warnings(self) -> list[str]:
@@ -174,7 +193,7 @@ class Result:
         if not isinstance(picture, Image.Image):
             picture = Image.fromarray(picture)
         about = PngImagePlugin.PngInfo()
-        about.add_itxt(PNG_KEY, json.dumps({"image": image, **self.parameters}))
+        about.add_itxt(PNG_KEY, json.dumps({"image": image, **self.about}))
         file = io.BytesIO()
         picture.save(
             file, format=file_format, **({"pnginfo": about} if file_format == "PNG" else {})

@@ -216,6 +216,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--backend", metavar="NAME", help="onnxruntime, or tensorrt-rtx")
     parser.add_argument("--mllm-max-length", type=int, metavar="N", help="tokens of a chat prompt")
+    parser.add_argument(
+        "--think",
+        metavar="TEXT",
+        help="what the MLLM is asked where it thinks before it draws; {prompt} is the prompt",
+    )
     parser.add_argument("--t5-max-length", type=int, metavar="N", help="tokens of T5")
     parser.add_argument("--max-images", type=int, metavar="N", help="images per run; no limit")
     parser.add_argument(

@@ -168,7 +168,7 @@ def draw_up(recipe: Recipe, checkpoint: Checkpoint, model: ModelFacts, folder: P
         ),
         text=tokenizers,
         vision=vision,
-        chat=chat.read(checkpoint.mllm, tokenizer),
+        chat=chat.read(checkpoint.mllm, tokenizer, recipe.think),
         dimensions=dims.ranges(
             max_images=recipe.max_images,
             mllm_max_length=length,

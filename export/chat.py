@@ -42,12 +42,13 @@ PROBES: tuple[Sequence[dict[str, Any]], ...] = (
 IDS = Whole(0, 1 << 24)
 
 
-def read(mllm: Path, tokenizer: Tokenizer) -> Chat | None:
+def read(mllm: Path, tokenizer: Tokenizer, think: str) -> Chat | None:
     """Find how conversations are written; None where the runtime does not render this template.
 
     Args:
         mllm: the MLLM's folder.
         tokenizer: as the set has it.
+        think: what the MLLM is asked where it thinks before it draws.
 
     Raises:
         CheckpointError: the template cannot be read, or the ids of stop tokens are none.
@@ -70,7 +71,7 @@ def read(mllm: Path, tokenizer: Tokenizer) -> Chat | None:
         start, end = f"{TOKENS['turn_start']}system\n", f"{TOKENS['turn_end']}\n"
         default = head[len(start) :].partition(end)[0] if head.startswith(start) else None
         stop_ids = _stop_ids(mllm, ids["turn_end"])
-        chat = Chat(**ids, stop_ids=stop_ids, default_system=default)
+        chat = Chat(**ids, stop_ids=stop_ids, default_system=default, think=think)
         same = all(_rendered(probe, chat, tokenizer) == render(probe) for probe in PROBES)
     except CheckpointError:
         raise

@@ -23,6 +23,12 @@ SIZES = ("mllm_max_length", "t5_max_length", "max_images", "max_steps", "calibra
 MOST_PIXELS = 1 << 28  # of an image
 LARGEST = 1 << 16  # of any size: tables grow with them
 CHECKPOINT = ("mllm", "bifrost", "flux")
+# What an MLLM that follows instructions is asked where it thinks before it draws.
+REWRITE = (
+    "Rewrite this request for an image as one detailed prompt. Say how everything in it looks and "
+    "where it is, and name the background, the light and the style. Keep all that is asked for, "
+    "with its numbers, colours and words. Answer with the prompt alone.\n\n{prompt}"
+)
 FILES = ("vae", "clip", "t5", "flux_configs")
 PATHS = (*CHECKPOINT, *FILES, "output", "calibration_prompts", "statistics")
 
@@ -48,6 +54,8 @@ class Recipe:
         on_cpu: engines that are not compiled and run on the CPU, beside compiled ones.
         max_image_pixels: of an image that is looked at; larger ones are made smaller. None takes
             the checkpoint's limit, at most 1280 tokens.
+        think: what the MLLM is asked where it thinks before it draws; `{prompt}` stands for the
+            prompt.
         rest: what a quantised set stores its other weights in.
         stages: stage -> precision, where it is not the set's.
         layers: pattern of `stage:path` -> precision, such as "t5_text:*.block.0.*"; of several
@@ -73,6 +81,7 @@ class Recipe:
     max_steps: int | None = None
     on_cpu: tuple[str, ...] = ()
     max_image_pixels: int | None = None
+    think: str = REWRITE
     rest: str = HALF.name
     stages: dict[str, str] = field(default_factory=dict)
     layers: dict[str, str] = field(default_factory=dict)
@@ -139,6 +148,10 @@ class Recipe:
                 raise RecipeError(f"{name} must be at least 1, got {value}")
             if value is not None and value > LARGEST:
                 raise RecipeError(f"{name} must be at most {LARGEST}, got {value}")
+        if "{prompt}" not in self.think:
+            raise RecipeError(
+                f"think {self.think!r} has no place for the prompt", hint="write {prompt} there"
+            )
         if self.max_image_pixels is not None and not 1 <= self.max_image_pixels <= MOST_PIXELS:
             raise RecipeError(
                 f"max_image_pixels must be 1 to {MOST_PIXELS}, got {self.max_image_pixels}"
@@ -193,6 +206,8 @@ def read(path: Path, overrides: dict[str, object]) -> Recipe:
         data["lora"] = [
             str(shipped.base(path) / one) if isinstance(one, str) else one for one in data["lora"]
         ]
+    if "mllm" in overrides and not _same(overrides["mllm"], data.get("mllm")):
+        data.pop("think", None)  # it is what the recipe's own MLLM was trained to answer
     if "output" not in overrides and isinstance(data.get("output"), str):
         data["output"] = _output(data, overrides, path)
     return load({**data, **overrides}, str(path))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bifrost_rt import cache, chat, handover, images, manifest, vision
+from bifrost_rt import cache, chat, handover, images, manifest, thinking, vision
 from bifrost_rt import request as requests
 from bifrost_rt.cli.options import long_flag
 from bifrost_rt.cli.progress import Progress
@@ -27,7 +27,14 @@ from bifrost_rt.generator import Generator, default_set
 from bifrost_rt.notes import Note
 from bifrost_rt.params import OPTIONS
 from bifrost_rt.pipeline import TOGETHER
-from bifrost_rt.result import Result, numbered, picture_path, picture_paths, read_parameters
+from bifrost_rt.result import (
+    THOUGHTS,
+    Result,
+    numbered,
+    picture_path,
+    picture_paths,
+    read_parameters,
+)
 
 log = logging.getLogger("bifrost_rt")
 
@@ -35,7 +42,8 @@ log = logging.getLogger("bifrost_rt")
 @dataclasses.dataclass(frozen=True)
 class Task:
     """One run, and where its pictures go. `image` is the one that is wanted; None wants all.
-    `notes` are on options that do nothing in it."""
+    `notes` are on options that do nothing in it, `thoughts` those of the picture that it makes
+    again."""
 
     request: dict[str, Any]
     output: Path
@@ -43,6 +51,7 @@ class Task:
     image: int | None = None
     prefix: str = ""
     notes: tuple[Note, ...] = ()
+    thoughts: tuple[requests.Thought, ...] = ()
 
 
 def run(options: argparse.Namespace) -> int:
@@ -71,6 +80,7 @@ def _check(tasks: Sequence[Task], facts: manifest.Manifest) -> None:
     for task in tasks:
         asked = dict(task.request)
         asked.pop("mask", None)
+        thinking.instruction(facts, asked.pop("think", None))
         if asked.pop("image", None) is not None:
             vision.facts(facts)
             if "prompt" not in asked:
@@ -111,7 +121,13 @@ def _draw(generator: Generator, tasks: Sequence[Task], as_json: bool) -> None:
     for task, bar, result in zip(tasks, bars, results, strict=True):
         if bar:
             bar.close(result.timings, result.seed)
-        result = dataclasses.replace(result, notes=(*task.notes, *result.notes))
+        for thought in result.thoughts:
+            print(f"thought: {thought.text}", file=sys.stderr)
+        result = dataclasses.replace(
+            result,
+            notes=(*task.notes, *result.notes),
+            thoughts=result.thoughts or task.thoughts,
+        )
         try:
             _save(result, task, generator, as_json)
         except RequestError as error:  # the others are drawn, and may have another disk
@@ -182,7 +198,7 @@ def _line(result: Result, path: Path, image: int, backend: str) -> str:
         {
             "path": str(path),
             "image": image,
-            **result.parameters,
+            **result.about,
             "backend": backend,
             "seconds": seconds,
             "warnings": result.warnings,
@@ -196,6 +212,8 @@ def _tasks(options: argparse.Namespace) -> Iterator[Task]:
     given = {name: value for name, value in given.items() if value is not None}
     if options.size:
         given["width"], given["height"] = options.size
+    if options.think is not None:
+        given["think"] = options.think
     output, _ = picture_path(options.output)
     tokens = Path(options.save_tokens) if options.save_tokens else None
     if options.prompts is not None:
@@ -210,21 +228,28 @@ def _tasks(options: argparse.Namespace) -> Iterator[Task]:
             prefix = f"{i + 1}/{len(prompts)} "
             yield Task(request, numbered(output, i), tokens and numbered(tokens, i), None, prefix)
         return
-    request, image = _base(options)
+    request, image, thoughts = _base(options)
     if options.prompt:
         request["prompt"] = options.prompt[0] if len(options.prompt) == 1 else options.prompt
-        image = None
+        image, thoughts = None, ()
+    if options.think is not None and "prompt" not in request:
+        raise RequestError(
+            "--think needs a prompt to think of",
+            hint='the prompt comes first: bifrost-rt generate "a red circle" --think',
+        )
     idle = [long_flag(name) for name in given if name in OPTIONS and OPTIONS[name].mllm_only]
     source = "--image" if options.image else "--tokens"
     text = f"{' and '.join(idle)} has no effect: {source} brings the CLIP latents"
     read = (options.tokens or options.image) and not options.mask
     notes = (Note(text=text),) if read and idle else ()
-    yield Task({**request, **given}, output, tokens, image, notes=notes)
+    yield Task({**request, **given}, output, tokens, image, notes=notes, thoughts=thoughts)
 
 
-def _base(options: argparse.Namespace) -> tuple[dict[str, Any], int | None]:
-    """What an older picture, an image or a file of tokens asks for, and which image of it is
-    wanted."""
+def _base(
+    options: argparse.Namespace,
+) -> tuple[dict[str, Any], int | None, tuple[requests.Thought, ...]]:
+    """Return what an older picture, an image or a file of tokens asks for, which image of it is
+    wanted, and what the MLLM had thought of it."""
     if options.image and options.tokens:
         raise RequestError("--image and --tokens are two sources of CLIP latents", hint="give one")
     if options.mask and not (options.image or options.tokens):
@@ -241,17 +266,21 @@ def _base(options: argparse.Namespace) -> tuple[dict[str, Any], int | None]:
     if options.like is not None:
         return _like(options.like, made, read)
     if made is not None:
-        return {**made.request(), **read}, None
-    if not options.prompt and not read:
+        return {**made.request(), **read}, None, ()
+    if not options.prompt and not read and options.think is None:
         raise RequestError("no prompt", hint='bifrost-rt generate "a red circle" …')
-    return read, None
+    return read, None, ()
 
 
 def _like(
     path: str, made: handover.Handover | None, read: dict[str, Image.Image]
-) -> tuple[dict[str, Any], int]:
-    """What a picture's own parameters ask for, with the files that it was made from."""
+) -> tuple[dict[str, Any], int, tuple[requests.Thought, ...]]:
+    """Return what a picture's own parameters ask for, with the files that it was made from."""
     parameters = read_parameters(path)
+    try:
+        thoughts = tuple(requests.Thought(**one) for one in parameters.pop(THOUGHTS, ()))
+    except TypeError:
+        raise RequestError(f"{path}: its {THOUGHTS} are not those of bifrost-rt") from None
     injected = parameters.pop("injected", {})
     image = parameters.pop("image", None)
     if not isinstance(image, int) or set(parameters) != {"prompt", *OPTIONS}:
@@ -278,7 +307,7 @@ def _like(
         if given.get(name) != injected.get(name):
             raise RequestError(f"{path}: was made from {other} of --{name}")
     tokens = {} if made is None else {"tokens": made.tokens}
-    return {**parameters, **tokens, **read}, image
+    return {**parameters, **tokens, **read}, image, thoughts
 
 
 def _lines(name: str) -> list[str]:

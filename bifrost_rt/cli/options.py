@@ -104,6 +104,14 @@ def _generate(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="draw the CLIP latents of --save-tokens or `encode`, without the MLLM",
     )
+    add(
+        "--think",
+        nargs="?",
+        const=True,
+        metavar="INSTRUCTION",
+        help="have the MLLM answer the prompt first, and draw its answer; default: what the set "
+        "asks; {prompt} stands for the prompt, which comes before this option",
+    )
     add("--save-tokens", metavar="FILE", help="write the CLIP latents (safetensors)")
     for option in OPTIONS.values():
         add_option(command, option)

@@ -31,6 +31,9 @@ class Progress:
         self, generator: Any, step: int, timestep: float | None, tensors: dict[str, Any]
     ) -> None:
         """Show one more step."""
+        if "thought" in tensors:
+            self._show(f"thinking  {' '.join(tensors['thought'].split())[-2 * WIDTH :]}")
+            return
         loop = "tokens" if "tokens" in tensors else "latents"
         done, steps = step + 1, self._steps[loop]
         bar = ("#" * (WIDTH * done // steps)).ljust(WIDTH, "-")

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
-from bifrost_rt import __version__, chat, chat_params, request, vision
+from bifrost_rt import __version__, chat, chat_params, request, thinking, vision
 from bifrost_rt.chat_params import ChatParameters
 from bifrost_rt.errors import RequestError
 from bifrost_rt.manifest import Manifest
@@ -101,9 +101,11 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
         return schema.ImageResponse(
             created=int(job.created),
             data=[
-                schema.Picture(url=base + _place(job, i))
+                schema.Picture(url=base + _place(job, i), revised_prompt=_revised(job))
                 if by_url
-                else schema.Picture(b64_json=base64.b64encode(picture).decode())
+                else schema.Picture(
+                    b64_json=base64.b64encode(picture).decode(), revised_prompt=_revised(job)
+                )
                 for i, picture in enumerate(job.pictures)
             ],
             output_format=body.output_format or "png",
@@ -250,7 +252,13 @@ def _job(body: schema.ImageRequest, previews: bool, manifest: Manifest, settings
             refuse(OPTIONS[name].api_name, f"is at most {largest} here")
     if body.size not in (None, "auto", _size(manifest)):
         refuse("size", f"must be {_size(manifest)!r}, the only one of this set, or 'auto'")
-    checked = request.check(manifest, prompt=body.prompt, output_type="np", **options)
+    if isinstance(body.think, str) and len(body.think) > settings.max_prompt:
+        refuse("think", f"has {len(body.think)} characters, at most {settings.max_prompt}")
+    try:
+        think = thinking.instruction(manifest, body.think)
+    except RequestError as error:
+        raise _Refused(fault(400, str(error), param="think", code="invalid_value")) from None
+    checked = request.check(manifest, prompt=body.prompt, output_type="np", think=think, **options)
     return Job(checked, (body.output_format or "png").upper(), previews)
 
 
@@ -332,12 +340,18 @@ def _described(job: Job, studio: Studio) -> schema.JobResponse:
         stage=job.stage,
         step=job.step,
         steps=job.steps,
+        thought=_revised(job) or job.thought,
         images=[_place(job, i) for i in range(len(job.pictures))],
         parameters=job.request.parameters.as_dict(),
         seconds=job.seconds,
         warnings=job.warnings,
         error=error,
     )
+
+
+def _revised(job: Job) -> str | None:
+    """What the MLLM thought of a job's prompt, and what is drawn then."""
+    return job.request.thoughts[0].text if job.request.thoughts else None
 
 
 def _place(job: Job, image: int) -> str:

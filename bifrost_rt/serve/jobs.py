@@ -17,7 +17,7 @@ from bifrost_rt.messages import Turn
 from bifrost_rt.request import Request
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
-Stage = Literal["decoding", "denoising"]
+Stage = Literal["thinking", "decoding", "denoising"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class Job(Work):
         request: checked; its images are drawn in one run, alone or with those of other jobs.
         file_format: of the pictures, as Pillow calls it.
         previews: whether someone wants to see it become.
+        thought: what the MLLM has said so far of its prompt, where it is to.
         preview: (denoising step, WebP) of the first picture.
         pictures: the files, when it is done.
         warnings: what was asked for and not done, in words; see `bifrost_rt.notes`.
@@ -105,6 +106,7 @@ class Job(Work):
     previews: bool = False
     stage: Stage | None = None
     step: int = 0
+    thought: str | None = None
     preview: tuple[int, bytes] | None = None
     pictures: list[bytes] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -112,7 +114,9 @@ class Job(Work):
 
     @property
     def steps(self) -> int:
-        """How many steps its present stage has."""
+        """How many steps its present stage has; 0 where nobody knows."""
+        if self.stage == "thinking":
+            return 0
         decoding, options = self.stage == "decoding", self.request.parameters
         return options.decoding_steps if decoding else options.num_inference_steps
 

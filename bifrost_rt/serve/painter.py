@@ -17,8 +17,11 @@ from bifrost_rt.pipeline import Output
 from bifrost_rt.request import Request
 from bifrost_rt.serve.jobs import Stage
 
-# (which request, stage, steps done, preview uint8 [n, H, W, 3] or None); raises to end the run.
-OnStep = Callable[[int, Stage, int, NDArray[np.uint8] | None], None]
+# A prompt, and what the MLLM has said of it so far.
+Said = tuple[str, str]
+# (which request, stage, steps done, preview uint8 [n, H, W, 3] or None, what is thought or None);
+# raises to end the run.
+OnStep = Callable[[int, Stage, int, NDArray[np.uint8] | None, Said | None], None]
 
 
 class Painter(Protocol):
@@ -61,8 +64,12 @@ class Local:
             def after_step(
                 generator: Generator, step: int, timestep: float | None, tensors: dict[str, Any]
             ) -> None:
+                if "thought" in tensors:
+                    said = (tensors["prompt"], tensors["thought"])
+                    on_step(which, "thinking", step + 1, None, said)
+                    return
                 stage: Stage = "decoding" if "tokens" in tensors else "denoising"
-                on_step(which, stage, step + 1, tensors.get("preview"))
+                on_step(which, stage, step + 1, tensors.get("preview"), None)
 
             return after_step
 

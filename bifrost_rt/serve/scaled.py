@@ -39,11 +39,11 @@ from bifrost_rt.serve import read_token
 from bifrost_rt.serve.app import create_app
 from bifrost_rt.serve.jobs import Stage
 from bifrost_rt.serve.metrics import Metrics
-from bifrost_rt.serve.painter import Local, OnStep
+from bifrost_rt.serve.painter import Local, OnStep, Said
 from bifrost_rt.serve.settings import Limits, Settings
 from bifrost_rt.serve.studio import Studio
 
-Step = tuple[int, Stage, int, NDArray[np.uint8] | None]
+Step = tuple[int, Stage, int, NDArray[np.uint8] | None, Said | None]
 
 
 # a list in YAML; `serve run` has texts alone

@@ -94,6 +94,11 @@ class OpenAIRequest(_Given):
     )
     user: str | None = Field(None, description="without effect")
     safety_identifier: str | None = Field(None, description="without effect")
+    think: bool | str | None = Field(
+        None,
+        description="not OpenAI's: true has the MLLM answer the prompt first, and draws its "
+        "answer; a text is the instruction, with {prompt} in the place of the prompt",
+    )
 
     def options(self) -> dict[str, Any]:
         """The options of `Generator.run` by name; None is for what is not given."""
@@ -332,6 +337,7 @@ class Picture(BaseModel):
 
     b64_json: str | None = None
     url: str | None = None
+    revised_prompt: str | None = Field(None, description="with think, what was drawn")
 
 
 class ImageResponse(BaseModel):
@@ -362,8 +368,9 @@ class FaultResponse(BaseModel):
 
 
 class JobResponse(BaseModel):
-    """How far a job is. `position`: jobs before it in the queue; `images`: where its pictures are;
-    `seconds`: what each engine took for its whole batch."""
+    """How far a job is. `position`: jobs before it in the queue; `steps`: 0 while it thinks;
+    `thought`: with think, what the MLLM says, as far as it is, which is drawn then; `images`: where
+    its pictures are; `seconds`: what each engine took for its whole batch."""
 
     id: str
     object: Literal["job"] = "job"
@@ -373,6 +380,7 @@ class JobResponse(BaseModel):
     stage: Stage | None
     step: int
     steps: int
+    thought: str | None
     images: list[str]
     parameters: dict[str, str | int | float]
     seconds: dict[str, float]

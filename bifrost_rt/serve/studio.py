@@ -31,7 +31,7 @@ from bifrost_rt.pipeline import TOGETHER, Output
 from bifrost_rt.result import Result
 from bifrost_rt.serve.jobs import Answer, Failure, Job, Stage, State
 from bifrost_rt.serve.metrics import Metrics
-from bifrost_rt.serve.painter import Painter
+from bifrost_rt.serve.painter import Painter, Said
 from bifrost_rt.serve.settings import Limits
 
 log = logging.getLogger("bifrost_rt.serve")
@@ -364,11 +364,19 @@ class Studio:
             self._took(each)
 
     def _step(
-        self, batch: list[Job], stage: Stage, step: int, preview: NDArray[np.uint8] | None
+        self,
+        batch: list[Job],
+        stage: Stage,
+        step: int,
+        preview: NDArray[np.uint8] | None,
+        said: Said | None,
     ) -> None:
         first = 0
         for job in batch:
-            if not job.finished:
+            others = said is not None and said[0] not in job.request.prompts
+            if not job.finished and not others:
+                if said is not None:
+                    job.thought = said[1]
                 if preview is not None and job.previews:
                     job.preview = (step, _webp(preview[first]))
                 job.stage, job.step = stage, step
@@ -379,8 +387,10 @@ class Studio:
         assert out.images is not None
         for name, seconds in out.timings.items():
             self.metrics.stage(name, seconds)
+        merged = merged.thought(out.thoughts)
         first = 0
         for job in batch:
+            job.request = job.request.thought(out.thoughts)
             part = slice(first, first + job.request.images)
             first = part.stop
             if job.finished:
@@ -395,6 +405,7 @@ class Studio:
                 out.timings,
                 job.request.parameters.seed,
                 job.request.parameters.as_dict(),
+                thoughts=job.request.thoughts,
             )
             pictures = [result.encode(i, job.file_format) for i in range(job.request.images)]
             self._finish(job, "done", pictures=pictures, seconds=out.timings)

@@ -96,6 +96,8 @@ function busy(is) {
 function progress(job) {
   if (job.state === "queued") {
     say(job.position ? `Waiting, ${job.position} before this.` : "Waiting.");
+  } else if (job.stage === "thinking") {
+    say(`Thinking: ${job.thought}`);
   } else if (job.stage) {
     const all = job.parameters.decoding_steps + job.parameters.num_inference_steps;
     const before = job.stage === "decoding" ? 0 : job.parameters.decoding_steps;
