@@ -228,6 +228,12 @@ class Generator:
             _result(one.thought(out.thoughts), out) for one, out in zip(checked, drawn, strict=True)
         ]
 
+    def ask(self, **arguments: Any) -> request.Request:
+        """Make a request for `draw` of arguments of `run`, without its callback and previews. An
+        image is read by the MLLM now; errors are those of `run`."""
+        self._turns.require_open("ask()")
+        return self._asked(**arguments)
+
     def _asked(
         self,
         *,
@@ -609,15 +615,6 @@ def _result(checked: request.Request, out: pipeline.Output) -> Result:
     images: Any = out.latents if out.images is None else out.images
     if checked.output_type == "pil":
         images = [Image.fromarray(image) for image in images]
-    parameters = checked.parameters.as_dict()
-    given = {
-        "order": checked.given_order,
-        "latents": checked.given_latents,
-        "tokens": None if "image" in checked.pixels else checked.tokens,
-    }
-    injected = {name: handover.digest(array) for name, array in given.items() if array is not None}
-    if injected := {**injected, **checked.pixels}:
-        parameters["injected"] = injected
     seed = checked.parameters.seed
     return Result(
         images,
@@ -625,7 +622,7 @@ def _result(checked: request.Request, out: pipeline.Output) -> Result:
         out.latents,
         out.timings,
         seed,
-        parameters,
+        checked.as_dict(),
         out.notes,
         checked.thoughts,
     )

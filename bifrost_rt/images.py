@@ -43,6 +43,12 @@ def painted(image: Any, name: str = "mask") -> Image.Image:
     return _whole(image, name, _marked)
 
 
+def transparent(image: Any, name: str = "image") -> bool:
+    """Say whether any place of an image is masked by its own transparency. Arguments and errors
+    are those of `read`."""
+    return bool(np.asarray(_whole(image, name, _transparency)).any())
+
+
 def _whole(image: Any, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     if isinstance(image, Image.Image):
         opened = image
@@ -118,9 +124,11 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _marked(image: Image.Image) -> Image.Image:
-    if image.has_transparency_data:
-        return ImageOps.invert(image.convert("RGBA").getchannel("A"))
-    return image.convert("L")
+    return _transparency(image) if image.has_transparency_data else image.convert("L")
+
+
+def _transparency(image: Image.Image) -> Image.Image:
+    return ImageOps.invert(image.convert("RGBA").getchannel("A"))
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bifrost_rt import schedules
+from bifrost_rt import handover, schedules
 from bifrost_rt.dims import IMAGES
 from bifrost_rt.errors import RequestError, RequestTypeError
 from bifrost_rt.manifest import SetSpec
@@ -117,6 +117,19 @@ class Request:
         prompt = found[0].text if alone else tuple(one.text for one in found)
         parameters = dataclasses.replace(self.parameters, prompt=prompt)
         return dataclasses.replace(self, parameters=parameters, think=None, thoughts=found)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the arguments of `Generator.run` that make these images again. Of those that are
+        arrays or images, `injected` has the sha256 of the values."""
+        given = {
+            "order": self.given_order,
+            "latents": self.given_latents,
+            "tokens": None if "image" in self.pixels else self.tokens,
+        }
+        hashes = {name: handover.digest(one) for name, one in given.items() if one is not None}
+        injected = {**hashes, **self.pixels}
+        parameters = self.parameters.as_dict()
+        return {**parameters, "injected": injected} if injected else parameters
 
     @property
     def decodes(self) -> bool:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Callable, Coroutine
+import math
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
-from bifrost_rt import __version__, chat, chat_params, request, thinking, vision
+from bifrost_rt import __version__, chat, chat_params, images, request, thinking, vision
 from bifrost_rt.chat_params import ChatParameters
 from bifrost_rt.errors import RequestError
 from bifrost_rt.manifest import Manifest
 from bifrost_rt.params import OPTIONS
-from bifrost_rt.serve import answers, conversation, schema
-from bifrost_rt.serve.faults import CHAT, RESPONSES, error_type, fault, handle
+from bifrost_rt.serve import answers, conversation, forms, schema
+from bifrost_rt.serve.faults import CHAT, FORMS, RESPONSES, error_type, fault, handle
 from bifrost_rt.serve.fetching import Fetcher
 from bifrost_rt.serve.gate import Gate
 from bifrost_rt.serve.jobs import Answer, Job, Work
@@ -29,6 +31,7 @@ from bifrost_rt.serve.metrics import MEDIA_TYPE
 from bifrost_rt.serve.settings import Settings
 from bifrost_rt.serve.studio import Studio
 
+EDITS, VARIATIONS, EDIT_JOBS, VARIATION_JOBS = FORMS
 PAGE = Path(__file__).parent / "page"
 # The page runs what comes from this server and shows pictures that it was sent; nothing else.
 READERS = 2  # conversations whose images are unpacked at once
@@ -88,7 +91,11 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
     @app.post("/v1/images/generations", response_model_exclude_none=True)
     async def generations(body: schema.ImageRequest, http: Request) -> schema.ImageResponse:
         """Draw, and answer with the pictures. Who hangs up cancels."""
-        job = submitted(body, previews=False)
+        return await pictures_of(submitted(body, previews=False), body, http)
+
+    async def pictures_of(
+        job: Job, body: schema.ImageRequest, http: Request
+    ) -> schema.ImageResponse:
         try:
             await _unless_gone(job.wait(), http)
         finally:
@@ -113,6 +120,47 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
             seed=job.request.parameters.seed,
             warnings=job.warnings,
         )
+
+    async def with_image(http: Request, previews: bool) -> tuple[schema.ImageRequest, Job]:
+        body, files = await forms.read(http, FORMS[http.url.path], settings.max_body)
+
+        def read() -> Job:
+            wanted = previews and bool(getattr(body, "previews", False))
+            return _job(body, wanted, manifest, settings, _sources(body, files, manifest))
+
+        job = await asyncio.get_running_loop().run_in_executor(readers, read)
+        studio.submit(job)
+        return body, job
+
+    def form(path: str, mask: bool) -> dict[str, Any]:
+        return {"openapi_extra": forms.document(FORMS[path], mask)}
+
+    @app.post(EDITS, response_model_exclude_none=True, **form(EDITS, mask=True))
+    async def edits(http: Request) -> schema.ImageResponse:
+        """Draw a part of an image anew, and answer with the pictures. Who hangs up cancels."""
+        body, job = await with_image(http, previews=False)
+        return await pictures_of(job, body, http)
+
+    @app.post(VARIATIONS, response_model_exclude_none=True, **form(VARIATIONS, mask=False))
+    async def variations(http: Request) -> schema.ImageResponse:
+        """Draw an image again, and answer with the pictures. Who hangs up cancels."""
+        body, job = await with_image(http, previews=False)
+        return await pictures_of(job, body, http)
+
+    async def started(http: Request, answer: Response) -> schema.JobResponse:
+        _, job = await with_image(http, previews=True)
+        answer.headers["Location"] = f"/v1/jobs/{job.id}"
+        return _described(job, studio)
+
+    @app.post(EDIT_JOBS, status_code=202, **form(EDIT_JOBS, mask=True))
+    async def start_edit(http: Request, answer: Response) -> schema.JobResponse:
+        """Draw a part of an image anew, and answer at once."""
+        return await started(http, answer)
+
+    @app.post(VARIATION_JOBS, status_code=202, **form(VARIATION_JOBS, mask=False))
+    async def start_variation(http: Request, answer: Response) -> schema.JobResponse:
+        """Draw an image again, and answer at once."""
+        return await started(http, answer)
 
     @app.post(CHAT, response_model=schema.ChatCompletion)
     async def completions(body: schema.ChatRequest, http: Request) -> Response:
@@ -232,16 +280,55 @@ def _serve_page(app: FastAPI) -> None:
     serve("/page.js", "page.js", "text/javascript")
 
 
-def _job(body: schema.ImageRequest, previews: bool, manifest: Manifest, settings: Settings) -> Job:
+def _sources(
+    body: schema.ImageRequest, files: Mapping[str, bytes], manifest: Manifest
+) -> dict[str, bytes]:
+    """Check the files of a form, and return the arguments of `Generator.run` that they are. What
+    waits is the files, which are smaller than their pixels."""
+    edits = isinstance(body, schema.EditRequest)
+    param = "image"
+    try:
+        vision.facts(manifest)
+        images.read(files["image"], "image")
+        param = forms.MASK
+        if not edits and param in files:
+            raise RequestError("mask: a variation has none; /v1/images/edits takes one")
+        if edits and param not in files:
+            if not images.transparent(files["image"]):
+                raise RequestError(
+                    "mask: is missing, and the image has no transparent places",
+                    hint="/v1/images/variations draws all of it again",
+                )
+            return {**files, param: files["image"]}
+        if edits:
+            images.painted(files[param])
+        elif body.prompt is None:
+            param = "prompt"
+            chat.facts(manifest)
+    except RequestError as error:
+        raise _Refused(fault(400, str(error), param=param, code="invalid_value")) from None
+    return dict(files)
+
+
+def _job(
+    body: schema.ImageRequest,
+    previews: bool,
+    manifest: Manifest,
+    settings: Settings,
+    sources: Mapping[str, bytes] | None = None,
+) -> Job:
+    """What is asked for, checked. `sources` are arguments of `Generator.run` that are images."""
+
     def refuse(param: str, message: str) -> None:
         raise _Refused(fault(400, f"{param}: {message}", param=param, code="invalid_value"))
 
     if body.model is not None and body.model != manifest.name:
         raise _Refused(_no_such_model(manifest))
-    if not body.prompt.strip():
+    prompt: str | None = body.prompt  # a variation may have none
+    if prompt is not None and not prompt.strip():
         refuse("prompt", "is empty")
-    if len(body.prompt) > settings.max_prompt:
-        refuse("prompt", f"has {len(body.prompt)} characters, at most {settings.max_prompt}")
+    if prompt is not None and len(prompt) > settings.max_prompt:
+        refuse("prompt", f"has {len(prompt)} characters, at most {settings.max_prompt}")
     options = body.options()
     for name, largest in (
         ("num_images_per_prompt", settings.max_images),
@@ -258,8 +345,18 @@ def _job(body: schema.ImageRequest, previews: bool, manifest: Manifest, settings
         think = thinking.instruction(manifest, body.think)
     except RequestError as error:
         raise _Refused(fault(400, str(error), param="think", code="invalid_value")) from None
-    checked = request.check(manifest, prompt=body.prompt, output_type="np", think=think, **options)
-    return Job(checked, (body.output_format or "png").upper(), previews)
+    if prompt is None and think is not None:
+        refuse("think", "needs a prompt to think of")
+    # an image is looked at where there are engines; until then nothing of it is masked
+    masked = None if sources is None else np.zeros(manifest.model.num_visual_tokens, bool)
+    checked = request.check(
+        manifest, prompt=prompt or "", output_type="np", think=think, masked=masked, **options
+    )
+    job = Job(checked, (body.output_format or "png").upper(), previews)
+    if sources is not None:
+        asked = {"prompt": prompt, "output_type": "np", "think": body.think, **options}
+        job.arguments = {**asked, "seed": checked.parameters.seed, **sources}
+    return job
 
 
 def _answer(
@@ -375,6 +472,7 @@ def _about(manifest: Manifest, settings: Settings, studio: Studio) -> schema.Abo
     return schema.About(
         model=manifest.name,
         size=_size(manifest),
+        grid=math.isqrt(manifest.model.num_visual_tokens),
         decoding_steps=defaults.decoding_steps,
         num_inference_steps=defaults.num_inference_steps,
         guidance_scale=defaults.guidance_scale if manifest.model.guidance_embeds else None,

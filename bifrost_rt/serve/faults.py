@@ -13,7 +13,18 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from bifrost_rt.errors import RequestError
-from bifrost_rt.serve.schema import ChatRequest, Fault, FaultResponse, JobRequest
+from bifrost_rt.serve.forms import PartError
+from bifrost_rt.serve.schema import (
+    ChatRequest,
+    EditJobRequest,
+    EditRequest,
+    Fault,
+    FaultResponse,
+    ImageRequest,
+    JobRequest,
+    VariationJobRequest,
+    VariationRequest,
+)
 from bifrost_rt.serve.studio import STOPPING, FullError, StoppingError
 from bifrost_rt.strict import nearest
 
@@ -68,7 +79,17 @@ def unexpected(method: str, path: str, error: Exception) -> JSONResponse:
 
 # what requests to a path are; to all others, jobs, whose fields are those of all that is drawn
 CHAT = "/v1/chat/completions"
-_BODIES: dict[str, tuple[type[BaseModel], str]] = {CHAT: (ChatRequest, "messages")}
+# path -> what the form there is, which has an image
+FORMS: dict[str, type[ImageRequest]] = {
+    "/v1/images/edits": EditRequest,
+    "/v1/images/variations": VariationRequest,
+    "/v1/jobs/edits": EditJobRequest,
+    "/v1/jobs/variations": VariationJobRequest,
+}
+_BODIES: dict[str, tuple[type[BaseModel], str]] = {
+    CHAT: (ChatRequest, "messages"),
+    **{path: (model, "a prompt") for path, model in FORMS.items()},
+}
 
 
 def _invalid(first: Any, path: str) -> JSONResponse:
@@ -107,6 +128,11 @@ def handle(app: FastAPI) -> None:
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> JSONResponse:
         return fault(400, str(error), code="invalid_value")
+
+    @app.exception_handler(PartError)
+    async def bad_part(request: Request, error: PartError) -> JSONResponse:
+        code = "invalid_content_type" if error.param is None else "invalid_value"
+        return fault(400, str(error), param=error.param, code=code)
 
     @app.exception_handler(FullError)
     async def full(request: Request, error: FullError) -> JSONResponse:

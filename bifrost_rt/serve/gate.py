@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bifrost_rt.serve import cors
-from bifrost_rt.serve.faults import CHAT, fault, unexpected
+from bifrost_rt.serve.faults import CHAT, FORMS, fault, unexpected
 from bifrost_rt.serve.metrics import Metrics
 from bifrost_rt.serve.settings import Settings
 
@@ -94,6 +94,13 @@ class Gate:
             return answer
         if _size(headers) > (most := self._most(path)):
             return fault(413, _too_large(most))
+        if method == "POST" and path in FORMS and self._foreign(headers):
+            return fault(
+                403,
+                "pages of other origins may not use this server; it is started with "
+                "--cors-origin ORIGIN for those that may",
+                code="wrong_origin",
+            )
         if method == "POST" and self._unasked(headers):
             return fault(
                 400,
@@ -109,9 +116,17 @@ class Gate:
         typeless = not headers.get("content-type")
         return typeless and origin is not None and not self._origins.allows(origin)
 
+    def _foreign(self, headers: Headers) -> bool:
+        """Whether a page of another origin sends a form. Browsers do so without a preflight."""
+        origin = headers.get("origin")
+        if origin is None or self._origins.allows(origin):
+            return False
+        return origin.partition("://")[2] != headers.get("host")
+
     def _most(self, path: str) -> int:
         """Bytes that a request may have."""
-        return self._settings.max_image_body if path == CHAT else self._settings.max_body
+        with_images = path == CHAT or path in FORMS
+        return self._settings.max_image_body if with_images else self._settings.max_body
 
     def _measured(self, receive: Receive, most: int) -> Receive:
         """What states no size is counted while it arrives."""

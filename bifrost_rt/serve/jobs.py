@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from bifrost_rt.chat import ChatResult
 from bifrost_rt.chat_params import ChatParameters
@@ -93,6 +93,8 @@ class Job(Work):
 
     Attributes:
         request: checked; its images are drawn in one run, alone or with those of other jobs.
+        arguments: of `Generator.run`, where images are among them: the request is made of them
+            before it is drawn, and until then `request` stands for what else is asked for.
         file_format: of the pictures, as Pillow calls it.
         previews: whether someone wants to see it become.
         thought: what the MLLM has said so far of its prompt, where it is to.
@@ -108,6 +110,7 @@ class Job(Work):
     step: int = 0
     thought: str | None = None
     preview: tuple[int, bytes] | None = None
+    arguments: dict[str, Any] | None = None
     pictures: list[bytes] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

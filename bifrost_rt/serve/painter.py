@@ -3,7 +3,7 @@ conversation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +26,9 @@ OnStep = Callable[[int, Stage, int, NDArray[np.uint8] | None, Said | None], None
 
 class Painter(Protocol):
     """Draws a few requests at a time, in the thread that asks."""
+
+    def look(self, arguments: Mapping[str, Any]) -> Request:
+        """Make a request of arguments of `Generator.run`, images among them."""
 
     def paint(
         self, requests: Sequence[Request], on_step: OnStep, preview_every: int | None
@@ -54,6 +57,10 @@ class Local:
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
+
+    def look(self, arguments: Mapping[str, Any]) -> Request:
+        """Look with the generator."""
+        return self._generator.ask(**arguments)
 
     def paint(
         self, requests: Sequence[Request], on_step: OnStep, preview_every: int | None

@@ -15,7 +15,7 @@ import contextlib
 import os
 import threading
 from collections import abc
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,6 +106,10 @@ class Replica:
         """The generator's answer."""
         return self._painter.reloads()
 
+    def look(self, arguments: Mapping[str, Any]) -> Request:
+        """Make a request of arguments of `Generator.run`."""
+        return self._thread.submit(self._painter.look, arguments).result()
+
     async def paint(
         self, requests: Sequence[Request], preview_every: int | None
     ) -> AsyncIterator[Step | list[Output]]:
@@ -156,6 +160,14 @@ class Remote:
 
     def __init__(self, replicas: DeploymentHandle[Any]) -> None:
         self._replicas = replicas
+
+    def look(self, arguments: Mapping[str, Any]) -> Request:
+        """Have them looked at."""
+        try:
+            request: Request = self._replicas.look.remote(arguments).result()
+        except RayTaskError as error:
+            raise error.cause from error
+        return request
 
     def paint(
         self, requests: Sequence[Request], on_step: OnStep, preview_every: int | None

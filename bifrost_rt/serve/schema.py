@@ -144,6 +144,32 @@ class JobRequest(ImageRequest):
     )
 
 
+class EditRequest(ImageRequest):
+    """A part of an image drawn anew: the places where `mask` is transparent, or white where it has
+    no transparency. Without a mask those where the image itself is transparent. A mask of another
+    size is stretched to the image's."""
+
+    input_fidelity: Literal["high", "low"] | None = Field(
+        None, description="without effect: what is not masked keeps its visual tokens"
+    )
+
+
+class EditJobRequest(EditRequest, JobRequest):
+    """An edit that is not waited for."""
+
+
+class VariationRequest(ImageRequest):
+    """An image drawn again from its visual tokens, by other seeds."""
+
+    prompt: str | None = Field(  # type: ignore[assignment]
+        None, description="not OpenAI's; default: what the model says of the image"
+    )
+
+
+class VariationJobRequest(VariationRequest, JobRequest):
+    """A variation that is not waited for."""
+
+
 class StreamOptions(_Given):
     """What a stream has beside the text."""
 
@@ -405,10 +431,11 @@ class ModelList(BaseModel):
 
 
 class About(BaseModel):
-    """What the page asks first: sizes, defaults and limits."""
+    """What the page asks first: sizes, defaults and limits. `grid`: visual tokens of a side."""
 
     model: str
     size: str
+    grid: int
     decoding_steps: int
     num_inference_steps: int
     guidance_scale: float | None

@@ -247,6 +247,7 @@ class Studio:
         for job in others:
             images = job.request.images
             same = job.request.settings == batch[0].request.settings
+            same = same and first.arguments is None and job.arguments is None
             if same and pictures + images <= self.limits.batch:
                 batch.append(job)
                 pictures += images
@@ -333,7 +334,6 @@ class Studio:
             _AccidentError: anything else happened to one of several batches.
         """
         jobs = list(itertools.chain(*batches))
-        merged = [requests.merge([job.request for job in batch]) for batch in batches]
         wanted = self.no_previews is None and any(job.previews for job in jobs)
         every = self.limits.preview_every if wanted else None
         began = time.monotonic()
@@ -344,6 +344,12 @@ class Studio:
             self._step(batches[which], *step)
 
         try:
+            for job in jobs:
+                if job.arguments is not None and not job.finished:
+                    job.request, job.arguments = painter.look(job.arguments), None
+            if all(job.finished for job in jobs):
+                return
+            merged = [requests.merge([job.request for job in batch]) for batch in batches]
             outs = painter.paint(merged, on_step, every)
             for batch, whole, out in zip(batches, merged, outs, strict=True):
                 self._deliver(batch, whole, out)
@@ -404,7 +410,7 @@ class Studio:
                 out.latents[part],
                 out.timings,
                 job.request.parameters.seed,
-                job.request.parameters.as_dict(),
+                job.request.as_dict(),
                 thoughts=job.request.thoughts,
             )
             pictures = [result.encode(i, job.file_format) for i in range(job.request.images)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from bifrost_rt import Generator
 from tests.patience import PATIENCE
@@ -88,6 +89,123 @@ def test_a_picture_by_keyboard(page: Any, generator: Generator, tmp_path: Path) 
     assert page.locator("#facts").inner_text().split("\n")[:4] == [
         *("Prompt", "a red circle", "Seed", "5")
     ]
+
+
+SCENE = Image.radial_gradient("L").convert("RGB").resize((200, 130))
+
+
+def painted(*places: int) -> Image.Image:
+    """A mask of the golden model's grid, white at these places, of the scene's shape."""
+    cells = np.zeros(16, np.uint8)
+    cells[list(places)] = 255
+    square = Image.fromarray(cells.reshape(4, 4)).resize((130, 130), Image.Resampling.NEAREST)
+    whole = Image.new("L", SCENE.size)
+    whole.paste(square, (35, 0))
+    inner = np.asarray(whole).copy()
+    for edge in range(0, 131, 1):
+        if (edge * 4) % 130 > 126 or (edge * 4) % 130 < 4:  # pixels that two cells share
+            inner[:, min(edge + 35, 199)] = 0
+            inner[min(edge, 129)] = 0
+    return Image.fromarray(inner)
+
+
+def edited(page: Any, tmp_path: Path) -> Any:
+    """The picture that is shown, as a file."""
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download").click()
+    download.value.save_as(tmp_path / "edited.png")
+    return pixels((tmp_path / "edited.png").read_bytes())
+
+
+def test_a_part_is_marked_by_mouse_and_drawn_anew(
+    page: Any, generator: Generator, tmp_path: Path
+) -> None:
+    SCENE.save(tmp_path / "scene.png")
+    page.keyboard.type("a cow")
+    fill_options(page, seed=5, **STEPS)
+    page.locator("#edit-file").set_input_files(tmp_path / "scene.png")
+    page.get_by_text("0 of 16 cells are marked").wait_for()
+    assert page.locator("#edit").is_disabled()
+    box = page.locator("#mask").bounding_box()
+    cell = box["width"] / 4
+    at = lambda x, y: (box["x"] + (x + 0.5) * cell, box["y"] + (y + 0.5) * cell)  # noqa: E731
+    page.mouse.move(*at(1, 1))
+    page.mouse.down()
+    page.mouse.move(*at(3, 1))  # in one leap: nothing between is left out
+    page.mouse.up()
+    page.get_by_text("3 of 16 cells are marked").wait_for()
+    page.mouse.move(*at(3, 1))  # beginning where it is marked, it clears
+    page.mouse.down()
+    page.mouse.up()
+    page.get_by_text("2 of 16 cells are marked").wait_for()
+    page.locator("#edit").click()
+    page.get_by_text("Drawn in").wait_for()
+    expected = generator.run("a cow", image=SCENE, mask=painted(5, 6), seed=5, **STEPS)
+    assert np.array_equal(edited(page, tmp_path), np.asarray(expected.image))
+    # before and after, by keyboard too
+    over = page.locator(".compare .before")
+    assert over.evaluate("e => e.style.clipPath") == "inset(0px 100% 0px 0px)"
+    page.get_by_role("slider").focus()
+    page.keyboard.press("End")
+    assert over.evaluate("e => e.style.clipPath") == "inset(0px)"
+
+
+def test_a_part_is_marked_by_keyboard_alone(
+    page: Any, generator: Generator, tmp_path: Path
+) -> None:
+    page.keyboard.type("a red circle")
+    fill_options(page, seed=5, **STEPS)
+    page.keyboard.press("Enter")
+    page.get_by_text("Drawn in").wait_for()
+    page.get_by_role("button", name="Edit it").focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("Row 1, column 1: kept. 0 of 16 cells are marked").wait_for()
+    assert focused(page) == "mask"
+    for key in (
+        "ArrowRight",
+        "ArrowDown",
+        " ",
+        "Shift+ArrowRight",
+        "ArrowLeft",
+        "ArrowUp",
+        "Space",
+    ):
+        page.keyboard.press(key)
+    page.get_by_text("Row 1, column 2: marked. 3 of 16 cells are marked").wait_for()
+    page.keyboard.press("Space")
+    page.get_by_text("2 of 16 cells are marked").wait_for()
+    page.locator("#prompt").fill("a cow")
+    page.locator("#edit").focus()
+    page.keyboard.press("Enter")
+    page.locator(".compare").wait_for()
+    before = generator.run("a red circle", seed=5, **STEPS).image
+    cells = np.zeros(16, np.uint8)
+    cells[[5, 6]] = 255
+    mask = Image.fromarray(cells.reshape(4, 4))
+    expected = generator.run("a cow", image=before, mask=mask, seed=5, **STEPS)
+    assert np.array_equal(edited(page, tmp_path), np.asarray(expected.image))
+    page.locator("#mask").focus()
+    page.keyboard.press("Delete")
+    page.get_by_text("0 of 16 cells are marked").wait_for()
+    assert page.locator("#edit").is_disabled()
+
+
+def test_a_finger_marks(page: Any, tmp_path: Path) -> None:
+    SCENE.save(tmp_path / "scene.png")
+    page.locator("#edit-file").set_input_files(tmp_path / "scene.png")
+    page.get_by_text("0 of 16 cells are marked").wait_for()
+    page.evaluate("""() => {
+      const mask = document.getElementById("mask"), box = mask.getBoundingClientRect();
+      mask.setPointerCapture = () => {};  // of a pointer that no browser made
+      for (const [name, x] of [["pointerdown", 0.1], ["pointermove", 0.9], ["pointerup", 0.9]])
+        mask.dispatchEvent(new PointerEvent(name, { pointerId: 7, pointerType: "touch",
+          clientX: box.left + x * box.width, clientY: box.top + 0.1 * box.height }));
+    }""")
+    page.get_by_text("4 of 16 cells are marked").wait_for()
+    page.get_by_role("button", name="Clear").click()
+    page.get_by_text("0 of 16 cells are marked").wait_for()
+    touch = page.locator("#mask").evaluate("e => getComputedStyle(e).touchAction")
+    assert touch == "none"  # a finger marks, and does not scroll
 
 
 def test_escape_cancels(page: Any, server: Server) -> None:

@@ -1,5 +1,5 @@
-// The page: one job at a time, seen becoming, a history of how pictures were made, and questions
-// about an image, whose answers come word by word.
+// The page: one job at a time, seen becoming, a history of how pictures were made, images of which a
+// part is drawn anew, and questions about an image, whose answers come word by word.
 // Requests carry a token where the server asks for one, so pictures and events come by fetch.
 "use strict";
 
@@ -15,14 +15,16 @@ let about = null;
 let running = null;   // the job's id
 let shown = null;     // the entry of the history that is on the page
 let asked = null;     // the image that is asked about
+let edited = null;    // {blob, bitmap, cells, at}: the image that is edited, what is marked, the cursor
 let asking = null;    // ends the answer that is on its way
 const blobs = new Map(); // entry -> pictures, as long as the page is open
+const befores = new Map(); // entry of an edit -> its image, as long
 
 async function call(path, options = {}) {
   const headers = { ...options.headers };
   const token = $("token").value.trim();
   if (token) headers.Authorization = `Bearer ${token}`;
-  if (options.body) headers["Content-Type"] = "application/json";
+  if (typeof options.body === "string") headers["Content-Type"] = "application/json";
   const answer = await fetch(path, { ...options, headers });
   if (answer.ok) return answer;
   if (answer.status === 401) {
@@ -63,20 +65,21 @@ function requested() {
   return body;
 }
 
-async function draw() {
+const draw = () => work("/v1/jobs", async () => JSON.stringify(requested()));
+
+async function work(path, body, before = null) {
   if (running !== null || !$("form").reportValidity()) return;
   running = "";
   busy(true);
   say("Asking …");
   try {
     if (about === null) await introduce();
-    const body = JSON.stringify(requested());
-    const job = await (await call("/v1/jobs", { method: "POST", body })).json();
+    const job = await (await call(path, { method: "POST", body: await body() })).json();
     running = job.id;
     for await (const [name, data] of events(`/v1/jobs/${job.id}/events`)) {
       if (name === "preview") preview(data);
       else if (name === "progress") progress(data);
-      else await finish(name, data);
+      else await finish(name, data, before);
     }
   } catch (error) {
     say(error.message, true);
@@ -88,6 +91,7 @@ async function draw() {
 
 function busy(is) {
   $("draw").disabled = is;
+  $("edit").disabled = is || !marked();
   $("cancel").disabled = !is;
   $("progress").hidden = !is;
   if (is) $("progress").removeAttribute("value");
@@ -118,7 +122,7 @@ function preview(data) {
   image.dataset.step = data.step;
 }
 
-async function finish(state, job) {
+async function finish(state, job, before) {
   if (state !== "done") {
     $("pictures").replaceChildren();
     say(state === "cancelled" ? "Cancelled." : job.error.message, state === "failed");
@@ -128,6 +132,10 @@ async function finish(state, job) {
   for (const path of job.images) pictures.push(await (await call(path)).blob());
   const entry = { parameters: job.parameters, thumb: await thumbnail(pictures[0]) };
   blobs.set(entry, pictures);
+  if (before) {
+    entry.edited = true;
+    befores.set(entry, before);
+  }
   remember(entry);
   show(entry);
   say([`Drawn in ${job.seconds.total.toFixed(2)} s.`, ...job.warnings].join(" "));
@@ -157,8 +165,13 @@ function show(entry) {
       ask.addEventListener("click", () => { take(blob); $("question").focus(); });
       caption.append(ask);
     }
+    if (about !== null && canEdit()) {
+      const edit = Object.assign(document.createElement("button"), { type: "button", textContent: "Edit it" });
+      edit.addEventListener("click", () => takeEdit(blob).then(() => $("mask").focus()));
+      caption.append(edit);
+    }
     const figure = document.createElement("figure");
-    figure.append(Object.assign(new Image(), { src: url, alt: prompt }), caption);
+    figure.append(...beside(Object.assign(new Image(), { src: url, alt: prompt }), befores.get(entry)), caption);
     return figure;
   }));
   $("facts").replaceChildren(...[["Prompt", prompt], ...Object.entries(NAMES)
@@ -170,6 +183,115 @@ function show(entry) {
     ]));
   $("again").hidden = false;
 }
+
+// A picture, and over it the image that it was made from, as far as a slider says.
+function beside(after, before) {
+  if (!before) return [after];
+  const over = Object.assign(new Image(), { className: "before", src: URL.createObjectURL(before), alt: "before" });
+  const compare = Object.assign(document.createElement("div"), { className: "compare" });
+  compare.append(after, over);
+  const slider = Object.assign(document.createElement("input"), { type: "range", min: 0, max: 100, value: 0 });
+  slider.ariaLabel = "How much of the image before is shown, from the left";
+  const set = () => { over.style.clipPath = `inset(0 ${100 - slider.value}% 0 0)`; };
+  slider.addEventListener("input", set);
+  set();
+  const label = document.createElement("label");
+  label.append("After", slider, "Before");
+  return [compare, label];
+}
+
+const canEdit = () => about.no_vision === null;
+const marked = () => edited !== null && edited.cells.some(Boolean);
+const side = () => about.grid;
+
+async function takeEdit(blob) {
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(blob);
+  } catch {
+    return say("The image cannot be read.", true);
+  }
+  edited = { blob, bitmap, cells: new Array(side() ** 2).fill(false), at: 0, cursor: false };
+  $("painting").hidden = false;
+  paintMask();
+}
+
+// The square in the middle of the image, which is what is read of it.
+function middle({ width, height }) {
+  const edge = Math.min(width, height);
+  return [Math.floor((width - edge) / 2), Math.floor((height - edge) / 2), edge];
+}
+
+function paintMask() {
+  const canvas = $("mask"), n = side(), cell = Math.ceil(640 / n), [left, top, edge] = middle(edited.bitmap);
+  canvas.width = canvas.height = cell * n;
+  const context = canvas.getContext("2d");
+  context.drawImage(edited.bitmap, left, top, edge, edge, 0, 0, canvas.width, canvas.height);
+  context.fillStyle = "rgba(255, 0, 120, .5)";
+  edited.cells.forEach((is, i) => is && context.fillRect((i % n) * cell, Math.floor(i / n) * cell, cell, cell));
+  if (edited.cursor) {
+    for (const [color, inset] of [["#000", 1.5], ["#fff", 4.5]]) {
+      context.lineWidth = 3;
+      context.strokeStyle = color;
+      context.strokeRect((edited.at % n) * cell + inset, Math.floor(edited.at / n) * cell + inset,
+        cell - 2 * inset, cell - 2 * inset);
+    }
+  }
+  const count = edited.cells.filter(Boolean).length;
+  const place = `Row ${Math.floor(edited.at / n) + 1}, column ${edited.at % n + 1}: ` +
+    `${edited.cells[edited.at] ? "marked" : "kept"}. `;
+  $("mask-state").textContent = `${edited.cursor ? place : ""}${count} of ${n * n} cells are marked.`;
+  $("clear").disabled = count === 0;
+  $("edit").disabled = count === 0 || running !== null;
+}
+
+function cellAt(event) {
+  const box = $("mask").getBoundingClientRect(), n = side();
+  const place = (at, from, size) => Math.floor(Math.min(Math.max((at - from) / size, 0), 0.9999) * n);
+  return [place(event.clientX, box.left, box.width), place(event.clientY, box.top, box.height)];
+}
+
+// Marks every cell between two, so that a fast hand leaves no gaps.
+function stroke([x0, y0], [x1, y1], value) {
+  const steps = Math.max(Math.abs(x1 - x0), Math.abs(y1 - y0), 1);
+  for (let i = 0; i <= steps; i++) {
+    const x = Math.round(x0 + (x1 - x0) * i / steps), y = Math.round(y0 + (y1 - y0) * i / steps);
+    edited.cells[y * side() + x] = value;
+  }
+  paintMask();
+}
+
+function moveCursor(dx, dy, mark) {
+  const n = side(), x = edited.at % n, y = Math.floor(edited.at / n);
+  if (mark) edited.cells[edited.at] = true;
+  edited.at = Math.min(Math.max(y + dy, 0), n - 1) * n + Math.min(Math.max(x + dx, 0), n - 1);
+  if (mark) edited.cells[edited.at] = true;
+  paintMask();
+}
+
+// Transparent where it is marked, of the image's own size. A cell's pixels are its own alone.
+function maskFile() {
+  const { width, height } = edited.bitmap, [left, top, edge] = middle(edited.bitmap), n = side();
+  const canvas = Object.assign(document.createElement("canvas"), { width, height });
+  const context = canvas.getContext("2d");
+  context.fillStyle = "#000";
+  context.fillRect(0, 0, width, height);
+  edited.cells.forEach((is, i) => {
+    if (!is) return;
+    const [x, y] = [i % n, Math.floor(i / n)].map((k) => Math.ceil(k * edge / n));
+    const [r, b] = [i % n, Math.floor(i / n)].map((k) => Math.floor((k + 1) * edge / n));
+    context.clearRect(left + x, top + y, Math.max(r - x, 1), Math.max(b - y, 1));
+  });
+  return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+}
+
+const edit = () => marked() && work("/v1/jobs/edits", async () => {
+  const form = new FormData();
+  for (const [name, value] of Object.entries(requested())) form.append(name, value);
+  form.append("image", edited.blob, "image");
+  form.append("mask", await maskFile(), "mask.png");
+  return form;
+}, edited.blob);
 
 const canAsk = () => about.no_chat === null && about.no_vision === null;
 
@@ -254,7 +376,10 @@ function load() {
 let history_ = load();
 
 function remember(entry) {
-  for (const old of history_.splice(KEPT - 1)) blobs.delete(old);
+  for (const old of history_.splice(KEPT - 1)) {
+    blobs.delete(old);
+    befores.delete(old);
+  }
   history_.unshift(entry);
   localStorage.setItem(HISTORY, JSON.stringify(history_));
   list();
@@ -269,7 +394,9 @@ function list() {
       show(entry);
       if (blobs.has(entry)) return say("From the history.");
       fill();
-      say("Only how it was made is kept. Its settings are filled in: Draw makes the same picture.");
+      say(entry.edited
+        ? "Only how it was made is kept. Its settings are filled in; its image and what was marked are not kept."
+        : "Only how it was made is kept. Its settings are filled in: Draw makes the same picture.");
     });
     const item = document.createElement("li");
     item.append(button);
@@ -290,6 +417,7 @@ async function introduce() {
   document.querySelector("[name=num_inference_steps]").max = about.max_steps;
   $("prompt").maxLength = about.max_prompt;
   $("asking").hidden = !canAsk();
+  $("editing").hidden = !canEdit();
 }
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); draw(); });
@@ -303,12 +431,53 @@ document.addEventListener("keydown", (event) => { if (event.key === "Escape") { 
 $("ask-form").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
 $("stop").addEventListener("click", stop);
 $("file").addEventListener("change", () => { if ($("file").files[0]) take($("file").files[0]); });
-for (const name of ["dragover", "dragleave", "drop"]) {
-  $("drop").addEventListener(name, (event) => {
-    event.preventDefault();
-    $("drop").classList.toggle("over", name === "dragover");
-    const file = event.dataTransfer.files[0];
-    if (name === "drop" && file) take(file);
+function drops(area, taken) {
+  for (const name of ["dragover", "dragleave", "drop"]) {
+    area.addEventListener(name, (event) => {
+      event.preventDefault();
+      area.classList.toggle("over", name === "dragover");
+      const file = event.dataTransfer.files[0];
+      if (name === "drop" && file) taken(file);
+    });
+  }
+}
+drops($("drop"), take);
+drops($("edit-drop"), takeEdit);
+$("edit-file").addEventListener("change", () => { if ($("edit-file").files[0]) takeEdit($("edit-file").files[0]); });
+$("edit").addEventListener("click", edit);
+$("clear").addEventListener("click", () => { edited.cells.fill(false); paintMask(); $("mask").focus(); });
+let hand = null;  // the pointer that marks: its last cell, and whether it marks or clears
+$("mask").addEventListener("pointerdown", (event) => {
+  if (event.button !== 0 || hand !== null) return;
+  $("mask").setPointerCapture(event.pointerId);
+  const at = cellAt(event);
+  hand = { id: event.pointerId, at, value: !edited.cells[at[1] * side() + at[0]] };
+  stroke(at, at, hand.value);
+});
+$("mask").addEventListener("pointermove", (event) => {
+  if (hand?.id !== event.pointerId) return;
+  const at = cellAt(event);
+  stroke(hand.at, at, hand.value);
+  hand.at = at;
+});
+for (const name of ["pointerup", "pointercancel"]) {
+  $("mask").addEventListener(name, (event) => { if (hand?.id === event.pointerId) hand = null; });
+}
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+$("mask").addEventListener("keydown", (event) => {
+  if (event.key in ARROWS) moveCursor(...ARROWS[event.key], event.shiftKey);
+  else if (event.key === " ") edited.cells[edited.at] = !edited.cells[edited.at];
+  else if (event.key === "Delete" || event.key === "Backspace") edited.cells.fill(false);
+  else return;
+  event.preventDefault();
+  edited.cursor = true;
+  paintMask();
+});
+for (const name of ["focus", "blur"]) {
+  $("mask").addEventListener(name, () => {
+    if (edited === null) return;
+    edited.cursor = name === "focus" && $("mask").matches(":focus-visible");
+    paintMask();
   });
 }
 $("again").addEventListener("click", fill);
