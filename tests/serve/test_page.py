@@ -147,7 +147,7 @@ def test_a_part_is_marked_by_mouse_and_drawn_anew(
     assert over.evaluate("e => e.style.clipPath") == "inset(0px 100% 0px 0px)"
     page.get_by_role("slider").focus()
     page.keyboard.press("End")
-    assert over.evaluate("e => e.style.clipPath") == "inset(0px)"
+    assert over.evaluate("e => e.style.clipPath") == "inset(0px 0% 0px 0px)"
 
 
 def test_a_part_is_marked_by_keyboard_alone(
