@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def count(text: str) -> int:
-    """How many: a whole number from 1."""
+    """Say how many: a whole number from 1."""
     try:
         number = int(text)
     except ValueError:
@@ -18,7 +18,7 @@ def count(text: str) -> int:
 
 
 def new_file(text: str) -> Path:
-    """A file to write in the end: asked for now whether it can be."""
+    """Return a file to write in the end: asked for now whether it can be."""
     path = Path(text)
     if not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path.parent}: no such folder")

@@ -1,7 +1,7 @@
 """The same graphs without this project's runtime: what a user of the library alone would write.
 
 The opponent that shows our overhead. Graphs, inputs, schedule and the library's options are those
-of the set on its driver; everything else is the library's plain API: numpy arrays go in by name,
+of the set on its backend; everything else is the library's plain API: numpy arrays go in by name,
 new ones come out, and the loop is a loop.
 """
 
@@ -20,12 +20,12 @@ from bifrost_rt import manifest, schedules, text_inputs
 from bifrost_rt.backends.choice import openvino_refuses
 from bifrost_rt.errors import BackendError, EngineSetError
 from bifrost_rt.manifest import EngineSpec
-from bifrost_rt.text import Tokenizers
+from bifrost_rt.tokenizers import Tokenizers
 
 Arrays = dict[str, NDArray[Any]]
 Call = Callable[[Mapping[str, NDArray[Any]]], Arrays]
 
-# As the drivers of these names set it, for the same arithmetic (bifrost_rt/backends/openvino.py).
+# As the backends of these names set it, for the same arithmetic (bifrost_rt/backends/openvino.py).
 OPENVINO_ARITHMETIC = {"openvino": "f32", "openvino-bf16": "bf16"}
 
 
@@ -46,7 +46,7 @@ class Bare:
         meter: counts opening and running the graphs.
 
     Raises:
-        BackendError: another backend, its library is not installed, or the driver refuses the set.
+        BackendError: another backend, its library is not installed, or the backend refuses the set.
         EngineSetError: the set holds compiled engines, not graphs.
     """
 
@@ -158,7 +158,7 @@ class Bare:
         return inputs["latents"]
 
     def _carried(self, name: str, outputs: Arrays) -> Arrays:
-        """What a step hands to the next."""
+        """Return what a step hands to the next."""
         state = self._facts.engine(name).state
         return {s.input: outputs[s.output] for s in state}
 

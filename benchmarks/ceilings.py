@@ -56,7 +56,7 @@ class Ceilings:
 
 
 def of_gpu(facts: Mapping[str, Any]) -> Ceilings | None:
-    """The table's, where it knows the GPU or the Jetson of a `machine.describe()`."""
+    """Return the table's, where it knows the GPU or the Jetson of a `machine.describe()`."""
     gpu = facts.get("gpu", {})
     if "model" in facts:
         device = devices.of_machine(facts["model"], facts["memory_bytes"])
@@ -68,7 +68,7 @@ def of_gpu(facts: Mapping[str, Any]) -> Ceilings | None:
 
 
 def of_cpu(best: Ceilings | None = None) -> Ceilings:
-    """This machine's CPU, measured now.
+    """Return this machine's CPU, measured now.
 
     Args:
         best: an earlier measurement; the higher figures are kept, for others may have run then.
@@ -92,7 +92,7 @@ def of_cpu(best: Ceilings | None = None) -> Ceilings:
 
 
 def last_level_cache(folder: Path = CACHES) -> int | None:
-    """Bytes of all caches of the highest level together, or None where they are not told."""
+    """Return bytes of all caches of the highest level together, or None where they are not told."""
     sizes: dict[tuple[int, str], int] = {}
     for index in folder.glob("cpu[0-9]*/cache/index*"):
         try:

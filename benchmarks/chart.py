@@ -1,4 +1,4 @@
-"""A latency record as a picture: where the median image of each contender goes."""
+"""A latency record as a picture: where the median image of each candidate goes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = record["contenders"]
+    rows = record["candidates"]
     panels = [rows]
     shortest = min(_total(row) for row in rows)
     near = [row for row in rows if _total(row) <= CRUSHED * shortest]
@@ -80,12 +80,12 @@ def parts(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _total(row: Mapping[str, Any]) -> float:
-    """The median of all images, as in the table."""
+    """Return the median of all images, as in the table."""
     return 1000 * float(row["seconds"]["total"]["p50"])
 
 
 def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], first: float) -> dict[str, Any]:
-    """Bars of these contenders on a scale of their own; `first` is the first contender's total."""
+    """Bars of these candidates on a scale of their own; `first` is the first candidate's total."""
     longest = max(sum(parts(row).values()) for row in rows)
     handles: dict[str, Any] = {}
     for place, row in enumerate(rows):
@@ -110,5 +110,5 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], first: float) -> dict[s
 
 
 def _label(name: str) -> str:
-    """The set's folder without its path."""
+    """Return the set's folder without its path."""
     return name.rpartition("/")[2]

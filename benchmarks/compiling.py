@@ -23,10 +23,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cuts, machine
+from benchmarks import machine, truncated_models
 from benchmarks.arguments import count
 from benchmarks.residency import status
-from bifrost_rt import command, dims, strict
+from bifrost_rt import command, dims, serialization
 from bifrost_rt.manifest import EngineSpec, Precision, TensorSpec
 from export.compile import bound, graphs
 from export.compile import builder as builders
@@ -52,7 +52,7 @@ COMPUTE = tuple(dict.fromkeys(compute for compute, _ in CASES))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiling", description=__doc__)
     parser.add_argument("--stages", default="visual_decode,denoise", help="comma between")
     parser.add_argument("--layers", type=count, default=1, help="of every network; default: 1")
@@ -83,11 +83,11 @@ def measure(
     from export.synthetic.shapes import PRESETS  # brings torch, which is not the builder's memory
 
     cases = [(c, w) for c, w in CASES if c in compute and (layers is not None or w == "bound")]
-    forms = tuple(dict.fromkeys(cuts.stored_as(computed) for computed, _ in cases))
+    forms = tuple(dict.fromkeys(truncated_models.stored_as(computed) for computed, _ in cases))
     shapes = PRESETS["7b"] if layers is None else PRESETS["7b"].cut(layers)
-    for spec in cuts.written(folder, stages, shapes, forms, holes=layers is None):
+    for spec in truncated_models.written(folder, stages, shapes, forms, holes=layers is None):
         for computed, weights in cases:
-            if cuts.stored_as(computed) == spec.precision.requested:
+            if truncated_models.stored_as(computed) == spec.precision.requested:
                 found = in_a_process(folder, spec, computed, weights)
                 yield {"stage": spec.name, "compute": computed, "weights": weights, **found}
 
@@ -115,7 +115,7 @@ def in_a_process(
 def compiled(task: Mapping[str, Any], targets: Sequence[str]) -> tuple[Built, EngineSpec, set[str]]:
     """Compile a task's graph: the engine, its inputs and outputs, and which inputs are weights."""
     inputs, outputs = (
-        tuple(strict.load(TensorSpec, tensor) for tensor in side) for side in task["doors"]
+        tuple(serialization.load(TensorSpec, tensor) for tensor in side) for side in task["doors"]
     )
     spec = EngineSpec(task["name"], "", (), inputs, outputs, (), Precision("", "", ""))
     builder = builders.find("tensorrt-rtx")

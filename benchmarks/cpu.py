@@ -2,7 +2,7 @@
 
     python -m benchmarks.cpu [--layers N] [--precision int8] [--json benchmarks/results/cpu.json]
 
-One call of a stage, random weights, cut to `--layers`: a precision on each driver, over float32 on
+One call of a stage, random weights, cut to `--layers`: a precision on each backend, over float32 on
 onnxruntime. Before each stage comes its largest linear layer, alone: no graph of linear layers
 gains more than they do, and what they gain is decided by this processor's instructions. All engines
 are open in one process and take turns, to and fro, each after a moment of nothing; the median
@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import cuts, machine
+from benchmarks import machine, truncated_models
 from benchmarks.arguments import count, new_file
-from benchmarks.turns import to_and_fro
+from benchmarks.interleaving import to_and_fro
 from bifrost_rt import backends, command, dims
 from bifrost_rt.backends.base import output_shape
 from bifrost_rt.errors import BifrostError
@@ -41,13 +41,13 @@ STEPS = 256
 # The last of visual_decode computes what a step reveals, and less than the others. Of denoise it is
 # one block of each kind in both networks, 4 GB in float32.
 LAYERS = {"visual_decode": 3}
-DRIVERS = ("onnxruntime", "openvino", "openvino-bf16")
+BACKENDS = ("onnxruntime", "openvino", "openvino-bf16")
 BASE = ("fp32", "onnxruntime")
 COLUMNS = ("engine", "precision", "backend", "ms", "10^12 op/s", "over fp32 on onnxruntime")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
     add = parser.add_argument
     add("--like", choices=PRESETS, default="7b", help="whose widths; default: 7b")
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         shapes = PRESETS[options.like].cut(layers)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            specs = list(cuts.written(folder, [stage], shapes, forms))
+            specs = list(truncated_models.written(folder, [stage], shapes, forms))
             sizes = dims.of_run(text_tokens=shapes.max_seq_length, steps=STEPS)
             largest = largest_product(folder / specs[0].graph, stage, sizes)
             layer = [] if largest is None else [product(folder, *largest, forms)]
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 def product(
     folder: Path, rows: int, width: int, out: int, forms: Sequence[str]
 ) -> list[EngineSpec]:
-    """A linear layer as an engine of its own, in every form."""
+    """Return a linear layer as an engine of its own, in every form."""
     import torch
     from torch import nn
 
@@ -98,7 +98,7 @@ def product(
         doors = (TensorSpec("x", "float32", (rows, width)), TensorSpec("y", "float32", (rows, out)))
         layer = nn.Sequential(nn.Linear(width, out, bias=False)).requires_grad_(False)
         stage = Stage(Definition("product", 1e-4), layer, doors[:1], doors[1:])
-        found = cuts.write(stage, form, folder, holes=False)
+        found = truncated_models.write(stage, form, folder, holes=False)
         made.append(dataclasses.replace(found, name=f"{rows}x{width} by {width}x{out}"))
     return made
 
@@ -119,18 +119,18 @@ def largest_product(
 def measure(
     folder: Path, specs: Sequence[EngineSpec], sizes: Mapping[str, int], rounds: int
 ) -> Iterator[dict[str, Any]]:
-    """One row for every form and driver; the first is float32 on onnxruntime."""
+    """One row for every form and backend; the first is float32 on onnxruntime."""
     work = flops.count(graphs.read(folder / specs[0].graph, specs[0].name), sizes)
     rows, calls = [], []
     for spec in specs:
-        for driver in DRIVERS:
+        for backend in BACKENDS:
             form = spec.precision.requested
-            row = {"engine": spec.name, "precision": form, "backend": driver}
+            row = {"engine": spec.name, "precision": form, "backend": backend}
             try:
-                calls.append(opened(folder, spec, sizes, driver))
+                calls.append(opened(folder, spec, sizes, backend))
                 rows.append(row)
             except BifrostError as error:
-                if (form, driver) == BASE:
+                if (form, backend) == BASE:
                     raise
                 yield {**row, "failed": error.message}
     times = turns(calls, rounds)
@@ -148,15 +148,17 @@ def measure(
 def opened(
     folder: Path, spec: EngineSpec, sizes: Mapping[str, int], name: str
 ) -> Callable[[], None]:
-    """A call of an engine on random inputs, made once.
+    """Return a call of an engine on random inputs, made once.
 
     Raises:
-        BackendError: the driver is not installed, or refuses the graph.
+        BackendError: the backend is not installed, or refuses the graph.
     """
-    driver = backends.load(name)
-    engine = driver.open(folder, spec, {symbol: Range(1, n) for symbol, n in sizes.items()})
-    given = {key: driver.upload(value) for key, value in cuts.inputs(spec, sizes).items()}
-    results = {t.name: driver.empty(output_shape(t, sizes), t.dtype) for t in spec.outputs}
+    backend = backends.load(name)
+    engine = backend.open(folder, spec, {symbol: Range(1, n) for symbol, n in sizes.items()})
+    given = {
+        key: backend.upload(value) for key, value in truncated_models.inputs(spec, sizes).items()
+    }
+    results = {t.name: backend.empty(output_shape(t, sizes), t.dtype) for t in spec.outputs}
     call = engine.bind(given, results)
     call()
     return call

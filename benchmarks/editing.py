@@ -71,13 +71,13 @@ class Task:
         return painted
 
     def holds(self, found: Found) -> bool:
-        """Whether the middle of an object is in the box."""
+        """Say whether the middle of an object is in the box."""
         left, top, right, bottom = self.box
         return left <= found.x <= right and top <= found.y <= bottom
 
 
 def unlike(rng: np.random.Generator, old: Thing, other: Thing) -> Thing:
-    """A thing that differs from both in shape and colour."""
+    """Return a thing that differs from both in shape and colour."""
     free = [
         Thing(shape, colour)
         for shape in SHAPES
@@ -90,7 +90,7 @@ def unlike(rng: np.random.Generator, old: Thing, other: Thing) -> Thing:
 
 
 def recoloured(rng: np.random.Generator, old: Thing, other: Thing) -> Thing:
-    """The thing in a colour that neither has."""
+    """Return the thing in a colour that neither has."""
     free = [
         colour
         for colour in COLOURS
@@ -139,7 +139,7 @@ def _task(rng: np.random.Generator, spec: Spec, kind: str) -> Task:
 
 
 def verdict(task: Task, edited: Pixels) -> dict[str, bool]:
-    """Whether the part, the rest, and both are right."""
+    """Say whether the part, the rest, and both are right."""
     reading = read(edited)
     inside = [found for found in reading.objects if task.holds(found)]
     outside = [found for found in reading.objects if not task.holds(found)]
@@ -200,7 +200,7 @@ def measure(generator: Generator, asked: Sequence[Task]) -> tuple[dict[str, Any]
 
 
 def table(found: dict[str, Any]) -> str:
-    """The result as lines for a person."""
+    """Return the result as lines for a person."""
     names = ("tasks", *PARTS, "psnr_mean", "psnr_least")
     lines = ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for kind, row in found.items():
@@ -222,7 +222,7 @@ def sheet(asked: Sequence[Task], pictures: Sequence[Pixels], path: Path, columns
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.editing", description=(__doc__ or "").split("\n")[0]
     )

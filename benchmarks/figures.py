@@ -33,8 +33,8 @@ def summarise(images: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def bars(parts: Iterable[str]) -> list[str]:
-    """The parts that add up to an image: the engines, or, where there are none, the MLLM and the
-    rest."""
+    """Return the parts that add up to an image: the engines, or, where there are none, the MLLM and
+    the rest."""
     engines = [name for name in parts if name not in SUMS]
     return engines if "visual_decode" in engines else ["mllm", *engines]
 
@@ -42,7 +42,7 @@ def bars(parts: Iterable[str]) -> list[str]:
 def ratios(
     ours: Sequence[Mapping[str, float]], other: Sequence[Mapping[str, float]]
 ) -> dict[str, float]:
-    """The other's median over ours: above 1, ours is faster."""
+    """Return the other's median over ours: above 1, ours is faster."""
 
     def median(images: Sequence[Mapping[str, float]], part: str) -> float:
         return float(np.median([image[part] for image in images]))

@@ -20,7 +20,7 @@ class Case:
     tensors: dict[str, NDArray[Any]]
 
     def request(self) -> dict[str, Any]:
-        """The arguments of `Generator.run` that repeat it."""
+        """Return the arguments of `Generator.run` that repeat it."""
         f = self.facts
         return {
             "prompt": f["prompts"],
@@ -35,7 +35,7 @@ class Case:
 
 
 def names(folder: Path) -> list[str]:
-    """The cases that a folder of recordings has."""
+    """Return the cases that a folder of recordings has."""
     cases = json.loads((folder / "cases.json").read_text())["cases"]
     return [str(case["file"]).removesuffix(".safetensors") for case in cases]
 

@@ -5,7 +5,7 @@
 Random weights, cut to `--layers`, in 8 bit on scales that are made up. Each row is an engine on a
 driver, in a precision, with its weights in the engine or outside, with CUDA graphs or without:
 milliseconds a step, the host's own share of it, and the part of the card's peak rate that this is,
-where `export.planning.devices` knows the card. What a driver cannot do here stands in its row as
+where `export.planning.devices` knows the card. What a backend cannot do here stands in its row as
 the reason. The record carries the machine.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cuts, machine
+from benchmarks import machine, truncated_models
 from benchmarks.arguments import count, new_file
 from bifrost_rt import backends, command, dims
 from bifrost_rt.backends import gpu
@@ -53,8 +53,8 @@ CASES = (
     ("onnxruntime-cuda", "fp32", "baked", False),
     ("onnxruntime-cuda", "fp32", "baked", True),
     *(
-        (driver, compute, weights, replayed)
-        for driver in ("tensorrt-rtx", "tensorrt")
+        (backend, compute, weights, replayed)
+        for backend in ("tensorrt-rtx", "tensorrt")
         for compute, weights, replayed in (
             ("fp32", "baked", True),
             ("bf16", "baked", False),
@@ -70,7 +70,7 @@ CASES = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--like", choices=PRESETS, default="7b", help="whose widths; default: 7b")
     parser.add_argument("--layers", type=count, default=2, help="of every network; default: 2")
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows += [row for stage in stages for row in unavailable(stage)]
         for row in rows:
             print(json.dumps(row), flush=True)
-        for spec in cuts.written(folder, stages, shapes, forms()):
+        for spec in truncated_models.written(folder, stages, shapes, forms()):
             for row in measure(folder, spec, here, options.steps):
                 print(json.dumps(row), flush=True)
                 rows.append(row)
@@ -103,23 +103,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def forms() -> tuple[str, ...]:
-    """The forms of the graphs that some driver runs here."""
+    """Return the forms of the graphs that some backend runs here."""
     return tuple(
         form
         for form in FORMS
         if any(
-            cuts.stored_as(compute) == form and backends.DRIVERS[name].unavailable() is None
+            truncated_models.stored_as(compute) == form
+            and backends.BACKENDS[name].unavailable() is None
             for name, compute, _, _ in CASES
         )
     )
 
 
 def unavailable(stage: str) -> Iterator[dict[str, Any]]:
-    """The rows of one stage in the other forms."""
+    """Yield the rows of one stage in the other forms."""
     for name, compute, weights, replayed in CASES:
-        if cuts.stored_as(compute) not in forms():
-            row = {"stage": stage, "driver": name, "compute": compute, "weights": weights}
-            reason = backends.DRIVERS[name].unavailable()
+        if truncated_models.stored_as(compute) not in forms():
+            row = {"stage": stage, "backend": name, "compute": compute, "weights": weights}
+            reason = backends.BACKENDS[name].unavailable()
             yield {**row, "cuda_graphs": replayed, "unavailable": reason}
 
 
@@ -128,21 +129,21 @@ def measure(folder: Path, spec: EngineSpec, here: gpu.Gpu, steps: int) -> Iterat
     form = spec.precision.requested
     work = flops.count(graphs.read(folder / spec.graph, spec.name), SIZES)
     for name, compute, weights, replayed in CASES:
-        if cuts.stored_as(compute) != form:
+        if truncated_models.stored_as(compute) != form:
             continue
-        row: dict[str, Any] = {"stage": spec.name, "driver": name, "compute": compute}
+        row: dict[str, Any] = {"stage": spec.name, "backend": name, "compute": compute}
         row |= {"weights": weights, "cuda_graphs": replayed}
-        if reason := backends.DRIVERS[name].unavailable():
+        if reason := backends.BACKENDS[name].unavailable():
             yield {**row, "unavailable": reason}
             continue
         try:
-            driver: Any = backends.load(name)
-            driver.graphs = replayed
+            backend: Any = backends.load(name)
+            backend.graphs = replayed
             ready = spec
-            if backends.DRIVERS[name].compiled:
+            if backends.BACKENDS[name].compiled:
                 ready = compiled(folder, spec, name, compute, weights, here.architecture)
-            engine = driver.open(folder, ready, PROFILE.ranges())
-            found = time_steps(driver, engine, steps)
+            engine = backend.open(folder, ready, PROFILE.ranges())
+            found = time_steps(backend, engine, steps)
             engine.close()
         except BifrostError as error:
             yield {**row, "failed": error.message}
@@ -151,7 +152,7 @@ def measure(folder: Path, spec: EngineSpec, here: gpu.Gpu, steps: int) -> Iterat
         row |= found | {"tflops": round(work / seconds / 1e12, 1)}
         if (peak := peak_rate(here.name, compute)) is not None:
             row["of_peak"] = round(work / seconds / 1e12 / peak, 3)
-        if reason := getattr(driver, "eager", {}).get(spec.name):
+        if reason := getattr(backend, "eager", {}).get(spec.name):
             row["eager_because"] = reason
         yield row
 
@@ -178,20 +179,22 @@ def compiled(
     return dataclasses.replace(spec, graph=f"{spec.name}.engine", compiled=about)
 
 
-def time_steps(driver: Backend, engine: Engine, steps: int) -> dict[str, float]:
+def time_steps(backend: Backend, engine: Engine, steps: int) -> dict[str, float]:
     """Milliseconds of a step, and those in which the host was busy with it, after ten steps that
     are not counted."""
     timings: dict[str, float] = {}
-    given = {name: driver.upload(v) for name, v in cuts.inputs(engine.spec, SIZES).items()}
-    loop = Loop(driver, engine, given, timings)
+    given = {
+        name: backend.upload(v) for name, v in truncated_models.inputs(engine.spec, SIZES).items()
+    }
+    loop = Loop(backend, engine, given, timings)
     for _ in range(10):
         loop.step()
-    driver.wait()
+    backend.wait()
     start = time.perf_counter()
     for _ in range(steps):
         loop.step()
     queued = time.perf_counter() - start
-    driver.wait()
+    backend.wait()
     whole = time.perf_counter() - start
     return {
         "step_ms": round(1e3 * whole / steps, 4),
@@ -200,7 +203,7 @@ def time_steps(driver: Backend, engine: Engine, steps: int) -> dict[str, float]:
 
 
 def peak_rate(card: str, compute: str) -> float | None:
-    """The card's 10^12 operations a second in a precision, or None where it is not known."""
+    """Return the card's 10^12 operations a second in a precision, or None where it is not known."""
     device = devices.of_machine(card)
     return None if device is None else device.value(RATES[compute])
 

@@ -49,8 +49,8 @@ def subjects(
         backends.load(name)  # an unknown or missing one says so now
     usable = [
         name
-        for name, driver in backends.DRIVERS.items()
-        if name in names or (not names and driver.gpu and driver.unavailable() is None)
+        for name, backend in backends.BACKENDS.items()
+        if name in names or (not names and backend.gpu and backend.unavailable() is None)
     ]
     found, refused = [], {}
     for folder in folders:
@@ -59,7 +59,7 @@ def subjects(
             if built_for not in ("onnxruntime", name):
                 continue
             ready = folder
-            if backends.DRIVERS[name].compiled and built_for == "onnxruntime":
+            if backends.BACKENDS[name].compiled and built_for == "onnxruntime":
                 try:
                     ready = compiled(folder, name, work)
                 except BifrostError as error:
@@ -69,9 +69,9 @@ def subjects(
             found.append(Subject(ready, name, start, recordings))
     if not found and not refused:
         reasons = {
-            name: driver.unavailable() or "no set of these is for it"
-            for name, driver in backends.DRIVERS.items()
-            if driver.gpu
+            name: backend.unavailable() or "no set of these is for it"
+            for name, backend in backends.BACKENDS.items()
+            if backend.gpu
         }
         raise BackendError(
             "nothing to try: " + "; ".join(f"{name}: {why}" for name, why in reasons.items())
@@ -80,7 +80,7 @@ def subjects(
 
 
 def compiled(folder: Path, backend: str, work: Path) -> Path:
-    """The set, compiled for this machine's GPU.
+    """Return the set, compiled for this machine's GPU.
 
     Raises:
         BifrostError: it cannot be.
@@ -122,7 +122,7 @@ def check(
 
 
 def failures(figures: Any) -> list[str]:
-    """What failed anywhere in a trial's figures."""
+    """Return what failed anywhere in a trial's figures."""
     if not isinstance(figures, dict):
         return []
     own = [str(figures["failed"])] if "failed" in figures else []
@@ -130,7 +130,7 @@ def failures(figures: Any) -> list[str]:
 
 
 def _device() -> dict[str, Any]:
-    """The bare GPU, where there is one and the bindings are installed."""
+    """Return the bare GPU, where there is one and the bindings are installed."""
     if isinstance(reason := gpu.find(), str):
         return {"skipped": reason}
     if not backends.installed("cuda.bindings"):
@@ -139,7 +139,7 @@ def _device() -> dict[str, Any]:
 
 
 def attempt(name: str, trial: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A trial's figures, or how it failed: the record must not be lost with it."""
+    """Return a trial's figures, or how it failed: the record must not be lost with it."""
     start = time.perf_counter()
     try:
         found = trial()
@@ -151,7 +151,7 @@ def attempt(name: str, trial: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_check", description=(__doc__ or "").split("\n")[0]
     )

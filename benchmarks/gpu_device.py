@@ -59,7 +59,7 @@ def _memory(cuda: Cuda, size: int) -> dict[str, Any]:
 
 
 def _pinned(cuda: Cuda, address: int, source: NDArray[np.uint8]) -> dict[str, Any]:
-    """Copies from memory that the GPU reads by itself."""
+    """Return copies from memory that the GPU reads by itself."""
     host = cuda._call("cudaMallocHost", source.nbytes)
     try:
         place = (ctypes.c_uint8 * source.nbytes).from_address(int(host))
@@ -76,8 +76,8 @@ def _pinned(cuda: Cuda, address: int, source: NDArray[np.uint8]) -> dict[str, An
 def _recording(
     cuda: Cuda, one: DeviceBuffer, other: DeviceBuffer, source: NDArray[np.uint8]
 ) -> dict[str, Any]:
-    """A copy on the device, recorded while another thread works on the legacy default stream, and
-    replayed on what changed meanwhile."""
+    """Return a copy on the device, recorded while another thread works on the legacy default
+    stream, and replayed on what changed meanwhile."""
     inside = cuda._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
     scratch = DeviceBuffer(cuda, (1024,), np.uint8)
     elsewhere: list[str] = []
@@ -121,8 +121,8 @@ def _recording(
 
 
 def _refusals(cuda: Cuda) -> dict[str, str]:
-    """What it says of an empty recording, of one that fails, and of too much memory; it must be
-    usable after each."""
+    """Return what it says of an empty recording, of one that fails, and of too much memory; it must
+    be usable after each."""
     found = {}
 
     def fails() -> None:

@@ -1,8 +1,8 @@
 """What is tried of one engine set on one backend. Each trial opens the set itself and returns
 figures; `benchmarks.gpu_check` runs them one after another and keeps the record.
 
-Memory is what the driver of the GPU says that nobody has taken, before and after; other programs on
-the card would show in it. Times are this process's own, of one run where no number is given.
+Memory is what the backend of the GPU says that nobody has taken, before and after; other programs
+on the card would show in it. Times are this process's own, of one run where no number is given.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks import golden
-from bifrost_rt import Generator, dims, manifest, residency, selftest
+from bifrost_rt import Generator, dims, manifest, memory_plan, selftest
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.base import Backend
 from bifrost_rt.chat import ChatResult
@@ -51,10 +51,10 @@ print("drawn", flush=True)
 
 @dataclass(frozen=True)
 class Subject:
-    """A set, and how its driver is started.
+    """A set, and how its backend is started.
 
     Attributes:
-        start: makes a driver; every trial takes a new one.
+        start: makes a backend; every trial takes a new one.
         recordings: a folder of golden cases, for a set of their checkpoint.
     """
 
@@ -63,37 +63,37 @@ class Subject:
     start: Callable[[], Backend]
     recordings: Path | None = None
 
-    def drivers(self) -> Iterator[tuple[str, Any]]:
-        """New drivers, one for each way to run a loop: with CUDA graphs and without, where there is
-        the choice."""
+    def backends(self) -> Iterator[tuple[str, Any]]:
+        """Yield new drivers, one for each way to run a loop: with CUDA graphs and without, where
+        there is the choice."""
         if not hasattr(self.start(), "graphs"):
             yield "plain", self.start()
             return
         for name, graphs in (("without_graphs", False), ("with_graphs", True)):
-            driver: Any = self.start()
-            driver.graphs = graphs
-            yield name, driver
+            backend: Any = self.start()
+            backend.graphs = graphs
+            yield name, backend
 
-    def opened(self, driver: Backend | None = None, **options: Any) -> Generator:
-        """A generator on a new driver, or on the given one."""
-        return Generator(self.folder, backend=driver or self.start(), prompt_cache=0, **options)
+    def opened(self, backend: Backend | None = None, **options: Any) -> Generator:
+        """Return a generator on a new backend, or on the given one."""
+        return Generator(self.folder, backend=backend or self.start(), prompt_cache=0, **options)
 
 
 def opening(subject: Subject) -> dict[str, Any]:
     """Every engine opened alone, twice: seconds, and bytes beside those of its files and those that
     the memory schedule counts for it."""
-    facts, driver = manifest.read(subject.folder), subject.start()
+    facts, backend = manifest.read(subject.folder), subject.start()
     rows: dict[str, Any] = {}
     for spec in facts.engines:
         stored = manifest.stored_bytes(facts, spec)
         row: dict[str, Any] = {
             "file_bytes": stored,
-            "counted_bytes": driver.weights_in_memory(spec, stored),
+            "counted_bytes": backend.weights_in_memory(spec, stored),
         }
         for which in ("first", "second"):
             with _memory(row, f"{which}_"):
                 start = time.perf_counter()
-                engine = driver.open(subject.folder, spec, facts.dimensions)
+                engine = backend.open(subject.folder, spec, facts.dimensions)
                 row[f"{which}_open_s"] = _seconds(start)
             engine.close()
             del engine
@@ -103,7 +103,8 @@ def opening(subject: Subject) -> dict[str, Any]:
 
 
 def picture(subject: Subject) -> dict[str, Any]:
-    """The self-test's picture against the builder's, and the memory of a generator's life."""
+    """Return the self-test's picture against the builder's, and the memory of a generator's
+    life."""
     found: dict[str, Any] = {"free_bytes_before": gpu.free_bytes()}
     start = time.perf_counter()
     generator = subject.opened()
@@ -139,7 +140,7 @@ def recordings(subject: Subject) -> dict[str, Any]:
 
 
 def _against(generator: Generator, case: golden.Case) -> dict[str, float]:
-    """The largest differences to one case, after every step and in the picture."""
+    """Return the largest differences to one case, after every step and in the picture."""
     steps: dict[str, list[NDArray[Any]]] = {"tokens": [], "latents": []}
 
     def keep(generator: Generator, step: int, t: float | None, now: dict[str, Any]) -> None:
@@ -155,8 +156,8 @@ def _against(generator: Generator, case: golden.Case) -> dict[str, float]:
 
 
 def repeats(subject: Subject) -> dict[str, Any]:
-    """Which other runs of one request give the same bits: again, from another thread, as a server
-    draws, with CUDA graphs and without, and with too little memory for all engines."""
+    """Return which other runs of one request give the same bits: again, from another thread, as a
+    server draws, with CUDA graphs and without, and with too little memory for all engines."""
     with subject.opened() as generator:
         first = generator.run(**REQUEST)
         found: dict[str, Any] = {"again": _same(first, generator.run(**REQUEST))}
@@ -165,30 +166,31 @@ def repeats(subject: Subject) -> dict[str, Any]:
         thread.start()
         thread.join()
         found["other_thread"] = _same(first, drawn[0]) if drawn else "it failed"
-    for name, driver in subject.drivers():
-        row: dict[str, Any] = {"opens_in_threads": driver.opens_in_threads}
+    for name, backend in subject.backends():
+        row: dict[str, Any] = {"opens_in_threads": backend.opens_in_threads}
         found[name] = row
         try:
-            with subject.opened(driver) as generator:
+            with subject.opened(backend) as generator:
                 # the second and third picture replay what the first one recorded
                 row["same"] = [_same(first, generator.run(**REQUEST)) for _ in "123"]
-            row["little_memory"] = _with_little_memory(subject, driver, first)
+            row["little_memory"] = _with_little_memory(subject, backend, first)
         except BifrostError as error:
             row["failed"] = error.message
-        if eager := getattr(driver, "eager", None):
+        if eager := getattr(backend, "eager", None):
             row["eager"] = eager
     return found
 
 
-def _with_little_memory(subject: Subject, driver: Any, first: Result) -> dict[str, Any]:
-    """The engines come and go; where the driver opens them in threads, while another one works."""
+def _with_little_memory(subject: Subject, backend: Any, first: Result) -> dict[str, Any]:
+    """Return the engines come and go; where the backend opens them in threads, while another one
+    works."""
     facts = manifest.read(subject.folder)
     order = dims.drawing(facts.engines)
-    sizes = residency.sizes(facts, guided=True)
-    needs = residency.needs(facts, order, sizes, driver.weights_in_memory, driver.scratch_share)
+    sizes = memory_plan.sizes(facts, guided=True)
+    needs = memory_plan.needs(facts, order, sizes, backend.weights_in_memory, backend.scratch_share)
     # room for the next one, and not for all
     budget = (max(need.total for need in needs) + sum(need.held for need in needs)) // 2
-    with subject.opened(driver, memory_budget=budget) as generator:
+    with subject.opened(backend, memory_budget=budget) as generator:
         same = [_same(first, generator.run(**REQUEST)) for _ in "123"]
         comes_and_goes = generator.no_previews() is not None
     return {"budget_bytes": budget, "engines_come_and_go": comes_and_goes, "same": same}
@@ -200,8 +202,8 @@ def times(subject: Subject) -> dict[str, Any]:
     queues a step."""
     found: dict[str, Any] = {"pictures": PICTURES}
     request = {name: value for name, value in REQUEST.items() if not name.endswith("_steps")}
-    for name, driver in subject.drivers():
-        with subject.opened(driver) as generator:
+    for name, backend in subject.backends():
+        with subject.opened(backend) as generator:
             cold, warm = (_stepped(generator, request) for _ in range(2))
             timings = [generator.run(**request).timings for _ in range(1 + PICTURES)][1:]
             defaults = generator.manifest.defaults
@@ -218,7 +220,8 @@ def times(subject: Subject) -> dict[str, Any]:
 
 
 def _stepped(generator: Generator, request: dict[str, Any]) -> dict[str, Any]:
-    """The steps of both loops of one picture. Every step is waited for by its copy to the host."""
+    """Return the steps of both loops of one picture. Every step is waited for by its copy to the
+    host."""
     marks: dict[str, list[tuple[float, float]]] = {"tokens": [], "latents": []}
     last = [time.perf_counter()]
 
@@ -245,10 +248,11 @@ def _stepped(generator: Generator, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def prompt_lengths(subject: Subject) -> dict[str, Any]:
-    """What a picture costs whose prompt has a length that was not seen before, and then again."""
+    """Return what a picture costs whose prompt has a length that was not seen before, and then
+    again."""
     found = {}
-    for name, driver in subject.drivers():
-        with subject.opened(driver) as generator:
+    for name, backend in subject.backends():
+        with subject.opened(backend) as generator:
             generator.run(**REQUEST)
             found[name] = {prompt: _new_and_known(generator, prompt) for prompt in LONGER}
     return found
@@ -264,8 +268,8 @@ def _new_and_known(generator: Generator, prompt: str) -> dict[str, dict[str, flo
 
 
 def answers(subject: Subject) -> dict[str, Any]:
-    """What is said twice of the self-test's picture: the likeliest tokens, and drawn ones. The
-    second time a prefix is kept. Milliseconds, and whether the CPU says the same."""
+    """Return what is said twice of the self-test's picture: the likeliest tokens, and drawn ones.
+    The second time a prefix is kept. Milliseconds, and whether the CPU says the same."""
     image = subject.folder / selftest.PICTURE
     requests: dict[str, dict[str, Any]] = {
         "likeliest": {"max_new_tokens": ANSWER},
@@ -277,8 +281,8 @@ def answers(subject: Subject) -> dict[str, Any]:
     with Generator(subject.folder, backend="onnxruntime", prompt_cache=0) as generator:
         expected = {name: generator.describe(image, **r) for name, r in requests.items()}
     found: dict[str, Any] = {}
-    for name, driver in subject.drivers():
-        with subject.opened(driver) as generator:
+    for name, backend in subject.backends():
+        with subject.opened(backend) as generator:
             found[name] = {
                 kind: _answer(generator, image, request, expected[kind])
                 for kind, request in requests.items()
@@ -301,13 +305,13 @@ def _answer(
 
 
 def transfers(subject: Subject, size: int = UPLOAD) -> dict[str, Any]:
-    """GB/s between the driver's buffers and ordinary memory; the better of three."""
-    driver, array = subject.start(), np.ones(size, np.uint8)
-    buffer = driver.upload(array)
+    """GB/s between the backend's buffers and ordinary memory; the better of three."""
+    backend, array = subject.start(), np.ones(size, np.uint8)
+    buffer = backend.upload(array)
     found: dict[str, float] = {"bytes": size}
     for name, move in (
-        ("write_gb_s", lambda: driver.write(buffer, array)),
-        ("read_gb_s", lambda: driver.download(buffer)),
+        ("write_gb_s", lambda: backend.write(buffer, array)),
+        ("read_gb_s", lambda: backend.download(buffer)),
     ):
         seconds = []
         for _ in range(3):
@@ -319,8 +323,8 @@ def transfers(subject: Subject, size: int = UPLOAD) -> dict[str, Any]:
 
 
 def kernels(subject: Subject) -> dict[str, Any]:
-    """The kernels of one picture by the time they take, and the calls to CUDA's runtime, as torch's
-    profiler sees them: it watches the whole process, whoever calls."""
+    """Return the kernels of one picture by the time they take, and the calls to CUDA's runtime, as
+    torch's profiler sees them: it watches the whole process, whoever calls."""
     if importlib.util.find_spec("torch") is None:
         return {"skipped": "torch, whose profiler names kernels, is not installed"}
     import torch
@@ -329,8 +333,8 @@ def kernels(subject: Subject) -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {"skipped": "the installed torch has no CUDA"}
     found = {}
-    for name, driver in subject.drivers():
-        with subject.opened(driver) as generator:
+    for name, backend in subject.backends():
+        with subject.opened(backend) as generator:
             for _ in range(2):
                 generator.run(**REQUEST)
             torch.zeros(1, device="cuda")
@@ -365,7 +369,8 @@ def _events(events: Any) -> dict[str, Any]:
 
 
 def leaving(subject: Subject) -> dict[str, Any]:
-    """A process that draws and ends without closing anything: its status and what it printed."""
+    """Return a process that draws and ends without closing anything: its status and what it
+    printed."""
     start = time.perf_counter()
     try:
         done = subprocess.run(
@@ -398,7 +403,7 @@ TRIALS: dict[str, Callable[[Subject], dict[str, Any]]] = {
 
 
 def apart(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> dict[str, float]:
-    """How far two pictures are from each other: of 255, and in dB where they differ."""
+    """Say how far two pictures are from each other: of 255, and in dB where they differ."""
     off = np.abs(found.astype(np.int16) - expected)
     told = {"largest": int(off.max()), "mean": round(float(off.mean()), 5)}
     squared = float(np.square(off, dtype=np.float64).mean())
@@ -406,7 +411,7 @@ def apart(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> dict[str, fl
 
 
 def _same(one: Result, other: Result) -> bool:
-    """Whether two results have the same bits."""
+    """Say whether two results have the same bits."""
     return all(
         np.array_equal(np.asarray(getattr(one, name)), np.asarray(getattr(other, name)))
         for name in ("tokens", "latents", "images")

@@ -14,7 +14,7 @@ CHIPS = ("coretemp", "k10temp", "zenpower")
 
 
 def temperature(sys: Path = SYS) -> float | None:
-    """The hottest thermal zone or sensor of the processor, in degrees Celsius."""
+    """Return the hottest thermal zone or sensor of the processor, in degrees Celsius."""
     places = list(sys.glob("class/thermal/thermal_zone*/temp"))
     for chip in sys.glob("class/hwmon/hwmon*"):
         if _text(chip / "name") in CHIPS:
@@ -23,7 +23,7 @@ def temperature(sys: Path = SYS) -> float | None:
 
 
 def frequency_rules(sys: Path = SYS) -> dict[str, str]:
-    """The highest frequency and who sets it, where the kernel does."""
+    """Return the highest frequency and who sets it, where the kernel does."""
     folder = sys / "devices/system/cpu/cpufreq/policy0"
     kilohertz = _number(folder / "cpuinfo_max_freq")
     found = {
@@ -56,7 +56,7 @@ class Processor:
         }
 
     def read(self) -> Reading | None:
-        """The hottest sensor, and the mean of the frequencies."""
+        """Return the hottest sensor, and the mean of the frequencies."""
         gauges = {}
         if (degrees := temperature(self._sys)) is not None:
             gauges["hottest_c"] = degrees
@@ -74,7 +74,7 @@ class Processor:
         return found
 
     def memory(self, pid: int) -> int | None:
-        """The host's is the process's own."""
+        """Return the host's is the process's own."""
         return None
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ class Energy:
 
 
 def sources() -> list[Processor]:
-    """The processor, where it tells anything."""
+    """Return the processor, where it tells anything."""
     found = Processor()
     return [found] if found.read() or found.counters() else []
 

@@ -3,7 +3,7 @@
     python -m benchmarks.latency --engines A [--versus B | --versus bare | --versus reference …]
         [--json FILE] [--plot FILE]
 
-A contender is a set's folder, a set on another backend (`DIR@openvino`), `bare`: A's own graphs run
+A candidate is a set's folder, a set on another backend (`DIR@openvino`), `bare`: A's own graphs run
 by the library alone (`bare@openvino`), or `reference`: the official loop in torch on the checkpoint
 that A was built from, `reference-compiled` with its networks through torch.compile. Everyone draws
 the same image before anyone draws the next, so a machine that slows down slows them all.
@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import chart, contenders, figures, host, machine, roofline, table, telemetry
+from benchmarks import candidates, chart, figures, host, machine, roofline, table, telemetry
 from benchmarks.arguments import count
-from benchmarks.contenders import Spec
+from benchmarks.candidates import Spec
+from benchmarks.interleaving import to_and_fro
 from benchmarks.remote import First, Remote
 from benchmarks.telemetry import Log, Telemetry
-from benchmarks.turns import to_and_fro
-from bifrost_rt import command, dims, manifest, residency
+from bifrost_rt import command, dims, manifest, memory_plan
 from bifrost_rt.errors import BifrostError
 
 FORMAT = 2
@@ -43,16 +43,16 @@ def measure(
     num_inference_steps: int | None,
     batches: list[int],
 ) -> dict[str, Any]:
-    """Time every contender and return the record.
+    """Time every candidate and return the record.
 
     Args:
-        images: timed images per contender, after one that is not timed.
+        images: timed images per candidate, after one that is not timed.
         seconds: start no further round after this long.
         decoding_steps, num_inference_steps: cut equally for all; None takes the set's defaults.
         batches: sizes for images per second.
 
     Raises:
-        BifrostError: a contender cannot be loaded.
+        BifrostError: a candidate cannot be loaded.
     """
     facts = manifest.read(Path(specs[0].engines))
     request: dict[str, Any] = {
@@ -92,7 +92,7 @@ def measure(
     if (before := found.get("temperature_c")) is not None and after is not None:
         record["temperature_c"] = {"before": before, "after": after}
     record["ceilings"] = {name: known.record() for name, known in ceilings.items()}
-    record["contenders"] = rows
+    record["candidates"] = rows
     others = {
         spec.name: figures.ratios(timed[0], results)
         for spec, results in zip(specs[1:], timed[1:], strict=True)
@@ -111,7 +111,8 @@ def _first(remote: Remote, request: dict[str, Any], watch: Telemetry) -> First:
 def _rounds(
     remotes: list[Remote], request: dict[str, Any], images: int, seconds: float, watch: Telemetry
 ) -> tuple[list[list[dict[str, float]]], list[Log]]:
-    """Timings of each contender's images, drawn in turn, and what its turns did to the machine."""
+    """Return timings of each candidate's images, drawn in turn, and what its turns did to the
+    machine."""
     timed: list[list[dict[str, float]]] = [[] for _ in remotes]
     logs = [Log() for _ in remotes]
     began = time.perf_counter()
@@ -135,7 +136,8 @@ def _rates(remote: Remote, request: dict[str, Any], batches: list[int]) -> dict[
 
 
 def _about(remote: Remote, first: First, ours: First) -> dict[str, Any]:
-    """Who it is, how it started, and how far its first picture is from the first contender's."""
+    """Say who it is, how it started, and how far its first picture is from the first
+    candidate's."""
     cold = {
         "seconds": remote.start_seconds + first.timings["total"],
         "cpu_seconds": first.cpu_seconds,
@@ -147,7 +149,7 @@ def _about(remote: Remote, first: First, ours: First) -> dict[str, Any]:
         "name": remote.spec.name,
         "kind": remote.spec.kind,
         "backend": remote.spec.backend if remote.spec.runs_the_set else "torch",
-        "set_sha256": contenders.set_digest(remote.spec.engines),
+        "set_sha256": candidates.set_digest(remote.spec.engines),
         "load_seconds": remote.load_seconds,
         "first_image_seconds": first.timings["total"],
         "cold_start": cold,
@@ -159,21 +161,21 @@ def _about(remote: Remote, first: First, ours: First) -> dict[str, Any]:
 
 
 def _steps(facts: manifest.Manifest, request: dict[str, Any]) -> dict[str, int]:
-    """Calls of the engines that run in a loop."""
+    """Return calls of the engines that run in a loop."""
     steps = ("decoding_steps", "num_inference_steps")
-    at = residency.sizes(facts, **{name: request[name] for name in steps})
+    at = memory_plan.sizes(facts, **{name: request[name] for name in steps})
     return {
         spec.name: dims.calls(spec, at(spec.name)) for spec in facts.engines if dims.loops(spec)
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     options = _parser().parse_args(arguments)
     try:
         names = [options.engines, *options.versus]
         record = measure(
-            [contenders.parse(text, options.engines) for text in names],
+            [candidates.parse(text, options.engines) for text in names],
             images=options.images,
             seconds=options.seconds,
             decoding_steps=options.decoding_steps,

@@ -73,7 +73,7 @@ class Memory(threading.Thread):
         self.join()
 
     def highest(self, since: float, until: float) -> int:
-        """Bytes."""
+        """Return bytes."""
         return max(size for at, size in self.samples if since <= at <= until)
 
 
@@ -96,7 +96,7 @@ def measure(
     try:
         host = urllib.parse.urlsplit(url).netloc
         with ThreadPoolExecutor(clients) as pool:
-            # drivers keep what the first run of a batch size allocates; that is not growth
+            # backends keep what the first run of a batch size allocates; that is not growth
             for n in range(1, Limits().batch + 1):
                 _ask(host, 0, {**body, "n": n})
             list(pool.map(lambda i: _ask(host, i, body), range(2 * clients)))
@@ -153,7 +153,7 @@ def _ask(host: str, i: int, body: dict[str, Any]) -> Served:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     options = _parser().parse_args(arguments)
     steps = {
         name: getattr(options, name)

@@ -1,4 +1,4 @@
-"""How much of a cold start is the engines': CPU seconds inside a driver, counted from outside.
+"""How much of a cold start is the engines': CPU seconds inside a backend, counted from outside.
 
 Counting costs two system calls for each call of an engine, so it ends with the first image; what is
 left then of a call that was made before is one question to this file.
@@ -28,7 +28,7 @@ class Meter:
         self._since = 0.0
 
     def watch(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same call, counted; the call itself once the meter has stopped."""
+        """Return the same call, counted; the call itself once the meter has stopped."""
         if not self._counting:
             return call
 
@@ -61,28 +61,28 @@ class Meter:
 
 
 class MeteredBackend:
-    """A driver whose engines are counted while they open and run; everything else is its own."""
+    """A backend whose engines are counted while they open and run; everything else is its own."""
 
-    def __init__(self, driver: Backend, meter: Meter) -> None:
-        self._driver, self._meter = driver, meter
+    def __init__(self, backend: Backend, meter: Meter) -> None:
+        self._backend, self._meter = backend, meter
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._driver, name)
+        return getattr(self._backend, name)
 
     def open(
         self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]
     ) -> MeteredEngine:
         """Load one engine."""
-        opened = self._meter.watch(self._driver.open)(folder, spec, dimensions)
+        opened = self._meter.watch(self._backend.open)(folder, spec, dimensions)
         return MeteredEngine(opened, self._meter)
 
     def wait(self) -> None:
         """Until all calls are done: a queued step is computed here."""
-        self._meter.watch(self._driver.wait)()
+        self._meter.watch(self._backend.wait)()
 
 
 class MeteredEngine:
-    """One engine of a metered driver."""
+    """One engine of a metered backend."""
 
     def __init__(self, engine: Engine, meter: Meter) -> None:
         self._engine, self._meter = engine, meter
@@ -93,5 +93,5 @@ class MeteredEngine:
     def bind(
         self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
     ) -> Callable[[], None]:
-        """A call on these buffers."""
+        """Return a call on these buffers."""
         return self._meter.watch(self._engine.bind(inputs, outputs))

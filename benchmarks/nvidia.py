@@ -41,13 +41,13 @@ MIB = 1 << 20
 
 
 def limits(mask: int) -> frozenset[str]:
-    """What a mask of clock event reasons names."""
+    """Return what a mask of clock event reasons names."""
     return frozenset(name for bit, name in LIMITS.items() if mask & bit)
 
 
 def parse_live(line: str) -> Reading | None:
-    """A line of `nvidia-smi --query-gpu=LIVE,reasons --format=csv,noheader,nounits`. A field that
-    the card does not have reads `[N/A]`."""
+    """Return a line of `nvidia-smi --query-gpu=LIVE,reasons --format=csv,noheader,nounits`. A field
+    that the card does not have reads `[N/A]`."""
     *values, reasons = (part.strip() for part in line.split(","))
     if len(values) != len(LIVE):
         return None
@@ -62,14 +62,14 @@ def parse_live(line: str) -> Reading | None:
 
 
 def parse_process(line: str) -> tuple[int, int] | None:
-    """A line of `nvidia-smi --query-compute-apps=pid,used_memory --format=csv,noheader,nounits`:
-    process id and bytes."""
+    """Return a line of `nvidia-smi --query-compute-apps=pid,used_memory
+    --format=csv,noheader,nounits`: process id and bytes."""
     pid, _, size = (part.strip() for part in line.partition(","))
     return (int(pid), int(size) * MIB) if pid.isdecimal() and size.isdecimal() else None
 
 
 def parse_static(line: str) -> dict[str, str]:
-    """A line of `nvidia-smi --query-gpu=STATIC --format=csv,noheader`."""
+    """Return a line of `nvidia-smi --query-gpu=STATIC --format=csv,noheader`."""
     pairs = zip(STATIC, (part.strip() for part in line.split(",")), strict=False)
     return {name: value for name, value in pairs if not value.startswith("[")}
 
@@ -95,15 +95,15 @@ class Smi:
             self._held[pid] = max(self._held.get(pid, 0), size)
 
     def read(self) -> Reading | None:
-        """The card's last line, once."""
+        """Return the card's last line, once."""
         return self._card.read()
 
     def counters(self) -> dict[str, float]:
-        """It prints no energy."""
+        """Return nothing: it prints no energy."""
         return {}
 
     def memory(self, pid: int) -> int | None:
-        """The most that was printed."""
+        """Return the most that was printed."""
         return self._held.get(pid)
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ class Nvml:
         self._held: dict[int, int] = {}
 
     def _told(self, function: str, *arguments: Any) -> Any:
-        """An answer, or None where this card, driver or version has none."""
+        """Return an answer, or None where this card, driver or version has none."""
         try:
             return getattr(self._nvml, function)(self._card, *arguments)
         except (self._nvml.NVMLError, AttributeError):
@@ -157,7 +157,7 @@ class Nvml:
         return {} if millijoules is None else {"gpu_j": millijoules / 1000}
 
     def memory(self, pid: int) -> int | None:
-        """The most that was seen."""
+        """Return the most that was seen."""
         return self._held.get(pid) or None
 
     def close(self) -> None:
@@ -182,7 +182,7 @@ def bus_id(load: Callable[[str], Any] = ctypes.CDLL) -> str | None:
 
 
 def sources() -> list[Source]:
-    """The GPU, where there is one that tells."""
+    """Return the GPU, where there is one that tells."""
     bus = bus_id()
     if bus is None:
         return []

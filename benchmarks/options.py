@@ -37,8 +37,8 @@ PARTS = {
 
 
 def variants(decoding_steps: int, num_inference_steps: int) -> list[dict[str, int]]:
-    """What is compared, as arguments of `Generator.run`; the first is exact. Fewer denoising steps
-    are there for comparison: they cost what a cache interval of 2 and 3 costs."""
+    """Return what is compared, as arguments of `Generator.run`; the first is exact. Fewer denoising
+    steps are there for comparison: they cost what a cache interval of 2 and 3 costs."""
     few = [max(1, decoding_steps // n) for n in (2, 4, 8)]
     steps = [{"decoding_steps": n} for n in dict.fromkeys(few) if n < decoding_steps]
     cached = [{"cache_interval": n} for n in (2, 3, 4)]
@@ -51,7 +51,7 @@ def variants(decoding_steps: int, num_inference_steps: int) -> list[dict[str, in
 def draw(
     generator: Generator, items: Sequence[HeldOut], options: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """A record for each option."""
+    """Return a record for each option."""
     found: list[list[tuple[NDArray[np.uint8], dict[str, float], bool]]] = [[] for _ in options]
     for i, item in enumerate(items):
         for given, results in zip(options, found, strict=True):
@@ -94,11 +94,11 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.options", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--engines", type=Path, default=DEFAULT_SET, help="the model in the box's")
+    parser.add_argument("--engines", type=Path, default=DEFAULT_SET, help="the demo model's")
     parser.add_argument("--backend", help="default: the fastest that is installed")
     parser.add_argument("--limit", type=count, help="this many prompts, evenly over the families")
     parser.add_argument("--json", type=new_file, help="write the record")

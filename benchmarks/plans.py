@@ -24,9 +24,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import compiling, cuts, machine
+from benchmarks import compiling, machine, truncated_models
 from benchmarks.arguments import new_file
-from bifrost_rt import command, dims, strict
+from bifrost_rt import command, dims, serialization
 from export.compile import capabilities, plan_text
 from export.compile.capabilities import ARCHITECTURES
 from export.compile.options import WEIGHTS
@@ -68,7 +68,8 @@ def sizes(branches: int) -> dict[str, int]:
 
 
 def formats() -> list[str]:
-    """What is compared: 16 bit, and those formats in which inputs and weights are multiplied."""
+    """Return what is compared: 16 bit, and those formats in which inputs and weights are
+    multiplied."""
     return [HALF.name, *(f.name for f in FORMATS.values() if f.rounding is not None)]
 
 
@@ -85,9 +86,9 @@ def shapes() -> Shapes:
 def measure(
     folder: Path, stages: Sequence[str], cards: Sequence[str], forms: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """A row for every stage, format, card that multiplies in it, and place of the weights."""
+    """Yield a row for every stage, format, card that multiplies in it, and place of the weights."""
     targets = {card: capabilities.architecture(card) for card in cards}
-    for spec in cuts.written(folder, stages, shapes(), forms):
+    for spec in truncated_models.written(folder, stages, shapes(), forms):
         form = spec.precision.requested
         for card, target in targets.items():
             if form not in ARCHITECTURES[target].precisions:
@@ -186,7 +187,7 @@ def write(path: Path, label: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {MODULE}", description=(__doc__ or "").split("\n")[0]
     )
@@ -211,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     forms = given.formats.split(",")
     for name in forms:
         if name not in FORMATS:
-            parser.error(f"--formats: unknown {name!r}{strict.nearest(name, FORMATS)}")
+            parser.error(f"--formats: unknown {name!r}{serialization.nearest(name, FORMATS)}")
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         for row in measure(Path(temporary), given.stages.split(","), given.cards.split(","), forms):

@@ -28,7 +28,7 @@ COLUMNS = ("set", "precision", "weights", "overall", "PSNR mean", "PSNR lowest",
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of a set's weights, as its build read them back."""
+    """Return bytes of a set's weights, as its build read them back."""
     report = json.loads(read_text(folder / "report.json"))
     return sum(sum(engine["weight_bytes"].values()) for engine in report["engines"].values())
 
@@ -64,7 +64,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.precision", description=(__doc__ or "").split("\n")[0]
     )

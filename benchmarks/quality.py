@@ -56,8 +56,8 @@ class Drawn:
 
 
 def chosen(limit: int | None, kept_out: bool = False) -> list[HeldOut]:
-    """The first prompts of every family, `limit` in all; None takes the whole list. `kept_out`
-    leaves those combinations of it that training prompts do not have."""
+    """Return the first prompts of every family, `limit` in all; None takes the whole list.
+    `kept_out` leaves those combinations of it that training prompts do not have."""
     each = PER_FAMILY if limit is None else max(1, math.ceil(limit / len(FAMILIES)))
     items = heldout()
     picked = [
@@ -69,7 +69,7 @@ def chosen(limit: int | None, kept_out: bool = False) -> list[HeldOut]:
 def draw(
     generator: Generator, item: HeldOut, bridge: str, options: Mapping[str, Any]
 ) -> tuple[NDArray[np.uint8], str | None]:
-    """The picture of one prompt, uint8 [H, W, 3], and what was thought of it."""
+    """Return the picture of one prompt, uint8 [H, W, 3], and what was thought of it."""
     arguments = dict(options)
     steps = arguments.get("decoding_steps") or generator.manifest.defaults.decoding_steps
     shuffled = np.random.default_rng(item.seed)
@@ -110,7 +110,7 @@ def closeness(
 
 
 def cells(close: Mapping[str, float]) -> list[str]:
-    """`closeness` in a table."""
+    """Return `closeness` in a table."""
     return [f"{close['psnr_mean']} dB", f"{close['psnr_min']} dB", f"{close['ssim_mean']:.3f}"]
 
 
@@ -147,7 +147,7 @@ def percent(drawn: list[Drawn]) -> float:
 
 
 def report(drawn: list[Drawn], setting: dict[str, Any]) -> dict[str, Any]:
-    """The JSON document: overall, families, kept-out combinations, every prompt."""
+    """Return the JSON document: overall, families, kept-out combinations, every prompt."""
     families = {f: [d for d in drawn if d.family == f] for f in FAMILIES}
     pairs = [(d.psnr, d.ssim) for d in drawn if d.psnr is not None and d.ssim is not None]
     return {
@@ -170,7 +170,7 @@ def report(drawn: list[Drawn], setting: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any], drawn: list[Drawn]) -> str:
-    """The report as lines for a person."""
+    """Return the report as lines for a person."""
     shares = result["families"].items()
     rows = [(family, share, sum(d.family == family for d in drawn)) for family, share in shares]
     rows += [
@@ -203,7 +203,7 @@ def sheet(drawn: list[Drawn], pictures: list[NDArray[np.uint8]], columns: int = 
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality", description=(__doc__ or "").split("\n")[0]
     )

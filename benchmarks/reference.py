@@ -3,7 +3,8 @@
 Padded to the full length, doubled for guidance at every weight, both branches for all rows, no
 cache, every decoding step run, and everything about the image computed again in every denoising
 step by the stock forwards of diffusers. Of this project it takes the weights
-(`export.checkpoint`) and the prompts' ids (`bifrost_rt.text`), and nothing of the mathematics.
+(`export.checkpoint`) and the prompts' ids (`bifrost_rt.tokenizers`), and nothing of the
+mathematics.
 
 Source: arXiv 2508.05954 and the inference script published with it.
 """
@@ -24,8 +25,8 @@ from torch import Tensor
 
 from benchmarks import reference_mllm
 from bifrost_rt.errors import BackendError
-from bifrost_rt.text import Tokenizers
-from export import text
+from bifrost_rt.tokenizers import Tokenizers
+from export import tokenizer_files
 from export.checkpoint import Checkpoint
 
 UNCONDITIONAL = ""
@@ -71,7 +72,9 @@ class Reference:
         # networks of its own: those of a build have lost their modulation layers
         self.checkpoint = Checkpoint(Path(mllm), Path(bifrost), Path(flux))
         with tempfile.TemporaryDirectory() as folder:
-            facts = text.write(self.checkpoint, Path(folder), mllm_max_length, t5_max_length)
+            facts = tokenizer_files.write(
+                self.checkpoint, Path(folder), mllm_max_length, t5_max_length
+            )
             self._tokenizers = Tokenizers(Path(folder), facts)
             # each is read at its first use, and the files go now
             self._tokenizers.mllm_prompt("")
@@ -102,7 +105,7 @@ class Reference:
             network.compile()
 
     def _diffusion(self) -> list[torch.nn.Module]:
-        """The networks of FLUX, read at their first use."""
+        """Return the networks of FLUX, read at their first use."""
         c = self.checkpoint
         return [c.clip, c.t5, c.controlnet, c.transformer, c.vae.decoder]
 
@@ -213,7 +216,7 @@ class Reference:
         guidance_scale: float,
         control_scale: float,
     ) -> Tensor:
-        """The pipeline's loop: ControlNet, transformer, scheduler, from the text on."""
+        """Return the pipeline's loop: ControlNet, transformer, scheduler, from the text on."""
         n, image_tokens = latents.shape[:2]
         checkpoint = self.checkpoint
         for network in (*self._diffusion(), checkpoint.vae):
@@ -279,7 +282,7 @@ class Reference:
 
 
 def _move(network: torch.nn.Module, device: torch.device) -> None:
-    """What was read goes to the device; counters that nothing reads never left `meta`."""
+    """Move what was read to the device; counters that nothing reads never left `meta`."""
     network._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 

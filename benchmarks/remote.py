@@ -1,4 +1,4 @@
-"""A contender in a process of its own, so that loading, cold start and peak memory are its alone,
+"""A candidate in a process of its own, so that loading, cold start and peak memory are its alone,
 and the parent can let several draw in turn."""
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import contenders
-from benchmarks.contenders import Spec
+from benchmarks import candidates
+from benchmarks.candidates import Spec
 from benchmarks.metering import Meter
 from bifrost_rt.errors import BifrostError, EngineSetError
 
@@ -37,7 +37,7 @@ class First:
 
 
 class Remote:
-    """Starts the process and waits until its contender is loaded.
+    """Starts the process and waits until its candidate is loaded.
 
     Raises:
         EngineSetError: it could not be loaded; with the message of the process.
@@ -104,13 +104,13 @@ def _serve(spec: Spec, pipe: Connection) -> None:
     try:
         meter = Meter()
         start = time.perf_counter()
-        contender = contenders.load(spec, meter)
+        candidate = candidates.load(spec, meter)
         pipe.send(("ok", time.perf_counter() - start))
         while True:
             asked, request = pipe.recv()
             if asked == "end":
                 break
-            picture, timings = contender.draw(request)
+            picture, timings = candidate.draw(request)
             if asked == "first":
                 engines = meter.cpu_seconds if spec.runs_the_set else None
                 meter.stop()

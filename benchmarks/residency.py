@@ -5,7 +5,7 @@
 First every engine alone: resident memory once it is open, at its highest while it opens, and when
 it is closed again, over the bytes of its files. Then one picture with everything resident and one
 under a share of what that takes; each runs in a process of its own, and the pictures must be equal
-to the bit. Resident memory counts from a process that has loaded the driver and nothing else.
+to the bit. Resident memory counts from a process that has loaded the backend and nothing else.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from bifrost_rt import backends, command, dims, manifest, residency
+from bifrost_rt import backends, command, dims, manifest, memory_plan
 from bifrost_rt.generator import Generator
-from bifrost_rt.residency import Need
+from bifrost_rt.memory_plan import Requirement
 
 STEPS: dict[str, Any] = {"num_inference_steps": 2, "decoding_steps": 4}
 
@@ -40,14 +40,14 @@ def reset() -> int:
     return status()[0]
 
 
-def engines(folder: Path, backend: str) -> list[dict[str, Any]]:
+def engines(folder: Path, name: str) -> list[dict[str, Any]]:
     """Each engine of a set, opened alone."""
-    facts, driver = manifest.read(folder), backends.load(backend)
+    facts, backend = manifest.read(folder), backends.load(name)
     found = []
     for spec in facts.engines:
         stored = manifest.stored_bytes(facts, spec)
         base = reset()
-        engine = driver.open(folder, spec, facts.dimensions)
+        engine = backend.open(folder, spec, facts.dimensions)
         opened, peak = status()
         engine.close()
         del engine
@@ -58,25 +58,25 @@ def engines(folder: Path, backend: str) -> list[dict[str, Any]]:
                 "open_bytes": opened - base,
                 "peak_bytes": peak - base,
                 "closed_bytes": status()[0] - base,
-                "counted_bytes": driver.weights_in_memory(spec, stored),
+                "counted_bytes": backend.weights_in_memory(spec, stored),
             }
         )
     return found
 
 
-def needs(folder: Path, backend: str) -> list[Need]:
-    """What the schedule of one picture counts with."""
-    facts, driver = manifest.read(folder), backends.load(backend)
+def needs(folder: Path, name: str) -> list[Requirement]:
+    """Return what the schedule of one picture counts with."""
+    facts, backend = manifest.read(folder), backends.load(name)
     order = dims.drawing(facts.engines)
-    at = residency.sizes(facts, **STEPS)
-    return residency.needs(facts, order, at, driver.weights_in_memory, driver.scratch_share)
+    at = memory_plan.sizes(facts, **STEPS)
+    return memory_plan.needs(facts, order, at, backend.weights_in_memory, backend.scratch_share)
 
 
-def picture(folder: Path, backend: str, budget: int) -> dict[str, Any]:
+def picture(folder: Path, name: str, budget: int) -> dict[str, Any]:
     """Two pictures of one generator; the second finds what the first has left."""
-    driver = backends.load(backend)
+    backend = backends.load(name)
     base = reset()
-    with Generator(folder, backend=driver, memory_budget=budget, prompt_cache=0) as generator:
+    with Generator(folder, backend=backend, memory_budget=budget, prompt_cache=0) as generator:
         result = [generator.run("a red circle", seed=1, output_type="np", **STEPS) for _ in "ab"]
         peak = status()[1] - base
     digests = {
@@ -99,7 +99,7 @@ def measure(folder: Path, backend: str, share: float) -> dict[str, Any]:
     everything = sum(need.held for need in wanted) + max(need.tensors for need in wanted)
     budget = max(int(everything * share), max(need.total for need in wanted))
     ahead = backends.load(backend).opens_in_threads
-    planned = residency.schedules_of(wanted, budget, ahead=ahead)
+    planned = memory_plan.schedules_of(wanted, budget, ahead=ahead)
     return {
         "machine": machine.describe(),
         "set": folder.name,
@@ -116,7 +116,7 @@ def measure(folder: Path, backend: str, share: float) -> dict[str, Any]:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.residency", description=__doc__)
     parser.add_argument("set", type=Path)
     parser.add_argument("--backend", default="onnxruntime")

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ceilings
+from benchmarks.candidates import Spec
 from benchmarks.ceilings import Ceilings
-from benchmarks.contenders import Spec
-from bifrost_rt import backends, dims, manifest, residency
+from bifrost_rt import backends, dims, manifest, memory_plan
 from bifrost_rt.dims import CACHE_TOKENS, NEW_TOKENS, TEXT_TOKENS
 from bifrost_rt.errors import EngineSetError
 from bifrost_rt.formats import of_layers
 from bifrost_rt.manifest import EngineSpec, Manifest, stored_bytes
-from bifrost_rt.text import Tokenizers
+from bifrost_rt.tokenizers import Tokenizers
 from export import formats
 from export.formats import FORMATS, FULL
 
@@ -27,8 +27,8 @@ from export.formats import FORMATS, FULL
 def ceilings_of(
     specs: Sequence[Spec], machine: Mapping[str, Any], earlier: Mapping[str, Ceilings] | None = None
 ) -> dict[str, Ceilings]:
-    """What bounds the contenders: "cpu", measured now, and "gpu", where engines run on them and
-    their ceilings are known.
+    """Return what bounds the candidates: "cpu", measured now, and "gpu", where engines run on them
+    and their ceilings are known.
 
     Args:
         machine: as `machine.describe()` gives it.
@@ -46,7 +46,7 @@ def ceilings_of(
 def _place(spec: Spec) -> str | None:
     if not spec.runs_the_set:
         return None
-    return "gpu" if backends.DRIVERS[spec.backend].gpu else "cpu"
+    return "gpu" if backends.BACKENDS[spec.backend].gpu else "cpu"
 
 
 def of_contender(
@@ -73,7 +73,7 @@ def of_contender(
         from export.planning import estimate, work  # brings torch
     except ModuleNotFoundError as error:
         return {"unknown": f"the Python package `{error.name}`, which counts, is not installed"}
-    base = residency.sizes(
+    base = memory_plan.sizes(
         facts,
         guided=facts.defaults.cfg_weight != 1.0,
         decoding_steps=request["decoding_steps"],
@@ -113,11 +113,11 @@ def of_contender(
 def rate_of(engine: EngineSpec, backend: str, bounds: Ceilings) -> float | None:
     """10^12 operations a second of the fastest arithmetic that an engine uses, so that its least
     time is one; None where one of them is not known."""
-    if not backends.DRIVERS[backend].exact:
+    if not backends.BACKENDS[backend].exact:
         return None  # bfloat16 on a CPU, which numpy cannot measure
     precision = engine.precision
     if engine.compiled is None:
-        # a driver of graphs: bytes as they are, whatever else is stored in float32
+        # a backend of graphs: bytes as they are, whatever else is stored in float32
         bytewise = [FORMATS[f.name] for f in of_layers(precision.layers) if f.multiplies_bytes]
         names = {declared.rate for declared in bytewise or [FULL]}
     else:
@@ -129,7 +129,7 @@ def rate_of(engine: EngineSpec, backend: str, bounds: Ceilings) -> float | None:
 
 
 def graphs_of(folder: Path, facts: Manifest) -> Path | None:
-    """Where the ONNX graphs of a set are: in it, or, where it was compiled, in a set beside it
+    """Say where the ONNX graphs of a set are: in it, or, where it was compiled, in a set beside it
     whose graphs have the hashes that it names."""
     sources = {spec.name: spec.compiled.source_sha256 for spec in facts.engines if spec.compiled}
     if not sources:

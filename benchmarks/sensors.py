@@ -32,10 +32,11 @@ class Source(Protocol):
         """Now; None where nothing came since the last call."""
 
     def counters(self) -> dict[str, float]:
-        """What only grows, by name and unit: joules end in `_j`."""
+        """Return what only grows, by name and unit: joules end in `_j`."""
 
     def memory(self, pid: int) -> int | None:
-        """The most bytes of the device that a process was seen to hold; None: it does not tell."""
+        """Return the most bytes of the device that a process was seen to hold; None: it does not
+        tell."""
 
     def close(self) -> None:
         """Stop."""
@@ -64,7 +65,7 @@ class Lines:
                 self._latest = reading
 
     def read(self) -> Reading | None:
-        """The last line, once."""
+        """Return the last line, once."""
         latest, self._latest = self._latest, None
         return latest
 
@@ -86,7 +87,7 @@ class Lines:
 
 
 def output(*command: str) -> str | None:
-    """What a program says, where it is there and succeeds."""
+    """Return what a program says, where it is there and succeeds."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)

@@ -33,7 +33,7 @@ LIMIT = 400 << 20  # bytes of weights in one piece
 
 
 def prepare(work: Path, like: str, layers: int) -> Path:
-    """The checkpoint, unless it is there."""
+    """Return the checkpoint, unless it is there."""
     from export.synthesize import synthesize
     from export.synthetic import networks, shards
 
@@ -64,11 +64,11 @@ def build(folder: Path, output: Path, precision: str) -> None:
     from export import graph
     from export import precision as precisions
     from export.checkpoint import Checkpoint
+    from export.graph_partitions import PartitionedEngine
     from export.model.decoding import VisualDecode
     from export.parity import rounding
-    from export.pieces import EngineInPieces
     from export.stages import visual_decode
-    from export.streaming import largest, streamed
+    from export.weight_offloading import largest, streamed
 
     def done(part: str, **facts: Any) -> None:
         print(json.dumps({"part": part, **facts}), flush=True)
@@ -82,7 +82,7 @@ def build(folder: Path, output: Path, precision: str) -> None:
         precisions.round_weights(stage.module, precision)
     else:
         rest = HALF.name
-        layers = _quantise(stage, precision, rest, inputs, done)
+        layers = _quantize(stage, precision, rest, inputs, done)
     traced = graph.to_graph(stage)
     precisions.store(traced, rest)
     done("trace", largest_bytes=largest(stage.module))
@@ -93,7 +93,7 @@ def build(folder: Path, output: Path, precision: str) -> None:
         expected = stage.module(*(torch.from_numpy(inputs[t.name]) for t in stage.inputs))
     done("torch, layer by layer")
     facts = _spec(stage, files)
-    engine = EngineInPieces(output, facts, _ranges(), limit=LIMIT)
+    engine = PartitionedEngine(output, facts, _ranges(), limit=LIMIT)
     outputs = {
         t.name: np.empty(tuple(e.shape), t.dtype)
         for t, e in zip(stage.outputs, expected, strict=True)
@@ -102,7 +102,7 @@ def build(folder: Path, output: Path, precision: str) -> None:
     wanted, found = expected[0].numpy(), outputs["next_tokens"]
     done(
         "engine, in pieces",
-        pieces=len(engine.pieces),
+        partitions=len(engine.partitions),
         values=int(wanted.size),
         max_error=float(np.abs(wanted - found).max()),
         largest_value=float(np.abs(wanted).max()),
@@ -133,22 +133,22 @@ def _inputs(stage: Any) -> dict[str, Any]:
     return found
 
 
-def _quantise(
+def _quantize(
     stage: Any, form: str, rest: str, inputs: dict[str, Any], done: Any
 ) -> dict[str, int]:
-    """As `export.quantize.quantise` does, with the statistics of one call. Returns the number of
+    """As `export.quantize.quantize` does, with the statistics of one call. Returns the number of
     layers by format."""
     import torch
 
     from export.precision import round_weights
     from export.quantize import apply, policy
-    from export.quantize.statistics import Observed, Statistics
-    from export.streaming import streamed
+    from export.quantize.statistics import Observer, Statistics
+    from export.weight_offloading import streamed
 
     statistics = Statistics("", ())
     hooks = []
     for path, linear in policy.linears(stage):
-        seen = statistics.layers[f"{stage.name}:{path}"] = Observed.nothing(linear.in_features)
+        seen = statistics.layers[f"{stage.name}:{path}"] = Observer.nothing(linear.in_features)
         hooks.append(linear.register_forward_hook(lambda _, x, y, seen=seen: seen.add(x[0], y)))
     with torch.inference_mode(), streamed(stage.module, 0):
         stage.module(*(torch.from_numpy(inputs[t.name]) for t in stage.inputs))
@@ -223,7 +223,7 @@ def _anonymous(pid: int) -> int:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming", description=__doc__)
     parser.add_argument("--like", choices=PRESETS, default="7b")
     parser.add_argument("--layers", type=count, default=6)

@@ -9,15 +9,15 @@ MIB = 1 << 20
 
 
 def text(record: Mapping[str, Any]) -> str:
-    """Machine, request, every contender, and how many times as long it takes as the first."""
+    """Machine, request, every candidate, and how many times as long it takes as the first."""
     lines = [_machine(record), _request(record["request"])]
     lines += [_ceilings(name, known) for name, known in record["ceilings"].items()]
-    for contender in record["contenders"]:
-        lines += ["", *_contender(contender)]
+    for candidate in record["candidates"]:
+        lines += ["", *_contender(candidate)]
     if others := record["ratio_by_contender"]:
         lines.append("")
     lines += [
-        f"{name} over {record['contenders'][0]['name']}: "
+        f"{name} over {record['candidates'][0]['name']}: "
         f"MLLM {ratio['mllm']:.2f}, whole image {ratio['image']:.2f}"
         for name, ratio in others.items()
     ]

@@ -1,6 +1,6 @@
-"""What the machine did while a contender drew: clocks, temperatures, power, energy.
+"""What the machine did while a candidate drew: clocks, temperatures, power, energy.
 
-Sources say what their device tells; what it does not tell is not there. A contender's figures are
+Sources say what their device tells; what it does not tell is not there. A candidate's figures are
 those of its own turns. They are the machine's all the same: whatever else ran then is in them, and
 a turn that is shorter than a device's own averaging (NVIDIA: up to a second) borrows from its
 neighbour's.
@@ -24,7 +24,7 @@ POWER, ENERGY = "_w", "_j"
 
 @dataclass
 class Log:
-    """What was read in one contender's turns."""
+    """What was read in one candidate's turns."""
 
     seconds: float = 0.0
     samples: int = 0
@@ -33,7 +33,8 @@ class Log:
     counters: dict[str, float] = field(default_factory=dict)
 
     def add(self, readings: Sequence[Reading]) -> None:
-        """Readings of all sources at one moment. What two of them tell is taken from the first."""
+        """Return readings of all sources at one moment. What two of them tell is taken from the
+        first."""
         self.samples += 1
         told: dict[str, float] = {}
         for reading in readings:
@@ -70,7 +71,7 @@ class Log:
 
 
 class Telemetry:
-    """All sources of this machine, read while a contender draws."""
+    """All sources of this machine, read while a candidate draws."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources = sources
@@ -112,7 +113,7 @@ class Telemetry:
         return found
 
     def memory(self, pid: int) -> int | None:
-        """The most device memory that a process was seen to hold, where that is told."""
+        """Return the most device memory that a process was seen to hold, where that is told."""
         seen = [found for source in self._sources if (found := source.memory(pid)) is not None]
         return max(seen, default=None)
 

@@ -57,7 +57,7 @@ class Render:
 
 
 def fresh(number: int) -> list[Render]:
-    """Renders that no training has seen, of both kinds by turns."""
+    """Return renders that no training has seen, of both kinds by turns."""
     rng, found = np.random.default_rng(SEED), []
     for i in range(number):
         spec = training_spec(rng)
@@ -71,7 +71,7 @@ def fresh(number: int) -> list[Render]:
 
 
 def parse(words: str) -> tuple[list[Placed], str] | None:
-    """The objects and the background that a description names; None where it is none."""
+    """Return the objects and the background that a description names; None where it is none."""
     head, _, rest = words.partition(" background, ")
     if head not in BACKGROUNDS:
         return None
@@ -88,8 +88,8 @@ def parse(words: str) -> tuple[list[Placed], str] | None:
 
 
 def parts_right(words: str, truth: str) -> dict[str, bool]:
-    """What of a description is right: the background, how many objects, their colours and shapes,
-    and all of it."""
+    """Return what of a description is right: the background, how many objects, their colours and
+    shapes, and all of it."""
     said, wanted = parse(words), parse(truth)
     assert wanted is not None
     if said is None:
@@ -187,7 +187,7 @@ def percent(right: Sequence[bool]) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as lines for a person."""
+    """Return the result as lines for a person."""
     names = ("exact", "number", "colours", "shapes", "background")
     lines = ["| | " + " | ".join(("renders", *names)) + " |", "|---|" + "---|" * (len(names) + 1)]
     for who, found in result["descriptions"].items():
@@ -206,7 +206,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.understanding", description=(__doc__ or "").split("\n")[0]
     )

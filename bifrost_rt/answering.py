@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bifrost_rt import dims, residency, text_inputs
+from bifrost_rt import dims, memory_plan, text_inputs
 from bifrost_rt.backends.base import Buffer
 from bifrost_rt.engines import Engines, Loop
 from bifrost_rt.errors import RequestError
@@ -117,7 +117,7 @@ class _Kept:
         return sum(math.prod(buffer.shape) * buffer.dtype.itemsize for buffer in held)
 
     def common(self, asked: Conversation, images: NDArray[np.int64]) -> int:
-        """How many rows a conversation begins with that are here; never all of it, because its
+        """Say how many rows a conversation begins with that are here; never all of it, because its
         last row gives the first token."""
         most = min(len(self.ids), len(asked.ids) - 1)
         same = (
@@ -146,8 +146,8 @@ class Answering:
         assert most is not None
         return most
 
-    def sizes(self, prompt_tokens: int, max_new_tokens: int) -> residency.Sizes:
-        """What a conversation makes of the symbols at the engine's door."""
+    def sizes(self, prompt_tokens: int, max_new_tokens: int) -> memory_plan.Sizes:
+        """Return what a conversation makes of the symbols of the engine's inputs and outputs."""
         new = min(prompt_tokens, self._chunk)
         capacity, steps = self._capacity(prompt_tokens, max_new_tokens)
         found = dims.of_run(
@@ -216,8 +216,8 @@ class Answering:
         return _bucket(prompt_tokens + steps, LEAST_CACHE, self.context), steps
 
     def _cache(self, asked: Conversation, images: NDArray[np.int64], capacity: int) -> _Kept:
-        """A cache of at least that capacity, whose rows are those that the conversation begins
-        with."""
+        """Return a cache of at least that capacity, whose rows are those that the conversation
+        begins with."""
         kept, self._kept = self._kept, None
         self._engines.keep_beside(0, self.forget)  # it is among the engine's tensors meanwhile
         common = 0 if kept is None else kept.common(asked, images)
@@ -349,7 +349,7 @@ class Answer(Iterator[int]):
         }
 
     def _rows(self, at: int, upto: int, width: int) -> Arrays:
-        """The rows of the prompt from `at` to `upto`."""
+        """Return the rows of the prompt from `at` to `upto`."""
         asked, model = self._asked, self._owner._manifest.model
         first, last = np.searchsorted(asked.image_places, (at, upto))
         images = {

@@ -23,7 +23,7 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def folder(environment: Mapping[str, str] | None = None, platform: str = sys.platform) -> Path:
-    """The cache folder of this user; it need not exist.
+    """Return the cache folder of this user; it need not exist.
 
     `$BIFROST_CACHE` names it; otherwise it is `bifrost-rt` where the system keeps caches.
     """
@@ -40,7 +40,7 @@ def folder(environment: Mapping[str, str] | None = None, platform: str = sys.pla
 
 
 def off() -> bool:
-    """Whether this process was told to run without what earlier ones kept."""
+    """Say whether this process was told to run without what earlier ones kept."""
     return bool(os.environ.get(OFF))
 
 
@@ -59,7 +59,7 @@ def switched_off() -> Iterator[None]:
 
 
 def read(kind: str, key: str) -> bytes | None:
-    """What was kept under a key, or None: not there, unreadable or damaged.
+    """Return what was kept under a key, or None: not there, unreadable or damaged.
 
     Args:
         kind: a subfolder, such as "traces".

@@ -18,7 +18,7 @@ from bifrost_rt.errors import RequestError
 from bifrost_rt.image_processor import Patches
 from bifrost_rt.manifest import Chat, SetSpec
 from bifrost_rt.messages import Turn
-from bifrost_rt.text import Tokenizers
+from bifrost_rt.tokenizers import Tokenizers
 
 # Called with every token's piece of text, which is empty while a character is not whole; raises to
 # end the answer.
@@ -71,7 +71,7 @@ class ChatResult:
 
 
 def facts(manifest: SetSpec) -> Chat:
-    """How the set holds conversations.
+    """Say how the set holds conversations.
 
     Raises:
         RequestError: it does not.
@@ -161,7 +161,7 @@ class Speaker:
         return image_processor.patches(image, vision.facts(self._manifest))
 
     def _tokens(self, patches: Patches, timings: dict[str, float]) -> NDArray[np.float32]:
-        """The tokens of an image; of one that comes again, those that were kept."""
+        """Return the tokens of an image; of one that comes again, those that were kept."""
         kept = self._engines.prompts
         key = prompt_cache.key(vision.NAME, {"patches": patches.values})
         if (found := kept.get(key)) is not None:

@@ -94,7 +94,7 @@ ANSWERS: dict[str, Any] = {
 
 
 def ranges(dims: Iterable[Dim] = DIMS.values(), **limits: int | None) -> dict[str, Range]:
-    """The range of every size.
+    """Return the range of every size.
 
     Args:
         limits: `max_images`, `mllm_max_length`, `num_visual_tokens`, `max_steps`, `chunk`,
@@ -119,7 +119,8 @@ def of_run(
     image_tokens: int = 1,
     answer_tokens: int = 1,
 ) -> dict[str, int]:
-    """The value of every size in a run: one picture without guidance where nothing else is said.
+    """Return the value of every size in a run: one picture without guidance where nothing else is
+    said.
 
     Args:
         text_tokens: tokens of the longest text.
@@ -143,7 +144,7 @@ def of_run(
 
 
 def shape_at(shape: Iterable[Size], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """A tensor's shape with a number for every dimension.
+    """Return a tensor's shape with a number for every dimension.
 
     Raises:
         ValueError: `sizes` lacks a symbol of it.
@@ -152,7 +153,7 @@ def shape_at(shape: Iterable[Size], sizes: Mapping[str, int]) -> tuple[int, ...]
 
 
 def evaluate(size: Size, sizes: Mapping[str, int]) -> int:
-    """A number, the value of a symbol, or that of an expression.
+    """Return a number, the value of a symbol, or that of an expression.
 
     Raises:
         ValueError: not an expression of sums and products, or `sizes` lacks a symbol of it.
@@ -165,7 +166,7 @@ def evaluate(size: Size, sizes: Mapping[str, int]) -> int:
 
 
 def symbols(size: Size) -> frozenset[str]:
-    """The names in a dimension."""
+    """Return the names in a dimension."""
     if isinstance(size, int):
         return frozenset()
     nodes = ast.walk(_parsed(size))
@@ -173,42 +174,42 @@ def symbols(size: Size) -> frozenset[str]:
 
 
 def used_by(spec: EngineSpec) -> frozenset[str]:
-    """The names in the shapes of an engine's inputs and outputs."""
+    """Return the names in the shapes of an engine's inputs and outputs."""
     shapes = (tensor.shape for tensor in (*spec.inputs, *spec.outputs))
     return frozenset[str]().union(*(symbols(size) for shape in shapes for size in shape))
 
 
 def decodes(spec: EngineSpec) -> bool:
-    """Whether an engine belongs to the loop of decoding, because it reveals tokens; any other
+    """Say whether an engine belongs to the loop of decoding, because it reveals tokens; any other
     belongs to that of denoising."""
     return REVEALED in used_by(spec)
 
 
 def looks(spec: EngineSpec) -> bool:
-    """Whether an engine belongs to looking at an image, because it reads its windows; drawing does
-    not use it."""
+    """Say whether an engine belongs to looking at an image, because it reads its windows; drawing
+    does not use it."""
     return WINDOWS in used_by(spec)
 
 
 def reads_pieces(spec: EngineSpec) -> bool:
-    """Whether an engine reads a text piece by piece, behind a cache."""
+    """Say whether an engine reads a text piece by piece, behind a cache."""
     return {NEW_TOKENS, CACHE_TOKENS} <= used_by(spec)
 
 
 def drawing(engines: Iterable[EngineSpec]) -> list[str]:
-    """The names of those engines that draw, in their order."""
+    """Return the names of those engines that draw, in their order."""
     return [spec.name for spec in engines if not looks(spec)]
 
 
 def loops(spec: EngineSpec) -> bool:
-    """Whether an engine belongs to a loop of drawing: it carries something from step to step. The
-    text engine does so in answers alone."""
+    """Say whether an engine belongs to a loop of drawing: it carries something from step to step.
+    The text engine does so in answers alone."""
     return bool(spec.state) and STEPS in used_by(spec)
 
 
 def calls(spec: EngineSpec, sizes: Mapping[str, int]) -> int:
-    """How often an engine runs for a picture: once a step where a loop of drawing carries something
-    from step to step, once in all where none does."""
+    """Say how often an engine runs for a picture: once a step where a loop of drawing carries
+    something from step to step, once in all where none does."""
     return sizes[STEPS] if loops(spec) else 1
 
 

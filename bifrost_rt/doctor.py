@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Sequence
 
-from bifrost_rt import backends, cache, generator, manifest, processor, residency
+from bifrost_rt import backends, cache, generator, manifest, memory_plan, processor
 from bifrost_rt.backends import gpu
 from bifrost_rt.errors import EngineSetError
 from bifrost_rt.processor import Processor
@@ -16,7 +16,7 @@ from bifrost_rt.processor import Processor
 # what to do -> the packages that it takes, and the extra that brings them
 TASKS = {
     "serving (bifrost-rt serve)": (("fastapi", "uvicorn", "prometheus_client"), "serve"),
-    "serving on many devices (serve run bifrost_rt.serve.scaled:app)": (("ray",), "ray"),
+    "serving on many devices (serve run bifrost_rt.serve.ray_app:app)": (("ray",), "ray"),
     "building sets (python -m export.build)": (
         ("torch", "transformers", "diffusers", "onnx", "onnxscript"),
         "export",
@@ -53,13 +53,13 @@ def report(here: Processor | None = None) -> str:
         "",
         "backends",
     ]
-    for name, driver in backends.DRIVERS.items():
-        reason = driver.unavailable()
+    for name, backend in backends.BACKENDS.items():
+        reason = backend.unavailable()
         if reason:
-            remedy = driver.remedy()
+            remedy = backend.remedy()
             lines.append(f"  {name:16} no: {reason}" + (f"; {remedy}" if remedy else ""))
         else:
-            lines.append(f"  {name:16} yes, version {_version(driver.library)}")
+            lines.append(f"  {name:16} yes, version {_version(backend.library)}")
     lines += ["", "the default model's set", f"  {_default_set()}"]
     lines += ["", "what builds and TensorRT-RTX keep, safe to delete", f"  {_cache()}"]
     for title, (packages, extra) in TASKS.items():
@@ -108,7 +108,7 @@ def _memory() -> str:
         size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return ""
-    free = residency.host_memory()
+    free = memory_plan.host_memory()
     return f", {size / 2**30:.0f} GiB of memory" + (
         "" if free is None else f" ({free / 2**30:.0f} free)"
     )

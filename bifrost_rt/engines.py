@@ -12,15 +12,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from bifrost_rt import dims, residency
+from bifrost_rt import dims, memory_plan
 from bifrost_rt.backends.base import Backend, Buffer, Engine, output_shape, symbol_sizes
+from bifrost_rt.buffer_pool import BufferPool
 from bifrost_rt.errors import BifrostError, BudgetError
 from bifrost_rt.formats import FULL, HALF
 from bifrost_rt.manifest import EngineSpec, SetSpec
+from bifrost_rt.memory_plan import Requirement, Sizes, Step
 from bifrost_rt.opened import OpenedFiles, files_of
 from bifrost_rt.prompt_cache import Outputs, PromptCache
-from bifrost_rt.residency import Need, Sizes, Step
-from bifrost_rt.workspace import Workspace
 
 
 class Engines:
@@ -62,18 +62,18 @@ class Engines:
         self._open: dict[str, Engine] = {}
         self._arriving: dict[str, Future[Engine]] = {}
         self._pool = ThreadPoolExecutor(os.cpu_count()) if backend.opens_in_threads else None
-        self._workspace = Workspace(backend)
+        self._buffer_pool = BufferPool(backend)
         self._held: dict[str, int] = {}
         self._steps: dict[str, Step] = {}
-        self._needs: dict[str, Need] = {}
+        self._needs: dict[str, Requirement] = {}
         self._beside, self._leave_beside = 0, _nothing
         # an image to look at may never come, and takes as much memory as it has pixels
         order = dims.drawing(manifest.engines)
         if budget is None:
             self._enter_all(order)
             return
-        self.begin(order, residency.sizes(manifest))
-        if residency.everything_fits(tuple(self._steps.values())):
+        self.begin(order, memory_plan.sizes(manifest))
+        if memory_plan.everything_fits(tuple(self._steps.values())):
             self._enter_all(order)
 
     def begin(
@@ -88,7 +88,7 @@ class Engines:
         several runs, of which each uses an engine before any uses the next.
 
         Args:
-            at: engine -> a number for every symbol of its doors.
+            at: engine -> a number for every symbol of its inputs and outputs.
             waiting: how many runs there are.
             without: gives the engines that need not run because their outputs are kept; asked when
                 it is known how many may stay.
@@ -122,34 +122,34 @@ class Engines:
         held = dict(self._held)
         for need in needs:
             held[need.engine] = max(need.held, held.get(need.engine, 0))
-        self._workspace.keep = sum(held.values()) + all_tensors <= budget
-        reloads = not residency.everything_fits(steps)
+        self._buffer_pool.keep = sum(held.values()) + all_tensors <= budget
+        reloads = not memory_plan.everything_fits(steps)
         if waiting > 1 and reloads:
-            self._workspace.keep = False  # every run has buffers of its own
-        if not self._workspace.keep:
-            self._workspace.clear()
+            self._buffer_pool.keep = False  # every run has buffers of its own
+        if not self._buffer_pool.keep:
+            self._buffer_pool.clear()
         return reloads
 
-    def _required(self, order: Sequence[str], at: Sizes, waiting: int = 1) -> list[Need]:
+    def _required(self, order: Sequence[str], at: Sizes, waiting: int = 1) -> list[Requirement]:
         backend = self.backend
         weights, share = backend.weights_in_memory, backend.scratch_share
-        return residency.needs(self._manifest, order, at, weights, share, waiting)
+        return memory_plan.needs(self._manifest, order, at, weights, share, waiting)
 
-    def _schedule(self, needs: Sequence[Need], budget: int) -> tuple[Step, ...]:
-        return residency.schedule(needs, budget, self._held, ahead=self._pool is not None)
+    def _schedule(self, needs: Sequence[Requirement], budget: int) -> tuple[Step, ...]:
+        return memory_plan.schedule(needs, budget, self._held, ahead=self._pool is not None)
 
-    def _room_for_prompts(self, needs: Sequence[Need]) -> int:
-        """How many bytes of text outputs may stay in this run: none where a stage would not fit or
-        an engine would leave for them alone."""
+    def _room_for_prompts(self, needs: Sequence[Requirement]) -> int:
+        """Say how many bytes of text outputs may stay in this run: none where a stage would not fit
+        or an engine would leave for them alone."""
         assert self.budget is not None
         room = self.prompts.capacity
         try:
             steps = self._schedule(needs, self.budget - room)
         except BudgetError:
             return 0
-        if residency.everything_fits(steps):
+        if memory_plan.everything_fits(steps):
             return room
-        return 0 if residency.everything_fits(self._schedule(needs, self.budget)) else room
+        return 0 if memory_plan.everything_fits(self._schedule(needs, self.budget)) else room
 
     def keep_beside(self, size: int, leave: Callable[[], None]) -> None:
         """Count memory that stays between runs where there is room for it.
@@ -160,8 +160,9 @@ class Engines:
         """
         self._beside, self._leave_beside = size, leave
 
-    def _room_beside(self, needs: Sequence[Need], budget: int) -> bool:
-        """Whether a run finds everything that it uses in memory, with what is kept beside it."""
+    def _room_beside(self, needs: Sequence[Requirement], budget: int) -> bool:
+        """Say whether a run finds everything that it uses in memory, with what is kept beside
+        it."""
         held = dict(self._held) | {need.engine: need.held for need in needs}
         tensors = max((need.tensors for need in needs), default=0)
         return sum(held.values()) + tensors + self._beside <= budget
@@ -182,13 +183,13 @@ class Engines:
             for name in self._used:
                 self._files.untouched(files_of(self._manifest.engine(name)))
 
-    def _advice(self, needs: Sequence[Need], order: Sequence[str]) -> str:
+    def _advice(self, needs: Sequence[Requirement], order: Sequence[str]) -> str:
         assert self.budget is not None
         manifest, in_memory = self._manifest, self.backend.weights_in_memory
 
         def largest(in_memory: Callable[[EngineSpec, int], int]) -> int:
-            share, one = self.backend.scratch_share, residency.sizes(manifest)
-            return max(n.total for n in residency.needs(manifest, order, one, in_memory, share))
+            share, one = self.backend.scratch_share, memory_plan.sizes(manifest)
+            return max(n.total for n in memory_plan.needs(manifest, order, one, in_memory, share))
 
         def half(spec: EngineSpec, stored: int) -> int:
             stored = stored // 2 if spec.precision.weights == FULL.dtype else stored
@@ -201,7 +202,7 @@ class Engines:
         elif largest(half) <= self.budget:
             ways.append(f"rebuild the set with `python -m export.build --precision {HALF.name}`")
         least = max(need.total for need in needs)
-        return ", or ".join([*ways, f"give it at least {residency.size_text(least, up=True)}"])
+        return ", or ".join([*ways, f"give it at least {memory_plan.size_text(least, up=True)}"])
 
     def _enter_all(self, names: Sequence[str]) -> None:
         if self._pool is not None:
@@ -212,8 +213,8 @@ class Engines:
         self._steps = {}
 
     def _enter(self, name: str) -> Engine:
-        """The engine, opened; what the schedule wants gone has left before, and what it wants
-        opened meanwhile has begun to."""
+        """Return the engine, opened; what the schedule wants gone has left before, and what it
+        wants opened meanwhile has begun to."""
         step = None if name in self._entered else self._steps.get(name)
         self._entered.add(name)
         for leaving in step.evict if step else ():
@@ -260,7 +261,7 @@ class Engines:
         self._held.pop(name, None)
         if name in self._open:
             engine = self._open.pop(name)
-            self._workspace.forget(engine)
+            self._buffer_pool.forget(engine)
             engine.close()
         elif name in self._arriving:
             coming = self._arriving.pop(name)
@@ -268,20 +269,20 @@ class Engines:
                 coming.result().close()
 
     def spec(self, name: str) -> EngineSpec:
-        """What the engine `name` takes and gives."""
+        """Return what the engine `name` takes and gives."""
         return self._manifest.engine(name)
 
     def put(self, name: str, **arrays: NDArray[Any]) -> dict[str, Buffer]:
         """Host arrays as inputs of the engine `name`, in memory that the next run uses again."""
         return {
-            tensor: self._workspace.put(f"{name}.{tensor}", array)
+            tensor: self._buffer_pool.put(f"{name}.{tensor}", array)
             for tensor, array in arrays.items()
         }
 
     def put_kept(self, name: str, outputs: Outputs) -> dict[str, Buffer]:
-        """Outputs of the engine `name` that were kept, where it would have left them."""
+        """Return outputs of the engine `name` that were kept, where it would have left them."""
         return {
-            tensor: self._workspace.put(f"{name}.{tensor}", array, lent=True)
+            tensor: self._buffer_pool.put(f"{name}.{tensor}", array, lent=True)
             for tensor, array in outputs.items()
         }
 
@@ -310,8 +311,8 @@ class Engines:
                 inputs that the engine continues.
         """
         engine = self._enter(name)
-        outputs = _outputs(self._workspace, engine.spec, inputs, into or {})
-        call = self._workspace.bind(engine, inputs, outputs)
+        outputs = _outputs(self._buffer_pool, engine.spec, inputs, into or {})
+        call = self._buffer_pool.bind(engine, inputs, outputs)
         start = time.perf_counter()
         call()
         timings[name] = timings.get(name, 0.0) + time.perf_counter() - start
@@ -325,12 +326,12 @@ class Engines:
         into: Mapping[str, Buffer] | None = None,
     ) -> Loop:
         """Prepare an engine for repeated steps; `into` as in `run`."""
-        return Loop(self.backend, self._enter(name), inputs, timings, self._workspace, into)
+        return Loop(self.backend, self._enter(name), inputs, timings, self._buffer_pool, into)
 
     def close(self) -> None:
         """Close every engine."""
         self.prompts.limit(0)
-        self._workspace.clear()
+        self._buffer_pool.clear()
         for name in (*self._arriving, *self._open):
             self._leave(name)
         if self._pool is not None:
@@ -352,15 +353,15 @@ class Loop:
         engine: Engine,
         inputs: Mapping[str, Buffer],
         timings: dict[str, float],
-        workspace: Workspace | None = None,
+        buffer_pool: BufferPool | None = None,
         into: Mapping[str, Buffer] | None = None,
     ) -> None:
-        workspace = Workspace(backend) if workspace is None else workspace
+        buffer_pool = BufferPool(backend) if buffer_pool is None else buffer_pool
         state = engine.spec.state
         same = {
             s.output: inputs[s.input] for s in state if s.kind != "swap" and backend.writes_in_place
         }
-        outputs = _outputs(workspace, engine.spec, inputs, {**same, **(into or {})})
+        outputs = _outputs(buffer_pool, engine.spec, inputs, {**same, **(into or {})})
         ping = {s.input: inputs[s.input] for s in state}
         pong = {s.input: outputs[s.output] for s in state}
         fixed = {name: buffer for name, buffer in inputs.items() if name not in ping}
@@ -370,7 +371,7 @@ class Loop:
         self._name = engine.spec.name
         self._now, self._next = ping, pong
         self._call, self._other = (
-            workspace.bind(
+            buffer_pool.bind(
                 engine, {**fixed, **now}, {**beside, **{s.output: after[s.input] for s in state}}
             )
             for now, after in ((ping, pong), (pong, ping))
@@ -385,8 +386,8 @@ class Loop:
         self._now, self._next = self._next, self._now
 
     def finish(self, name: str) -> Buffer:
-        """The final buffer of a carried tensor, when it is there. The loop lets go of everything
-        else, so that its engine can leave; it cannot be stepped again."""
+        """Return the final buffer of a carried tensor, when it is there. The loop lets go of
+        everything else, so that its engine can leave; it cannot be stepped again."""
         start = time.perf_counter()
         self._backend.wait()  # steps may only have been queued: their time belongs here
         self._timings[self._name] = self._timings.get(self._name, 0.0) + time.perf_counter() - start
@@ -396,11 +397,11 @@ class Loop:
         return last
 
     def __getitem__(self, name: str) -> Buffer:
-        """The current buffer of a carried tensor. The step after the next overwrites it."""
+        """Return the current buffer of a carried tensor. The step after the next overwrites it."""
         return self._now[name]
 
     def copy(self, name: str) -> NDArray[Any]:
-        """A host copy of a carried tensor, the caller's to keep."""
+        """Return a host copy of a carried tensor, the caller's to keep."""
         return self._backend.download(self._now[name]).copy()
 
     def replace(self, name: str, array: NDArray[Any]) -> None:
@@ -417,7 +418,7 @@ def _finished() -> None:
 
 
 def _outputs(
-    workspace: Workspace,
+    buffer_pool: BufferPool,
     spec: EngineSpec,
     inputs: Mapping[str, Buffer],
     into: Mapping[str, Buffer],
@@ -426,6 +427,6 @@ def _outputs(
     return {
         t.name: into[t.name]
         if t.name in into
-        else workspace.empty(f"{spec.name}.{t.name}", output_shape(t, sizes), t.dtype)
+        else buffer_pool.empty(f"{spec.name}.{t.name}", output_shape(t, sizes), t.dtype)
         for t in spec.outputs
     }

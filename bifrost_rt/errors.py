@@ -3,9 +3,9 @@
     BifrostError
     ├── EngineSetError          a set on disk: missing, foreign, newer, damaged
     │   └── IntegrityError      a file whose bytes are not those that were built
-    ├── BackendError            a driver that is unavailable or failed; says why
+    ├── BackendError            a backend that is unavailable or failed; says why
     ├── BudgetError             a memory budget that one stage exceeds by itself
-    ├── StageInputError         a tensor at the door of an engine: name, dtype or shape
+    ├── StageInputError         a input or output of an engine: name, dtype or shape
     ├── NumericsError           values that are not finite; names the tensor and the stage
     ├── GeneratorStateError     a call that a generator cannot take now (also a RuntimeError)
     ├── TextFileError           a text file that is not UTF-8 (also a ValueError)

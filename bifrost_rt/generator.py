@@ -20,16 +20,16 @@ from bifrost_rt import (
     chat,
     dims,
     engines,
-    handover,
     image_processor,
     images,
+    latents_file,
     manifest,
     masks,
+    memory_plan,
     notes,
     numerics,
     pipeline,
     request,
-    residency,
     thinking,
     vision,
 )
@@ -46,7 +46,7 @@ from bifrost_rt.params import Options, names_options
 from bifrost_rt.previews import Previews
 from bifrost_rt.prompt_cache import default_bytes
 from bifrost_rt.result import Result
-from bifrost_rt.text import Tokenizers
+from bifrost_rt.tokenizers import Tokenizers
 from bifrost_rt.turns import Turns, lock_of
 
 DEFAULT_SET = Path("engines/sets/default")
@@ -68,7 +68,7 @@ class Generator:
     Args:
         path: the set's folder, as written by `python -m export.build`. None opens the default
             model's set: see `default_set`.
-        backend: a driver's name, or one that is already started. Default: the one that the set was
+        backend: a backend's name, or one that is already started. Default: the one that the set was
             compiled for; for ONNX graphs, the fastest exact one that is installed for the CPU.
             "openvino,ENGINE=onnxruntime" gives an engine its own, in the place of that which the
             set names for it.
@@ -81,12 +81,12 @@ class Generator:
             and its pictures are the same bits. Default: 256 MiB, at most a sixteenth of the budget.
 
     Attributes:
-        backend: the driver's name, and why it was taken.
+        backend: the backend's name, and why it was taken.
 
     Raises:
         EngineSetError, IntegrityError: the set is missing, foreign, damaged, or changed while it
             was opened; every file is checked against its hash.
-        BackendError: the driver is not available here, with the reason.
+        BackendError: the backend is not available here, with the reason.
         BudgetError: a stage exceeds the budget by itself.
     """
 
@@ -98,8 +98,10 @@ class Generator:
         memory_budget: int | str | None = None,
         prompt_cache: int | str | None = None,
     ) -> None:
-        given = None if memory_budget is None else residency.parse(memory_budget)
-        prompts = None if prompt_cache is None else residency.parse(prompt_cache, "prompt_cache", 0)
+        given = None if memory_budget is None else memory_plan.parse(memory_budget)
+        prompts = (
+            None if prompt_cache is None else memory_plan.parse(prompt_cache, "prompt_cache", 0)
+        )
         self.path = default_set() if path is None else Path(path)
         folder = self.path.resolve()
         self.manifest = manifest.read(folder)
@@ -110,7 +112,7 @@ class Generator:
         text = self.manifest.text
         self._tokenizers = Tokenizers(folder, text)
         files.same(part.tokenizer for part in (text.mllm, text.clip, text.t5))
-        budget = residency.default_budget(started.free_memory()) if given is None else given
+        budget = memory_plan.default_budget(started.free_memory()) if given is None else given
         if prompts is None:
             prompts = default_bytes(budget)
         lock = lock_of(started)
@@ -262,7 +264,7 @@ class Generator:
             side = math.isqrt(self.manifest.model.num_visual_tokens)
             others["masked"] = masks.places(painted, side, None if shown is None else shown.size)
         pixels = {
-            name: handover.digest(np.asarray(given))
+            name: latents_file.digest(np.asarray(given))
             for name, given in (("image", shown), ("mask", painted))
             if given is not None
         }
@@ -322,8 +324,8 @@ class Generator:
         return self._draw("draw_several()", requests, callbacks, preview_every)
 
     def reloads(self) -> bool:
-        """Whether engines leave for others during a run, so that drawing several requests together
-        is faster.
+        """Say whether engines leave for others during a run, so that drawing several requests
+        together is faster.
 
         Raises:
             GeneratorStateError: the generator is closed.
@@ -415,7 +417,7 @@ class Generator:
     def _noted(
         self, checked: request.Request, out: pipeline.Output, said: tuple[notes.Note, ...]
     ) -> pipeline.Output:
-        """The output with its notes, those on its images among them."""
+        """Return the output with its notes, those on its images among them."""
         if out.images is not None:
             last = self.manifest.engine(pipeline.stages(checked)[-1])
             for note in (seen := tuple(notes.one_value(out.images, last))):
@@ -539,7 +541,7 @@ class Generator:
         return self.chat([{"role": "user", "content": parts}], stream=stream, **options)
 
     def no_previews(self) -> str | None:
-        """Why `preview_every` cannot be served, or None where it can.
+        """Say why `preview_every` cannot be served, or None where it can.
 
         Raises:
             GeneratorStateError: the generator is closed.
@@ -607,7 +609,7 @@ class Generator:
 
 
 def _places(checked: request.Request) -> list[int]:
-    """Where the different prompts stand first among those that were passed."""
+    """Say where the different prompts stand first among those that were passed."""
     return [checked.parameters.prompts.index(text) for text in checked.prompts]
 
 
@@ -629,7 +631,7 @@ def _result(checked: request.Request, out: pipeline.Output) -> Result:
 
 
 def _replacement(name: str, returned: ArrayLike, current: NDArray[Any], step: int) -> NDArray[Any]:
-    """What a callback returned for `current`, checked."""
+    """Return what a callback returned for `current`, checked."""
     try:
         given = np.asarray(returned)
     except (TypeError, ValueError) as error:  # rows of different lengths, a tensor of a GPU
@@ -653,8 +655,8 @@ def _replacement(name: str, returned: ArrayLike, current: NDArray[Any], step: in
 
 
 def default_set() -> Path:
-    """The default model's set: `engines/sets/default`, where `python -m export.build` writes it, in
-    the current folder or in this package's checkout; else the one that came with the wheel.
+    """Return the default model's set: `engines/sets/default`, where `python -m export.build` writes
+    it, in the current folder or in this package's checkout; else the one that came with the wheel.
 
     Raises:
         EngineSetError: it has not been built, and did not come with the wheel.

@@ -71,7 +71,7 @@ def grid(height: int, width: int, vision: Vision, name: str = "image") -> tuple[
 
 
 def windows(rows: int, columns: int, vision: Vision) -> int:
-    """How many windows of the tower a grid of tokens has, those it does not fill among them."""
+    """Say how many windows of the tower a grid of tokens has, those it does not fill among them."""
     return math.ceil(rows / vision.window) * math.ceil(columns / vision.window)
 
 
@@ -91,7 +91,7 @@ class Limits:
 
 
 def limits(vision: Vision) -> Limits:
-    """How large images become at most."""
+    """Say how large images become at most."""
     tokens = vision.max_pixels // (vision.patch_size * vision.merge_size) ** 2
     grids = [
         (rows, min(tokens // rows, MOST_ASPECT * (rows + 1)))
@@ -102,8 +102,8 @@ def limits(vision: Vision) -> Limits:
 
 
 def fit(image: Image.Image, vision: Vision, name: str = "image") -> Image.Image:
-    """An RGB image as small as the model makes it, and no larger than it was. Its patches are the
-    same.
+    """Return an RGB image as small as the model makes it, and no larger than it was. Its patches
+    are the same.
 
     Raises:
         RequestError: it is far too long for its width.
@@ -118,7 +118,7 @@ def fit(image: Image.Image, vision: Vision, name: str = "image") -> Image.Image:
 
 
 def patches(image: Image.Image, vision: Vision, name: str = "image") -> Patches:
-    """The patches of an RGB image.
+    """Return the patches of an RGB image.
 
     Raises:
         RequestError: it is far too long for its width.
@@ -127,8 +127,8 @@ def patches(image: Image.Image, vision: Vision, name: str = "image") -> Patches:
 
 
 def square_patches(image: Image.Image, side: int, vision: Vision) -> Patches:
-    """The patches of an RGB image on the grid that the model draws on: what is not square is cut at
-    its middle.
+    """Return the patches of an RGB image on the grid that the model draws on: what is not square is
+    cut at its middle.
 
     Args:
         side: tokens of the grid's side.
@@ -137,7 +137,7 @@ def square_patches(image: Image.Image, side: int, vision: Vision) -> Patches:
 
 
 def middle(image: Image.Image) -> Image.Image:
-    """The largest square in the middle of an image."""
+    """Return the largest square in the middle of an image."""
     edge = min(image.size)
     left, top = (image.width - edge) // 2, (image.height - edge) // 2
     return image.crop((left, top, left + edge, top + edge))

@@ -23,8 +23,8 @@ ImageLike: TypeAlias = "str | Path | bytes | Image.Image | NDArray[np.uint8]"
 
 
 def read(image: Any, name: str = "image") -> Image.Image:
-    """An image in RGB, as a person sees it: turned as its EXIF data says, the first frame of an
-    animation, on white where it is transparent.
+    """Return an image in RGB, as a person sees it: turned as its EXIF data says, the first frame of
+    an animation, on white where it is transparent.
 
     Args:
         image: a path, the bytes of a file, a `PIL.Image`, or uint8 [H, W], [H, W, 3] or [H, W, 4].
@@ -38,8 +38,8 @@ def read(image: Any, name: str = "image") -> Image.Image:
 
 
 def painted(image: Any, name: str = "mask") -> Image.Image:
-    """What an image marks, in grey ("L"): how transparent it is where it has transparency, else how
-    white. Arguments and errors are those of `read`."""
+    """Return what an image marks, in grey ("L"): how transparent it is where it has transparency,
+    else how white. Arguments and errors are those of `read`."""
     return _whole(image, name, _marked)
 
 
@@ -114,7 +114,7 @@ def _from_array(array: NDArray[Any], name: str) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The first frame, turned as its EXIF data says, of 8 bit."""
+    """Return the first frame, turned as its EXIF data says, of 8 bit."""
     image.seek(0) if getattr(image, "is_animated", False) else None
     image.load()
     image = ImageOps.exif_transpose(image)

@@ -65,8 +65,8 @@ def describe(manifest: Manifest) -> str:
 
 
 def simulation(manifest: Manifest) -> str | None:
-    """What a set's number formats mean for its speed where its graphs run as they are; None where
-    they are computed in."""
+    """Return what a set's number formats mean for its speed where its graphs run as they are; None
+    where they are computed in."""
     simulated = formats.simulated(
         form for spec in manifest.engines for form in spec.precision.layers
     )
@@ -79,7 +79,8 @@ def simulation(manifest: Manifest) -> str | None:
 
 
 def precision(folder: Path, manifest: Manifest) -> str:
-    """What every layer is, as read back from the built files, and why where it is an exception.
+    """Return what every layer is, as read back from the built files, and why where it is an
+    exception.
 
     Raises:
         EngineSetError: the set's report does not say.
@@ -117,7 +118,7 @@ def precision(folder: Path, manifest: Manifest) -> str:
 
 
 def plan(folder: Path, manifest: Manifest) -> str:
-    """What every compiled engine does in one call, as read from the plan inside it.
+    """Return what every compiled engine does in one call, as read from the plan inside it.
 
     Raises:
         EngineSetError: the set's report does not say.
@@ -155,7 +156,7 @@ def plan(folder: Path, manifest: Manifest) -> str:
 
 
 def _report(folder: Path, manifest: Manifest) -> Any:
-    """What the build said of itself.
+    """Return what the build said of itself.
 
     Raises:
         IntegrityError: it was changed after the build.
@@ -171,7 +172,7 @@ def _figure(number: int | str, scale: float, unit: str) -> str:
 
 
 def _kernels(counts: Mapping[str, int] | None) -> str:
-    """What onnxruntime computes quantised layers with, where it has kernels for them."""
+    """Return what onnxruntime computes quantized layers with, where it has kernels for them."""
     of = {k: n for k, n in (counts or {}).items() if k in ("MatMulIntegerToFloat", "MatMulNBits")}
     return "".join(f", {n} x {kernel} in onnxruntime" for kernel, n in of.items())
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from bifrost_rt import strict
+from bifrost_rt import serialization
 from bifrost_rt.errors import EngineSetError, IntegrityError
 
 FORMAT = 4
@@ -28,7 +28,8 @@ INDICES = frozenset({"int64", "int32", "bool"})
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A named tensor at an engine's door. A dimension is a number or the name of a symbol."""
+    """A named tensor of an engine's inputs and outputs. A dimension is a number or the name of a
+    symbol."""
 
     name: str
     dtype: str
@@ -62,7 +63,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Where the scales of quantised layers come from: a file of the set, the fingerprint of the
+    """Where the scales of quantized layers come from: a file of the set, the fingerprint of the
     checkpoint that it was made with, the number of its prompts, and how ranges were chosen."""
 
     file: str
@@ -134,10 +135,10 @@ class EngineSpec:
     """One compiled graph with named, typed inputs and outputs.
 
     `state` is what its loop hands from step to step; empty where it has no loop.
-    `scratch_bytes` is what its arithmetic needs between its doors for one picture at the default
-    steps and the longest prompt, counted from the graph; 0 in sets that do not state it.
-    `square_bytes` is what comes beside where all rows of a larger run see each other: that much for
-    the square of its growth.
+    `scratch_bytes` is what its arithmetic needs between its inputs and outputs for one picture at
+    the default steps and the longest prompt, counted from the graph; 0 in sets that do not state
+    it. `square_bytes` is what comes beside where all rows of a larger run see each other: that much
+    for the square of its growth.
     `piece_scratch_bytes` is the same for `dims.CHUNK` tokens of a conversation behind
     a cache of `dims.CONTEXT`; 0 for engines that read none.
     `compiled` is None where the file is an ONNX graph.
@@ -161,11 +162,11 @@ class EngineSpec:
     shared: dict[str, int] = field(default_factory=dict)
 
     def input(self, name: str) -> TensorSpec | None:
-        """The input called `name`, or None where this engine has none of that name."""
+        """Return the input called `name`, or None where this engine has none of that name."""
         return next((t for t in self.inputs if t.name == name), None)
 
     def output(self, name: str) -> TensorSpec:
-        """The output called `name`."""
+        """Return the output called `name`."""
         return next(t for t in self.outputs if t.name == name)
 
     @property
@@ -396,7 +397,8 @@ class Manifest:
         return engine_of(self, name)
 
     def dumps(self) -> bytes:
-        """The file's bytes: readable JSON whose last key is the sha256 of everything before it."""
+        """Return the file's bytes: readable JSON whose last key is the sha256 of everything before
+        it."""
         data = dataclasses.asdict(self)
         for engine in data["engines"]:
             for optional in ("compiled", "backend", "shared"):
@@ -464,8 +466,8 @@ def read(folder: Path) -> Manifest:
             hint=REBUILD,
         )
     try:
-        return strict.load(Manifest, data)
-    except strict.StrictError as error:
+        return serialization.load(Manifest, data)
+    except serialization.SerializationError as error:
         raise EngineSetError(f"{path}: {error}", hint=REBUILD) from None
 
 

@@ -14,7 +14,7 @@ HALF = 128  # of 255: what is as white, or as transparent, is masked
 def places(
     painted: Image.Image, side: int, size: tuple[int, int] | None = None
 ) -> NDArray[np.bool_]:
-    """The tokens of a square grid that a mask touches, [side * side], row by row.
+    """Return the tokens of a square grid that a mask touches, [side * side], row by row.
 
     Args:
         painted: the mask, as `images.painted` reads it.

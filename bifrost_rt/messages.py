@@ -130,7 +130,7 @@ def _part(part: Any, where: str, fetch: Fetch) -> Part:
 
 
 def data(url: str, where: str, fetch: Fetch) -> bytes:
-    """The bytes of a data URI, or of what `fetch` finds at another address.
+    """Return the bytes of a data URI, or of what `fetch` finds at another address.
 
     Raises:
         RequestError: it is no data URI in base64, or `fetch` refuses it.
@@ -164,7 +164,7 @@ def prompt(
     chat: Chat,
     encode: Callable[[str], list[int]],
 ) -> Prompt:
-    """Turns in the chat template, up to where the assistant answers.
+    """Return turns in the chat template, up to where the assistant answers.
 
     Args:
         grids: rows and columns of tokens of every image, in the turns' order.

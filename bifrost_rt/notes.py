@@ -58,7 +58,7 @@ class Truncation(Note):
 
 
 def truncation(prompt: int, encoder: str, tokens: int, limit: int) -> Truncation:
-    """The note on a prompt of `tokens` tokens of which `limit` are read."""
+    """Return the note on a prompt of `tokens` tokens of which `limit` are read."""
     text = f"truncated: {_READERS[encoder].format(limit=limit, tokens=tokens)}"
     return Truncation(text=text, prompt=prompt, encoder=encoder, tokens=tokens, limit=limit)
 
@@ -93,7 +93,8 @@ def cut_thoughts(request: Request) -> Iterator[Note]:
 def of_part(
     found: Iterable[Note], whole: Request, part: Request, images: slice
 ) -> tuple[Note, ...]:
-    """The notes on one of the requests that `request.merge` put together, with its own places.
+    """Return the notes on one of the requests that `request.merge` put together, with its own
+    places.
 
     Args:
         images: where the part's images stand in the whole.

@@ -25,7 +25,8 @@ VERIFY = "`bifrost-rt verify DIR` tells whether this machine computes what the b
 
 
 def problem(array: NDArray[Any], rows: str) -> str | None:
-    """What is wrong with an array, or None where its values are finite and norms can take them.
+    """Return what is wrong with an array, or None where its values are finite and norms can take
+    them.
 
     Args:
         rows: what the first axis counts, in the singular.

@@ -20,7 +20,7 @@ REOPEN = "wait until the set is complete and open a new Generator"
 
 
 def identity(path: Path) -> Identity | None:
-    """Who a file is, or None where there is none."""
+    """Say who a file is, or None where there is none."""
     try:
         found = path.stat()
     except OSError:
@@ -29,7 +29,8 @@ def identity(path: Path) -> Identity | None:
 
 
 def files_of(spec: EngineSpec) -> list[str]:
-    """The files that an engine is opened from, the weights that it gets by address among them."""
+    """Return the files that an engine is opened from, the weights that it gets by address among
+    them."""
     bound = [weight.file for weight in spec.compiled.weights] if spec.compiled else []
     return list(dict.fromkeys((spec.graph, *spec.files, *spec.shared, *bound)))
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from bifrost_rt.errors import RequestError, RequestTypeError
 from bifrost_rt.manifest import Defaults
-from bifrost_rt.strict import nearest
+from bifrost_rt.serialization import nearest
 
 LARGEST = float(np.finfo(np.float32).max)
 # Beyond it no step changes anything, and its schedule alone takes seconds.

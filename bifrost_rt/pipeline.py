@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bifrost_rt import prompt_cache, prompt_inputs, residency, schedules, text_inputs
+from bifrost_rt import memory_plan, prompt_cache, prompt_inputs, schedules, text_inputs
 from bifrost_rt.backends.base import Buffer
 from bifrost_rt.engines import Engines, Loop
 from bifrost_rt.errors import BudgetError
@@ -28,7 +28,7 @@ from bifrost_rt.manifest import SetSpec
 from bifrost_rt.notes import Note
 from bifrost_rt.numerics import Checks
 from bifrost_rt.request import Request, Thought
-from bifrost_rt.text import Tokenizers
+from bifrost_rt.tokenizers import Tokenizers
 
 # How many requests it is worth drawing together where engines leave for others: more save little
 # more, and the first waits for the last.
@@ -100,7 +100,7 @@ def generate_several(
         ]
         used = {name for request in requests for name in stages(request)}
         order = [spec.name for spec in manifest.engines if spec.name in used]
-        largest = residency.largest([sizes(manifest, request) for request in requests])
+        largest = memory_plan.largest([sizes(manifest, request) for request in requests])
         try:
             reloads = engines.begin(
                 order,
@@ -147,8 +147,8 @@ class Run:
         self._checks = Checks(manifest, request, download, replaced=on_step_end is not None)
 
     def kept(self) -> set[str]:
-        """The engines that it need not run, because their outputs are kept. From now on it holds
-        on to these."""
+        """Return the engines that it need not run, because their outputs are kept. From now on it
+        holds on to these."""
         known = {name: outputs for name in self._text if (outputs := self._kept(name)) is not None}
         self._known = known
         return set(known) | ({"clip_text", "t5_text"} if "conditioning" in known else set())
@@ -212,7 +212,7 @@ class Run:
         return Output(final_tokens, final_latents, images, self.timings)
 
     def _decode(self) -> Steps:
-        """The MLLM's part: the final visual tokens [B, N, D]."""
+        """Yield the MLLM's part: the final visual tokens [B, N, D]."""
         request, options, engines = self._request, self._request.parameters, self._engines
 
         # 1-2  Text -> keys and values of every layer, and the mask token.
@@ -260,7 +260,7 @@ class Run:
         return {"tokens": tokens}
 
     def _condition(self) -> Steps:
-        """What the denoising steps read of the prompt: contexts and modulations."""
+        """Yield what the denoising steps read of the prompt: contexts and modulations."""
         if (kept := self._kept("conditioning")) is not None:
             return self._engines.put_kept("conditioning", kept)
 
@@ -283,7 +283,7 @@ class Run:
         inputs: Callable[[], Mapping[str, NDArray[Any]]],
         computed: Mapping[str, Buffer] | None = None,
     ) -> Steps:
-        """What an engine gives for this text, computed once as long as it is kept.
+        """Yield what an engine gives for this text, computed once as long as it is kept.
 
         Args:
             inputs: made when the engine runs: those of the MLLM hold an empty cache.
@@ -349,7 +349,7 @@ class Run:
 
 
 def _finished(run: Run) -> Output:
-    """The output of a run that goes on alone."""
+    """Return the output of a run that goes on alone."""
     steps = run.steps()
     while True:
         try:
@@ -360,7 +360,8 @@ def _finished(run: Run) -> Output:
 
 
 def _side_by_side(order: Sequence[str], runs: Sequence[Run]) -> list[Output]:
-    """The outputs of runs that use every engine one after another before any uses the next."""
+    """Return the outputs of runs that use every engine one after another before any uses the
+    next."""
     outputs: dict[int, Output] = {}
     going = [run.steps() for run in runs]
     ahead: dict[int, str] = {}  # the engine that each run is about to use
@@ -384,7 +385,7 @@ def _side_by_side(order: Sequence[str], runs: Sequence[Run]) -> list[Output]:
 def denoising(
     manifest: SetSpec, request: Request
 ) -> tuple[NDArray[np.float32], schedules.DenoisingPlan]:
-    """The noise levels of the denoising steps, [steps + 1], and which steps are computed."""
+    """Return the noise levels of the denoising steps, [steps + 1], and which steps are computed."""
     options = request.parameters
     sigmas = schedules.sigmas(
         options.num_inference_steps, manifest.model.num_image_tokens, manifest.scheduler
@@ -393,17 +394,17 @@ def denoising(
 
 
 def stages(request: Request) -> tuple[str, ...]:
-    """The engines that a request uses, in this order, each once."""
+    """Return the engines that a request uses, in this order, each once."""
     mllm = ("mllm_text", "visual_decode") if request.decodes else ()
     text = ("clip_text", "t5_text", "conditioning")
     vae = ("vae_decode",) if request.output_type != "latent" else ()
     return (*mllm, *text, "control_embed", "denoise", *vae)
 
 
-def sizes(manifest: SetSpec, request: Request) -> residency.Sizes:
-    """What a request makes of the symbols at the engines' doors."""
+def sizes(manifest: SetSpec, request: Request) -> memory_plan.Sizes:
+    """Return what a request makes of the symbols of the engines' inputs and outputs."""
     options = request.parameters
-    return residency.sizes(
+    return memory_plan.sizes(
         manifest,
         images=request.images,
         prompts=len(request.prompts),

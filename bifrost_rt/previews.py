@@ -46,11 +46,11 @@ class Previews:
         self._x_0: NDArray[np.float32] = request.latents
 
     def replaced(self, latents: NDArray[np.float32]) -> None:
-        """The next step starts from these latents."""
+        """Note that the next step starts from these latents."""
         self._x_t = latents.copy()
 
     def after(self, step: int, latents: NDArray[Any]) -> NDArray[np.uint8] | None:
-        """The preview after this step, uint8 [n, H, W, 3], or None where none is due.
+        """Return the preview after this step, uint8 [n, H, W, 3], or None where none is due.
 
         Args:
             latents: [n, S, C] after the step.

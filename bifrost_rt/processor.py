@@ -97,13 +97,13 @@ class Processor:
 
 @functools.cache
 def here() -> Processor:
-    """This machine's."""
+    """Return this machine's."""
     text = CPUINFO.read_text() if CPUINFO.exists() else ""
     return described(text, platform.machine(), platform.processor())
 
 
 def described(cpuinfo: str, machine: str, name: str = "") -> Processor:
-    """The processor that Linux describes.
+    """Return the processor that Linux describes.
 
     Args:
         cpuinfo: the text of /proc/cpuinfo, or nothing on other systems. What only some of its cores
@@ -141,8 +141,8 @@ def describe(processor: Processor) -> list[str]:
 
 
 def saturation(processor: Processor) -> str | None:
-    """Why sums of products of bytes may be wrong on a processor, as one phrase; None where they are
-    exact."""
+    """Say why sums of products of bytes may be wrong on a processor, as one phrase; None where they
+    are exact."""
     if not processor.saturates:
         return None
     if processor.limit:

@@ -22,7 +22,7 @@ Outputs = Mapping[str, NDArray[Any]]
 
 
 def default_bytes(budget: int | None) -> int:
-    """What may be kept where nobody said it.
+    """Return what may be kept where nobody said it.
 
     Args:
         budget: bytes that the engines may take; None: no limit.
@@ -31,8 +31,8 @@ def default_bytes(budget: int | None) -> int:
 
 
 def key(engine: str, inputs: Mapping[str, NDArray[Any]]) -> bytes:
-    """What tells a call from every other: the engine, and the values that it is given or that its
-    inputs were computed from."""
+    """Return what tells a call from every other: the engine, and the values that it is given or
+    that its inputs were computed from."""
     digest = hashlib.sha256(engine.encode())
     for name in sorted(inputs):
         array = np.ascontiguousarray(inputs[name])
@@ -61,7 +61,7 @@ class PromptCache:
         return sum(_bytes(outputs) for outputs in self._entries.values())
 
     def get(self, key: bytes) -> Outputs | None:
-        """The outputs, which nobody may change; None where they are not kept."""
+        """Return the outputs, which nobody may change; None where they are not kept."""
         if key in self._entries:
             self._entries.move_to_end(key)
         return self._entries.get(key)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bifrost_rt.manifest import SetSpec
 from bifrost_rt.request import Request
-from bifrost_rt.text import Tokenizers
+from bifrost_rt.tokenizers import Tokenizers
 
 SHORTEST = 32  # tokens that a text is padded to for compiled engines
 
@@ -55,7 +55,7 @@ def mllm_texts(tokenizers: Tokenizers, manifest: SetSpec, request: Request) -> M
 
 
 def text_width(manifest: SetSpec, longest: int) -> int:
-    """How many tokens the texts of a run are padded to, of which the longest has `longest`.
+    """Say how many tokens the texts of a run are padded to, of which the longest has `longest`.
 
     Graphs take any length. A compiled engine compiles kernels for every new one, so there it is one
     of a few: powers of two from `SHORTEST`, up to what the set takes.

@@ -11,7 +11,7 @@ from typing import Any, Literal, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bifrost_rt import handover, schedules
+from bifrost_rt import latents_file, schedules
 from bifrost_rt.dims import IMAGES
 from bifrost_rt.errors import RequestError, RequestTypeError
 from bifrost_rt.manifest import SetSpec
@@ -126,7 +126,7 @@ class Request:
             "latents": self.given_latents,
             "tokens": None if "image" in self.pixels else self.tokens,
         }
-        hashes = {name: handover.digest(one) for name, one in given.items() if one is not None}
+        hashes = {name: latents_file.digest(one) for name, one in given.items() if one is not None}
         injected = {**hashes, **self.pixels}
         parameters = self.parameters.as_dict()
         return {**parameters, "injected": injected} if injected else parameters
@@ -237,7 +237,7 @@ def _prompts(prompt: Any) -> list[str]:
 
 
 def _images(manifest: SetSpec, prompts: int, per_prompt: int) -> int:
-    """How many images are asked for, if a run of the set can have so many."""
+    """Say how many images are asked for, if a run of the set can have so many."""
     n = prompts * per_prompt
     bounds = manifest.dimensions.get(IMAGES)
     if bounds is not None and bounds.max is not None and n > bounds.max:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from bifrost_rt import handover
+from bifrost_rt import latents_file
 from bifrost_rt.errors import RequestError
 from bifrost_rt.files import check_writable, written_aside
 from bifrost_rt.notes import Note, Truncation
@@ -28,8 +28,8 @@ SEPARATORS = tuple(separator for separator in ("/", os.sep, os.altsep) if separa
 
 
 def picture_path(path: str | Path) -> tuple[Path, str]:
-    """The path with its suffix, and the format that the suffix names. In a folder, one that is
-    there or one that is named with a slash at its end, the picture is called `out.png`.
+    """Return the path with its suffix, and the format that the suffix names. In a folder, one that
+    is there or one that is named with a slash at its end, the picture is called `out.png`.
 
     Raises:
         RequestError: no picture format, or not one for pictures in colour.
@@ -50,7 +50,7 @@ def picture_path(path: str | Path) -> tuple[Path, str]:
 
 
 def _writes_colour(file_format: str) -> bool:
-    """Whether Pillow has a writer for it that takes RGB."""
+    """Say whether Pillow has a writer for it that takes RGB."""
     try:
         Image.new("RGB", (8, 8)).save(io.BytesIO(), format=file_format)
     except (KeyError, OSError, ValueError):
@@ -59,7 +59,7 @@ def _writes_colour(file_format: str) -> bool:
 
 
 def picture_paths(path: str | Path, images: int) -> tuple[list[Path], str]:
-    """Where `Result.save` writes so many images, and in which format; tries that they can be
+    """Say where `Result.save` writes so many images, and in which format; tries that they can be
     written, so that it can be asked before anything is drawn.
 
     Raises:
@@ -73,12 +73,12 @@ def picture_paths(path: str | Path, images: int) -> tuple[list[Path], str]:
 
 
 def numbered(path: Path, i: int) -> Path:
-    """The path of the i-th of several files."""
+    """Return the path of the i-th of several files."""
     return path.with_stem(f"{path.stem}-{i}")
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:
-    """The parameters that `Result.save` wrote into a PNG, and `image`, its place in the run.
+    """Return the parameters that `Result.save` wrote into a PNG, and `image`, its place in the run.
 
     Raises:
         RequestError: not a picture, or not one of this package.
@@ -175,15 +175,15 @@ class Result:
 
     def save_tokens(self, path: str | Path) -> Path:
         """Write the CLIP latents, to be drawn again without the MLLM:
-        `generator.run(**handover.load(path).request())`.
+        `generator.run(**latents_file.load(path).request())`.
 
         Raises:
             RequestError: the file cannot be written.
         """
-        return handover.save(path, self.tokens, self.parameters)
+        return latents_file.save(path, self.tokens, self.parameters)
 
     def encode(self, image: int, file_format: str = "PNG") -> bytes:
-        """The bytes of one picture's file, in a format that Pillow writes.
+        """Return the bytes of one picture's file, in a format that Pillow writes.
 
         Raises:
             RequestError: the run ended at the latents.

@@ -21,7 +21,7 @@ _ORDER, _NOISE = 0, 1
 
 
 def kept_counts(num_tokens: int, decoding_steps: int) -> list[int]:
-    """How many places are still masked after each decoding step (cosine schedule of MaskGIT).
+    """Say how many places are still masked after each decoding step (cosine schedule of MaskGIT).
 
     In float64: float32 rounds cos(pi/3) to the wrong side. The last step reveals all that is left;
     with more steps than tokens some steps reveal none.
@@ -37,25 +37,25 @@ def kept_counts(num_tokens: int, decoding_steps: int) -> list[int]:
 
 
 def reveal_counts(num_tokens: int, decoding_steps: int) -> list[int]:
-    """How many places each decoding step reveals."""
+    """Say how many places each decoding step reveals."""
     kept = [num_tokens, *kept_counts(num_tokens, decoding_steps)]
     return [before - after for before, after in itertools.pairwise(kept)]
 
 
 def active_steps(num_tokens: int, decoding_steps: int) -> int:
-    """How many decoding steps reveal anything; the others change nothing and are not run."""
+    """Say how many decoding steps reveal anything; the others change nothing and are not run."""
     return sum(count > 0 for count in reveal_counts(num_tokens, decoding_steps))
 
 
 def most_revealed(num_tokens: int, decoding_steps: int) -> int:
-    """The most places that one step reveals."""
+    """Return the most places that one step reveals."""
     return max(reveal_counts(num_tokens, decoding_steps))
 
 
 def reveal_masks(
     order: NDArray[np.integer], decoding_steps: int, masked: NDArray[np.bool_] | None = None
 ) -> NDArray[np.bool_]:
-    """The places that leave the mask in each step.
+    """Return the places that leave the mask in each step.
 
     Args:
         order: [n, N], per image a permutation of its places; the last of it are revealed first.
@@ -114,7 +114,7 @@ def sigmas(steps: int, image_seq_len: int, scheduler: Scheduler) -> NDArray[np.f
 
 
 def timesteps(levels: NDArray[np.float32], scheduler: Scheduler) -> NDArray[np.float32]:
-    """What the networks' timestep embedding sees, [steps], for `levels` [steps + 1].
+    """Return what the networks' timestep embedding sees, [steps], for `levels` [steps + 1].
 
     The scheduler multiplies, the pipeline divides and the network multiplies again; each rounds in
     float32, so each is done here.
@@ -141,7 +141,7 @@ class DenoisingPlan:
 
 
 def computed_steps(steps: int, interval: int) -> list[bool]:
-    """Which denoising steps are computed: the first ones, then every `interval`-th."""
+    """Return which denoising steps are computed: the first ones, then every `interval`-th."""
     return [i < WARM_UP or (i - WARM_UP + 1) % interval == 0 for i in range(steps)]
 
 
@@ -176,7 +176,8 @@ def random_orders(seed: int, images: int, num_tokens: int) -> NDArray[np.int64]:
 
 
 def random_latents(seed: int, images: int, shape: tuple[int, int]) -> NDArray[np.float32]:
-    """Starting noise [images, *shape], standard normal. Image i depends on (seed, i) alone."""
+    """Return starting noise [images, *shape], standard normal. Image i depends on (seed, i)
+    alone."""
     rows = [_generator(seed, i, _NOISE).standard_normal(shape) for i in range(images)]
     return np.stack(rows).astype(np.float32)
 

@@ -40,7 +40,7 @@ MARGIN = 4  # over a deviation that was simulated for the very set
 
 
 @dataclass(frozen=True)
-class Outcome:
+class QuantizeResult:
     """How far a picture is from the builder's, and how far it may be.
 
     Attributes:
@@ -72,13 +72,13 @@ class Outcome:
 
 
 def draw(generator: Generator) -> NDArray[np.uint8]:
-    """The self-test's picture, uint8 [H, W, 3]."""
+    """Return the self-test's picture, uint8 [H, W, 3]."""
     image: NDArray[np.uint8] = generator.run(**REQUEST, output_type="np").images[0]
     return image
 
 
 def expected(generator: Generator) -> NDArray[np.uint8]:
-    """The builder's picture, uint8 [H, W, 3].
+    """Return the builder's picture, uint8 [H, W, 3].
 
     Raises:
         EngineSetError: the set has none.
@@ -99,7 +99,7 @@ def deviation(found: NDArray[np.uint8], other: NDArray[np.uint8]) -> Deviation:
 
 
 def allowed(manifest: Manifest) -> tuple[Deviation, str]:
-    """How far a set's picture may be from the builder's, and where that comes from: what was
+    """Say how far a set's picture may be from the builder's, and where that comes from: what was
     simulated when it was compiled, where that is known, else the loosest of `BOUNDS` that its
     engines compute in."""
     if (known := manifest.selftest) is not None:
@@ -113,7 +113,7 @@ def allowed(manifest: Manifest) -> tuple[Deviation, str]:
     return BOUNDS[loosest], f"the bound for {loosest}"
 
 
-def check(generator: Generator) -> Outcome:
+def check(generator: Generator) -> QuantizeResult:
     """Draw and compare with the builder's picture.
 
     Raises:
@@ -123,7 +123,7 @@ def check(generator: Generator) -> Outcome:
     found = draw(generator)
     if generator.manifest.vision is not None and generator.manifest.chat is not None:
         generator.describe(found, max_new_tokens=1)  # what drawing does not run, runs too
-    outcome = Outcome(
+    outcome = QuantizeResult(
         int(np.abs(found.astype(int) - wanted).max()),
         deviation(found, wanted),
         *allowed(generator.manifest),

@@ -45,7 +45,7 @@ def prompts(spec: EngineSpec, ids: Sequence[Sequence[int]], width: int) -> Array
 
 
 def of_drawing(outputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
-    """What drawing reads: keys and values, and the mask token."""
+    """Return what drawing reads: keys and values, and the mask token."""
     wanted = ("text_keys.", "text_values.", "masked_token")
     return {name: buffer for name, buffer in outputs.items() if name.startswith(wanted)}
 
@@ -109,7 +109,8 @@ def empty_cache(spec: EngineSpec, capacity: int) -> Arrays:
 
 
 def written(spec: EngineSpec, cache: Mapping[str, Buffer]) -> dict[str, Buffer]:
-    """The buffers of a cache that the engine is given, by the outputs that it writes them as."""
+    """Return the buffers of a cache that the engine is given, by the outputs that it writes them
+    as."""
     return {output: cache[name] for output, name in _caches(spec).items()}
 
 

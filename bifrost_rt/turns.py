@@ -23,8 +23,8 @@ _shared_guard = threading.Lock()
 
 
 def lock_of(backend: Backend) -> threading.RLock:
-    """The lock of what runs on a backend: one for each generator, or one for all of them where the
-    backend has one queue of work (a GPU's stream) and was given to several."""
+    """Return the lock of what runs on a backend: one for each generator, or one for all of them
+    where the backend has one queue of work (a GPU's stream) and was given to several."""
     if backend.opens_in_threads:
         return threading.RLock()
     with _shared_guard:
@@ -70,7 +70,7 @@ class Turns:
 
     @contextlib.contextmanager
     def last(self, call: str) -> Iterator[bool]:
-        """The turn after which there is none. Gives whether it is the first of its kind.
+        """Return the turn after which there is none. Gives whether it is the first of its kind.
 
         Raises:
             GeneratorStateError: this thread has a turn.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bifrost_rt import dims, image_processor, residency
+from bifrost_rt import dims, image_processor, memory_plan
 from bifrost_rt.engines import Engines
 from bifrost_rt.errors import RequestError
 from bifrost_rt.image_processor import Patches
@@ -22,7 +22,7 @@ NAME = "vision_encode"
 
 
 def facts(manifest: SetSpec) -> Vision:
-    """How the set reads images.
+    """Say how the set reads images.
 
     Raises:
         RequestError: it does not.
@@ -37,8 +37,8 @@ def facts(manifest: SetSpec) -> Vision:
 
 
 def inputs(patches: Patches, vision: Vision) -> dict[str, NDArray[Any]]:
-    """What the engine is given for an image of R x C tokens: its windows of `window`² tokens from
-    left to right and top to bottom, each filled up with zeros."""
+    """Return what the engine is given for an image of R x C tokens: its windows of `window`² tokens
+    from left to right and top to bottom, each filled up with zeros."""
     rows, columns, merged, values = patches.values.shape
     side, merge = vision.window, vision.merge_size
     down, across = -(-rows // side), -(-columns // side)
@@ -64,8 +64,8 @@ def inputs(patches: Patches, vision: Vision) -> dict[str, NDArray[Any]]:
     }
 
 
-def sizes(patches: Patches, vision: Vision) -> residency.Sizes:
-    """What an image makes of the symbols at the engine's door."""
+def sizes(patches: Patches, vision: Vision) -> memory_plan.Sizes:
+    """Return what an image makes of the symbols of the engine's inputs and outputs."""
     found = dims.of_run(
         text_tokens=1,
         steps=1,
@@ -78,7 +78,7 @@ def sizes(patches: Patches, vision: Vision) -> residency.Sizes:
 def encode(
     engines: Engines, manifest: SetSpec, patches: Patches, timings: dict[str, float]
 ) -> NDArray[np.float32]:
-    """The image's tokens, [M, D], row by row.
+    """Return the image's tokens, [M, D], row by row.
 
     Raises:
         RequestError: the set reads no images.

@@ -8,7 +8,7 @@ import bifrost_rt
 
 
 def on_step_end(generator, step, timestep, tensors):
-    """Called after every decoding step (timestep is None) and every denoising step."""
+    """Print the step: after every decoding step (timestep is None) and every denoising step."""
     loop = "decoding" if timestep is None else "denoising"
     print(loop, step)
     if "preview" in tensors:  # uint8 [n, H, W, 3]: what the picture will be

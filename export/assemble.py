@@ -16,7 +16,7 @@ from export.model.conditioning import Conditioning, ControlEmbed
 from export.model.decoding import VisualDecode
 from export.model.denoising import Denoise
 from export.model.encoders import ClipText, T5Text
-from export.model.hoist import hoist
+from export.model.modulation import precompute_modulation
 from export.model.vae import VaeDecode
 from export.stages import (
     Stage,
@@ -155,7 +155,10 @@ def stages(
     yield clip_text.stage(ClipText(checkpoint.clip), clip_length)
     yield t5_text.stage(T5Text(checkpoint.t5), t5_length)
     controlnet, transformer = checkpoint.controlnet, checkpoint.transformer
-    of_controlnet, of_transformer = hoist(controlnet), hoist(transformer)
+    of_controlnet, of_transformer = (
+        precompute_modulation(controlnet),
+        precompute_modulation(transformer),
+    )
     yield conditioning.stage(
         Conditioning(controlnet, of_controlnet, transformer, of_transformer), t5_length
     )

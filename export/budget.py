@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bifrost_rt import residency
-from bifrost_rt.residency import size_text
-from export import sources, streaming
+from bifrost_rt import memory_plan
+from bifrost_rt.memory_plan import size_text
+from export import lazy_tensors, weight_offloading
 from export.errors import BuildError
 from export.formats import FORMATS
 from export.planning.trace import run_without_values
@@ -71,7 +71,7 @@ class Share:
 def demand(
     stages: Iterable[Stage], sizes: Mapping[str, int], precisions: Mapping[str, str]
 ) -> Demand:
-    """What building these stages takes.
+    """Return what building these stages takes.
 
     Args:
         sizes: of the run in which engines are compared with torch, symbol by symbol.
@@ -79,8 +79,8 @@ def demand(
     """
     base, most, worst, tensor, held, stored = BASE, 0, "", 0, 0, 0
     for stage in stages:
-        largest = streaming.largest(stage.module)
-        with sources.on_meta(stage.module):
+        largest = weight_offloading.largest(stage.module)
+        with lazy_tensors.on_meta(stage.module):
             trace = run_without_values(stage, sizes)
             elements = count_elements(stage, trace)
         needs = round(SCRATCH * trace.scratch) + COPIES * largest
@@ -101,7 +101,7 @@ def share(wanted: Demand, memory: int | None) -> Share:
     Raises:
         BuildError: it cannot be done with so little.
     """
-    given = residency.available() if memory is None else memory
+    given = memory_plan.available() if memory is None else memory
     total = wanted.everything if given is None else min(given, wanted.everything)
     if total < wanted.least:
         least = size_text(wanted.least, up=True)
@@ -124,7 +124,7 @@ def share(wanted: Demand, memory: int | None) -> Share:
 
 
 def check_disk(wanted: Demand, output: Path, there: int = 0) -> None:
-    """Whether the finished set has room on its disk.
+    """Say whether the finished set has room on its disk.
 
     Args:
         there: bytes of it that are there already.

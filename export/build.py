@@ -16,7 +16,7 @@ from typing import Any
 
 from bifrost_rt import command, inspect
 from bifrost_rt import manifest as manifests
-from bifrost_rt.residency import parse as parse_size
+from bifrost_rt.memory_plan import parse as parse_size
 from export import checkpoint_options, extras, shipped
 from export import recipe as recipes
 from export.engine_set import written_aside
@@ -49,7 +49,7 @@ def build(
     # torch and its company take seconds to import: not before the command line is understood
     from export import build_plan, preprocessor, stage_cache
     from export import build_steps as steps
-    from export.quantize.quantise import STATISTICS, quantise
+    from export.quantize.quantize import STATISTICS, quantize
 
     say = progress or (lambda message: None)
     output = Path(recipe.output)
@@ -69,7 +69,7 @@ def build(
         if plan.chat is None:
             say(f"the set will hold no conversations: {checkpoint.mllm} has another chat template")
         share = steps.reserve(plan, cache, memory_budget, say)
-        layers = quantise(recipe, folder, plan, plan.stages, say, share.kept, output)
+        layers = quantize(recipe, folder, plan, plan.stages, say, share.kept, output)
         built = steps.write_engines(plan, layers, checkpoint, cache, folder, say)
         precisions = steps.read_back(built, layers, folder, say)
         errors = steps.compare(built, folder, share, say)
@@ -82,7 +82,7 @@ def build(
 def _build_and_compile(
     recipe: Recipe, progress: Callable[[str], None] | None, memory_budget: int | None
 ) -> Path:
-    """The ONNX set, which is compared with torch and stays beside it, then its engines."""
+    """Return the ONNX set, which is compared with torch and stays beside it, then its engines."""
     from export.compile import builder as builders
     from export.compile import capabilities
     from export.compile.compiled_set import check_on_cpu, check_targets, compile_set
@@ -90,7 +90,7 @@ def _build_and_compile(
 
     # what cannot be compiled is refused before the graphs are built
     formats = {FULL.name, recipe.precision, *recipe.stages.values(), *recipe.layers.values()}
-    formats |= {recipe.rest} if recipe.quantised else set()
+    formats |= {recipe.rest} if recipe.quantized else set()
     check_targets(builders.find(recipe.backend), recipe.target, sorted(formats))
     check_on_cpu(recipe.on_cpu, tuple(DEFINITIONS))
     for pattern, form in recipe.layers.items():
@@ -112,8 +112,8 @@ def _build_and_compile(
 
 
 def graphs_of(recipe: Recipe) -> Recipe:
-    """The recipe of the ONNX set that a recipe of engines is compiled from: `{output}-onnx`. Any
-    machine can build it; engines for a Jetson are then compiled on the device."""
+    """Return the recipe of the ONNX set that a recipe of engines is compiled from: `{output}-onnx`.
+    Any machine can build it; engines for a Jetson are then compiled on the device."""
     if recipe.backend not in recipes.COMPILED:
         return recipe
     output = Path(recipe.output)
@@ -141,7 +141,7 @@ class Progress:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     options = _parser().parse_args(arguments)
     if not options.debug:
         _quiet_libraries()
@@ -193,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rest",
         metavar="NAME",
-        help=f"of a quantised set's other weights: {HALF.name} (default) or "
+        help=f"of a quantized set's other weights: {HALF.name} (default) or "
         + " or ".join(declared.name for declared in SIXTEEN_BIT if declared is not HALF),
     )
     parser.add_argument(

@@ -76,7 +76,7 @@ def _acquire(output: Path, path: Path, what: str) -> int:
 
 
 def _is_there(descriptor: int, path: Path) -> bool:
-    """Whether the file is the one at `path`: its last holder may have removed it before this
+    """Say whether the file is the one at `path`: its last holder may have removed it before this
     process got the lock."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())

@@ -34,7 +34,7 @@ from bifrost_rt.manifest import (
     Text,
     Vision,
 )
-from export import assemble, budget, chat, flux_files, parity, preprocessor, text
+from export import assemble, budget, chat, flux_files, parity, preprocessor, tokenizer_files
 from export.checkpoint import Checkpoint
 from export.recipe import Recipe
 from export.stages import Stage
@@ -144,7 +144,7 @@ def draw_up(recipe: Recipe, checkpoint: Checkpoint, model: ModelFacts, folder: P
     length = recipe.mllm_max_length or checkpoint.max_seq_length
     vision = preprocessor.read(checkpoint, recipe.max_image_pixels)
     largest = None if vision is None else image_processor.limits(vision)
-    tokenizers = text.write(checkpoint, folder, length, recipe.t5_max_length)
+    tokenizers = tokenizer_files.write(checkpoint, folder, length, recipe.t5_max_length)
     stages = {
         stage.name: stage
         for stage in assemble.stages(

@@ -1,7 +1,7 @@
 """The steps of a build, in their order, after its plan is drawn up.
 
 reserve         what memory and disk the build takes, or a refusal
-(quantise)      calibrate, and change the modules: `export.quantize`
+(quantize)      calibrate, and change the modules: `export.quantize`
 write_engines   trace, cast and write every engine that is not there already
 read_back       what every layer of the files really is
 compare         every engine beside torch, on the values of a real run
@@ -23,15 +23,15 @@ from PIL import Image
 from bifrost_rt import backends, image_processor, request, selftest
 from bifrost_rt import manifest as manifests
 from bifrost_rt.backends.base import Backend
-from bifrost_rt.residency import size_text
-from export import budget, chain, engine_files, memory, parity, stage_cache
+from bifrost_rt.memory_plan import size_text
+from export import budget, engine_files, memory, parity, stage_cache, torch_pipeline
 from export.budget import Share
 from export.build_plan import BuildPlan
 from export.checkpoint import Checkpoint
 from export.engine_set import describe_files
-from export.pieces import Bounded
+from export.graph_partitions import Bounded
 from export.quantize import audit
-from export.quantize.quantise import Outcome
+from export.quantize.quantize import QuantizeResult
 from export.shared_weights import SharedWeights
 from export.stage_cache import StageCache
 
@@ -57,7 +57,7 @@ def reserve(plan: BuildPlan, cache: StageCache, memory: int | None, say: Say) ->
 
 def write_engines(
     plan: BuildPlan,
-    layers: Outcome,
+    layers: QuantizeResult,
     checkpoint: Checkpoint,
     cache: StageCache,
     folder: Path,
@@ -90,7 +90,7 @@ def write_engines(
     return plan.with_engines(tuple(engines), cache.files)
 
 
-def read_back(built: BuildPlan, layers: Outcome, folder: Path, say: Say) -> Findings:
+def read_back(built: BuildPlan, layers: QuantizeResult, folder: Path, say: Say) -> Findings:
     """Read what every layer of the engines is, and compare it with what was decided.
 
     Raises:
@@ -114,7 +114,7 @@ def compare(built: BuildPlan, folder: Path, share: Share, say: Say) -> Findings:
 
 def write_report(
     built: BuildPlan,
-    layers: Outcome,
+    layers: QuantizeResult,
     cache: StageCache,
     precisions: Findings,
     errors: Findings,
@@ -151,12 +151,14 @@ def draw_selftest(built: BuildPlan, folder: Path, share: Share, say: Say) -> Non
     say("drawing the self-test picture")
     checked = request.check(built, **selftest.REQUEST, output_type="np")
     backend = _backend(built, share)
-    drawn = chain.draw(folder, built, backend, checked, memory_budget=share.engines)
+    drawn = torch_pipeline.draw(folder, built, backend, checked, memory_budget=share.engines)
     assert drawn.images is not None
     Image.fromarray(drawn.images[0]).save(folder / selftest.PICTURE)
 
 
-def write_manifest(built: BuildPlan, layers: Outcome, cache: StageCache, folder: Path) -> None:
+def write_manifest(
+    built: BuildPlan, layers: QuantizeResult, cache: StageCache, folder: Path
+) -> None:
     """Write the manifest of the finished set: the last file, once."""
     manifest = built.manifest(describe_files(folder, cache.files), layers.calibration)
     (folder / manifests.FILENAME).write_bytes(manifest.dumps())

@@ -16,7 +16,7 @@ from bifrost_rt import messages
 from bifrost_rt.manifest import Chat
 from export.configs import Config, Many, Whole
 from export.errors import CheckpointError
-from export.text import chat_template
+from export.tokenizer_files import chat_template
 
 TOKENS = {
     "turn_start": "<|im_start|>",
@@ -81,7 +81,7 @@ def read(mllm: Path, tokenizer: Tokenizer, think: str) -> Chat | None:
 
 
 def _rendered(probe: Sequence[dict[str, Any]], chat: Chat, tokenizer: Tokenizer) -> str:
-    """What the runtime writes, in characters."""
+    """Return what the runtime writes, in characters."""
     image = Image.new("RGB", (1, 1))
     turns = [
         messages.Turn(
@@ -105,7 +105,8 @@ def _rendered(probe: Sequence[dict[str, Any]], chat: Chat, tokenizer: Tokenizer)
 
 
 def _stop_ids(mllm: Path, turn_end: int) -> tuple[int, ...]:
-    """The tokens that end an answer: those of the generation config, and the end of a turn."""
+    """Return the tokens that end an answer: those of the generation config, and the end of a
+    turn."""
     found = {turn_end}
     for name in ("generation_config.json", "config.json"):
         if os.path.lexists(mllm / name):

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from bifrost_rt.manifest import Scheduler
-from export import foreign, identity, sources
+from export import foreign, identity, lazy_tensors
 from export import network_configs as networks
 from export.configs import WIDTH, Config, Flag, Optional, Whole
 from export.dialects import lora, t5
@@ -67,7 +67,7 @@ class Checkpoint:
         loras: files whose products are added to the weights of FLUX and its text encoders.
         read: whether the tensors are read then, in float32. False leaves every network on the
             meta device, after checking that the folders hold its tensors in its shapes; each
-            tensor has its source (`export.sources`).
+            tensor has its source (`export.lazy_tensors`).
 
     Raises:
         CheckpointError: a folder or file is missing, damaged or of an unsupported variant.
@@ -140,7 +140,8 @@ class Checkpoint:
         return n
 
     def text_branch(self, max_length: int) -> TextBranch:
-        """The text branch; a tensor that was not saved with the training is the base model's.
+        """Return the text branch; a tensor that was not saved with the training is the base
+        model's.
 
         Raises:
             CheckpointError: more tokens than the model has positions, or tensors that do not fit.
@@ -163,7 +164,7 @@ class Checkpoint:
         return branch
 
     def text_head(self, branch: TextBranch) -> nn.Linear:
-        """What gives the logits: the embedding's own weight, where the model ties them.
+        """Return what gives the logits: the embedding's own weight, where the model ties them.
 
         Raises:
             CheckpointError: it is missing, or of another shape.
@@ -172,8 +173,8 @@ class Checkpoint:
         head = _without_values(lambda: nn.Linear(c.hidden_size, c.vocab_size, bias=False))
         if self._tied_head:
             head.weight = branch.embed_tokens.weight
-            if source := sources.lazy(branch.embed_tokens).get("weight"):
-                sources.attach(head, "weight", source)
+            if source := lazy_tensors.lazy(branch.embed_tokens).get("weight"):
+                lazy_tensors.attach(head, "weight", source)
             return head.eval()
         name = f"{TRAINED_HEAD}weight"
         base = f"{BASE_HEAD}weight"
@@ -182,13 +183,13 @@ class Checkpoint:
         return head
 
     def visual_branch(self) -> VisualBranch:
-        """The visual branch, with mask token, positions and head."""
+        """Return the visual branch, with mask token, positions and head."""
         branch = _without_values(lambda: VisualBranch(self.decoder, self.num_visual_tokens))
         self._fill(branch, "visual branch", lambda name: (self.trained, visual_key(name)))
         return branch
 
     def vision_tower(self, longest: int) -> VisionTower:
-        """The vision tower, as the MLLM's folder has it.
+        """Return the vision tower, as the MLLM's folder has it.
 
         Args:
             longest: patches of the longest side of an image.
@@ -283,7 +284,9 @@ class Checkpoint:
         refuse_unused(named.weights, "T5 encoder", [*t5.EMBEDDINGS, *t5.UNUSED])
         return net
 
-    def _adapt(self, part: str, net: nn.Module) -> Callable[[str, sources.Source], sources.Source]:
+    def _adapt(
+        self, part: str, net: nn.Module
+    ) -> Callable[[str, lazy_tensors.LazyTensor], lazy_tensors.LazyTensor]:
         return lora.adapt(self.loras, part, net)
 
     @cached_property
@@ -318,7 +321,7 @@ def _clip(**keys: Any) -> CLIPTextModel:
 
 
 def _base_prefix(weights: Weights) -> str:
-    """Where a Qwen2.5-VL folder keeps its decoder: transformers 4.52 moved it."""
+    """Say where a Qwen2.5-VL folder keeps its decoder: transformers 4.52 moved it."""
     for prefix in ("model.language_model.", "model."):
         if f"{prefix}embed_tokens.weight" in weights:
             return prefix

@@ -51,7 +51,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def read(options: argparse.Namespace) -> dict[str, Any]:
-    """What was given, as a recipe has it: models and files of the hub are paths.
+    """Return what was given, as a recipe has it: models and files of the hub are paths.
 
     Raises:
         CheckpointError: the cache lacks a model or a file, or it cannot be fetched.

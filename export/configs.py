@@ -24,7 +24,7 @@ class Kind(Protocol):
     """What a key's value must be."""
 
     def convert(self, value: Any) -> Any:
-        """The value as networks take it.
+        """Return the value as networks take it.
 
         Raises:
             ValueError: it is of another type, or out of bounds.
@@ -158,11 +158,11 @@ class Config:
         return cls(path, read_json(path))
 
     def name(self, key: str) -> str:
-        """A key's full name in the file."""
+        """Return a key's full name in the file."""
         return self.names.get(key, key)
 
     def get(self, key: str, kind: Kind, default: Any = ...) -> Any:
-        """A key's value; `default` where the key is absent.
+        """Return a key's value; `default` where the key is absent.
 
         Raises:
             CheckpointError: absent without a default, of another kind, or out of bounds.
@@ -195,7 +195,7 @@ class Config:
             )
 
     def table(self, key: str) -> Config | None:
-        """A table inside this one; None where it is absent or null."""
+        """Return a table inside this one; None where it is absent or null."""
         value = self.values.get(key)
         if value is None:
             return None
@@ -204,14 +204,14 @@ class Config:
         return Config(self.path, value, {name: f"{self.name(key)}.{name}" for name in value})
 
     def over(self, key: str) -> Config:
-        """This table with the entries of its table `key` in front of its own."""
+        """Return this table with the entries of its table `key` in front of its own."""
         inner = self.table(key)
         if inner is None:
             return self
         return Config(self.path, {**self.values, **inner.values}, {**self.names, **inner.names})
 
     def among(self, kinds: Mapping[str, Kind]) -> dict[str, Any]:
-        """The keys of `kinds` that are there, with their values.
+        """Return the keys of `kinds` that are there, with their values.
 
         Raises:
             CheckpointError: of another kind, or out of bounds.
@@ -253,7 +253,7 @@ def _builds(build: Callable[..., Any], arguments: Mapping[str, Any], without: st
 
 
 def read_text(path: Path) -> str:
-    """A text file of a checkpoint: UTF-8, with or without a byte order mark.
+    """Return a text file of a checkpoint: UTF-8, with or without a byte order mark.
 
     Raises:
         CheckpointError: it cannot be read, or is something else.
@@ -276,7 +276,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a checkpoint.
+    """Return a JSON file of a checkpoint.
 
     Raises:
         CheckpointError: missing, or not a JSON object.
@@ -294,7 +294,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def show(value: Any, most: int = 80) -> str:
-    """A JSON value in an error: strings in quotes, as short as need be."""
+    """Return a JSON value in an error: strings in quotes, as short as need be."""
     if isinstance(value, str):
         text = repr(value)
     elif isinstance(value, float) and not math.isfinite(value):

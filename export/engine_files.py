@@ -72,7 +72,7 @@ def write(
 def describe(
     stage: Stage, folder: Path, files: Sequence[str], facts: dict[str, Any], asked: str
 ) -> EngineSpec:
-    """The engine, with the precision that is read back from its file.
+    """Return the engine, with the precision that is read back from its file.
 
     Args:
         files: names, the graph's first, as `write` has written them.

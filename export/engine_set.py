@@ -30,7 +30,7 @@ LONGEST_NAME = 120
 
 @contextlib.contextmanager
 def written_aside(output: Path, finished: Sequence[str] = ()) -> Iterator[Path]:
-    """A folder to build in; on success it takes the place of `output`, or of the folder that
+    """Return a folder to build in; on success it takes the place of `output`, or of the folder that
     `output` is a link to.
 
     Args:
@@ -98,8 +98,8 @@ def _disk_full(folder: Path, error: OSError) -> bool:
 
 
 def hidden(output: Path, kind: str) -> Path:
-    """The name beside a set of what belongs to its builds. A long name is shortened to its hash, so
-    that whatever can be called `output` has one."""
+    """Return the name beside a set of what belongs to its builds. A long name is shortened to its
+    hash, so that whatever can be called `output` has one."""
     name = output.name
     if len(os.fsencode(name)) > LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
@@ -122,7 +122,8 @@ def _refuse_foreign(output: Path) -> None:
 
 
 def _put_back(output: Path) -> None:
-    """What a build had moved that was killed while the new set took the older one's place."""
+    """Put back what a build had moved that was killed while the new set took the older one's
+    place."""
     previous = hidden(output, "previous")
     if previous.exists():
         if output.exists():

@@ -13,7 +13,7 @@ from bifrost_rt.manifest import SetSpec
 from bifrost_rt.messages import Turn
 from bifrost_rt.pipeline import Output
 from bifrost_rt.request import Request
-from bifrost_rt.text import Tokenizers
+from bifrost_rt.tokenizers import Tokenizers
 
 # Of the answer: one behind the prompt, and one in a step of its own.
 TOKENS = 2

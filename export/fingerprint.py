@@ -21,16 +21,16 @@ import torch
 from torch import Tensor, nn
 
 import bifrost_rt
-from export import sources
+from export import lazy_tensors
 from export.stages import Stage
 
 LIBRARIES = ("torch", "transformers", "diffusers", "onnx", "onnx-ir", "onnxscript", "numpy")
 # Of this package, what a trace is made by and of; a test holds that they import nothing else of it.
-TRACED_BY = ("trace.py", "fingerprint.py", "initializers.py", "sources.py", "model", "stages")
+TRACED_BY = ("trace.py", "fingerprint.py", "initializers.py", "lazy_tensors.py", "model", "stages")
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _PRINTED = (torch.dtype, torch.device, torch.layout, torch.memory_format, Path)
 # What every module has and no forward reads; its tensors and children are described on their own.
-_MACHINERY = frozenset(vars(nn.Module())) - {"training"} | {sources.ATTRIBUTE}
+_MACHINERY = frozenset(vars(nn.Module())) - {"training"} | {lazy_tensors.ATTRIBUTE}
 
 
 class UnknownValueError(Exception):
@@ -38,8 +38,8 @@ class UnknownValueError(Exception):
 
 
 def of(stage: Stage, *more: Any) -> str | None:
-    """The hash, or None where a module holds something that cannot be described: its trace is not
-    kept then.
+    """Return the hash, or None where a module holds something that cannot be described: its trace
+    is not kept then.
 
     Args:
         more: what else decides the trace.
@@ -61,7 +61,7 @@ def of(stage: Stage, *more: Any) -> str | None:
 
 
 def libraries() -> dict[str, Any]:
-    """The versions that decide what is built."""
+    """Return the versions that decide what is built."""
     return {
         "python": platform.python_version(),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -153,13 +153,13 @@ class _Describe:
         facts = [str(value.dtype), list(value.shape), isinstance(value, nn.Parameter)]
         # a table that the architecture decides is computed with; a weight is not
         table = not value.is_meta and not isinstance(value, nn.Parameter)
-        return [*facts, sources.held(value).identity if table else None]
+        return [*facts, lazy_tensors.held(value).identity if table else None]
 
     def _name(self, of: Any) -> list[str]:
         return [str(of.__module__), of.__qualname__]
 
     def _code(self, of: Any) -> Any:
-        """A class or a function, with what its closure holds."""
+        """Return a class or a function, with what its closure holds."""
         self._note_file(of)
         cells = [c.cell_contents for c in getattr(of, "__closure__", None) or ()]
         return [*self._name(of), self(cells)] if cells else self._name(of)

@@ -55,7 +55,7 @@ def _node(node: ir.Node, sizes: Mapping[str, int]) -> int:
 
 
 def shape_of(value: ir.Value | None, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """A value's sizes.
+    """Return a value's sizes.
 
     Raises:
         ValueError: the graph does not state them.
@@ -73,6 +73,6 @@ def _size(dim: int | ir.SymbolicDim, sizes: Mapping[str, int]) -> int:
 
 @functools.cache
 def _evaluate(expression: str, sizes: tuple[tuple[str, int], ...]) -> int:
-    """A size such as `branches*images`, or `text_tokens + 256`."""
+    """Return a size such as `branches*images`, or `text_tokens + 256`."""
     symbols = {name: sympy.Symbol(name) for name, _ in sizes}
     return int(sympy.sympify(expression, locals=symbols).subs(dict(sizes)))

@@ -140,7 +140,7 @@ class FluxFiles:
         return self._opened
 
     def named(self, part: str) -> Named:
-        """The tensors of one part.
+        """Return the tensors of one part.
 
         Raises:
             CheckpointError: they are missing, damaged or something else.
@@ -150,7 +150,7 @@ class FluxFiles:
         return self._opened[part]
 
     def config(self, part: str) -> Config:
-        """The config of one part; without a file, what its tensors tell.
+        """Return the config of one part; without a file, what its tensors tell.
 
         Raises:
             CheckpointError: it is missing or of another model, or the tensors do not tell all.
@@ -162,7 +162,7 @@ class FluxFiles:
         return Config(net.weights.folder, kind.config(net))
 
     def scheduler(self) -> Config:
-        """The config of the noise schedule; of a single file without one, FLUX.1's.
+        """Return the config of the noise schedule; of a single file without one, FLUX.1's.
 
         Raises:
             CheckpointError: it is missing or of another model.
@@ -195,7 +195,7 @@ class FluxFiles:
 
 
 def of_recipe(recipe: Recipe) -> FluxFiles:
-    """Where a recipe says that FLUX is."""
+    """Say where a recipe says that FLUX is."""
     given = {"vae": recipe.vae, "clip": recipe.clip, "t5": recipe.t5}
     files = {option: Path(file) for option, file in given.items() if file is not None}
     configs = None if recipe.flux_configs is None else Path(recipe.flux_configs)
@@ -203,7 +203,7 @@ def of_recipe(recipe: Recipe) -> FluxFiles:
 
 
 def _inside(weights: Weights, part: str) -> Weights | None:
-    """A part of a file of the whole model."""
+    """Return a part of a file of the whole model."""
     found = (weights.below(prefix) for prefix in KINDS[part].inside)
     return next((one for one in found if one.entries), None)
 

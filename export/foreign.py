@@ -60,7 +60,7 @@ _FLUX_FOLDER = (
 
 
 def file(path: Path) -> Foreign | None:
-    """What `path` is, if it cannot be a file of a checkpoint; None for anything else."""
+    """Return what `path` is, if it cannot be a file of a checkpoint; None for anything else."""
     if path.is_symlink() and not path.exists():
         return Foreign(
             f"a link to {os.readlink(path)}, which is not there",
@@ -83,7 +83,8 @@ def file(path: Path) -> Foreign | None:
 
 
 def folder(path: Path, name: str) -> Foreign | None:
-    """What `path` is, if it cannot be the checkpoint folder `name`: mllm, bifrost or flux."""
+    """Return what `path` is, if it cannot be the checkpoint folder `name`: mllm, bifrost or
+    flux."""
     if not path.exists():
         return _absent(path, name)
     if not path.is_dir():

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from export import sources
+from export import lazy_tensors
 from export.errors import ExportError
 from export.initializers import TRANSPOSED, Place, Weight
 from export.quantize import operators
@@ -27,7 +27,7 @@ from export.trace import trace
 
 
 def to_graph(stage: Stage) -> ir.Model:
-    """The graph of one stage, whose weights have sources.
+    """Return the graph of one stage, whose weights have sources.
 
     Raises:
         ExportError: torch cannot trace it, or the graph's inputs and outputs are not the stage's.
@@ -37,7 +37,7 @@ def to_graph(stage: Stage) -> ir.Model:
         for path, layer in stage.module.named_modules(remove_duplicate=False)
         if isinstance(layer, QuantizedLinear)
     }
-    found = sources.named(stage.module)
+    found = lazy_tensors.named(stage.module)
     with _as_linear(stage.module, layers):
         model = trace(stage)
     operators.quantize(model, layers)
@@ -68,8 +68,8 @@ def _as_linear(module: nn.Module, layers: dict[str, QuantizedLinear]) -> Iterato
 
 
 def _share_weights(graph: ir.Graph) -> None:
-    """What is one tensor of the checkpoint is stored once, as where a head is tied to the embedding
-    and both were rounded."""
+    """Store once what is one tensor of the checkpoint, as where a head is tied to the embedding and
+    both were rounded."""
     first: dict[tuple[str, ir.DataType], ir.Value] = {}
     for name, value in list(graph.initializers.items()):
         if not isinstance(value.const_value, Weight):

@@ -59,7 +59,7 @@ class Repository:
 
 
 def find(given: str, part: str, *, download: bool = False) -> Path:
-    """The folder of a part of a checkpoint.
+    """Return the folder of a part of a checkpoint.
 
     Args:
         given: a path, the root of a model in a hub cache, or a hub id that is no path.
@@ -109,7 +109,7 @@ def find(given: str, part: str, *, download: bool = False) -> Path:
 
 
 def find_file(given: str, *, download: bool = False) -> Path:
-    """A single file.
+    """Return a single file.
 
     Args:
         given: a path, or a file of a model of the hub that is no path: `org/name/file`,
@@ -146,7 +146,7 @@ def find_file(given: str, *, download: bool = False) -> Path:
 
 
 def snapshot(root: Path, revision: str) -> Path | None:
-    """The folder of a revision below a model's folder in a cache; None where there is none.
+    """Return the folder of a revision below a model's folder in a cache; None where there is none.
 
     Without `main`, a sole snapshot stands for it.
     """
@@ -163,8 +163,8 @@ def snapshot(root: Path, revision: str) -> Path | None:
 
 
 def missing(folder: Path, part: str) -> list[str]:
-    """The files that a snapshot lacks to be built from: configs, weights, shards of an index, and
-    links whose file is not there.
+    """Return the files that a snapshot lacks to be built from: configs, weights, shards of an
+    index, and links whose file is not there.
 
     Raises:
         CheckpointError: an index is damaged.
@@ -196,7 +196,8 @@ def _missing(folder: Path, part: str) -> Iterator[str]:
 
 
 def patterns(part: str) -> list[str]:
-    """The files of a repository that a build reads, as globs whose * also matches a slash."""
+    """Return the files of a repository that a build reads, as globs whose * also matches a
+    slash."""
     places = [*NETWORKS[part], *TEXT_FOLDERS[part]]
     weights = [f"{p}{s}*.safetensors*" for p, stems in NETWORKS[part].items() for s in stems]
     texts = [f"{place}{text}" for place in places for text in TEXTS]
@@ -204,7 +205,7 @@ def patterns(part: str) -> list[str]:
 
 
 def command(repository: Repository, part: str) -> str:
-    """The command line that completes the cache."""
+    """Return the command line that completes the cache."""
     revision = "" if repository.revision == MAIN else f" --revision {repository.revision}"
     included = " ".join(f"--include '{pattern}'" for pattern in patterns(part))
     return f"hf download {repository.id}{revision} {included}"

@@ -142,7 +142,7 @@ def check(config: Config, part: Part) -> Config:
 
 
 def _names(value: object, pair: bool) -> Iterator[object]:
-    """The names in a value: one, a list of them, or model_index.json's [library, class]."""
+    """Yield the names in a value: one, a list of them, or model_index.json's [library, class]."""
     if not isinstance(value, list):
         yield value
     elif pair:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 
-from export import sources
-from export.sources import Source
+from export import lazy_tensors
+from export.lazy_tensors import LazyTensor
 
 TRANSPOSED = ".transposed"  # behind the name of a parameter that is stored both ways
 
@@ -30,11 +30,11 @@ class Weight(ir.LazyTensor):
 
     __slots__ = ("source",)
 
-    def __init__(self, source: Source, dtype: ir.DataType, name: str) -> None:
+    def __init__(self, source: LazyTensor, dtype: ir.DataType, name: str) -> None:
         wanted = source.cast(to_torch_dtype(dtype))
 
         def read() -> TorchTensor:
-            sources.give_back(source.nbytes)  # the tensor that was written before this one
+            lazy_tensors.give_back(source.nbytes)  # the tensor that was written before this one
             return TorchTensor(wanted.read().contiguous(), name)
 
         super().__init__(read, dtype, ir.Shape(source.shape), name=name)

@@ -28,7 +28,7 @@ class LoraFile:
     scale: float = 1.0
 
     def described(self) -> Lora:
-        """What the manifest says of it.
+        """Return what the manifest says of it.
 
         Raises:
             CheckpointError: it cannot be read.

@@ -1,4 +1,5 @@
-"""Memory of a graph's arithmetic, counted from its nodes: what must be alive between its doors.
+"""Memory of a graph's arithmetic, counted from its nodes: what must be alive between its inputs and
+outputs.
 
 For an executor that frees a tensor after its last reader: views count as copies, and attention
 holds its scores and their softmax, as onnxruntime's kernel does.
@@ -13,7 +14,7 @@ import onnx_ir as ir
 
 from bifrost_rt import dims
 from bifrost_rt.image_processor import Limits
-from bifrost_rt.residency import COUNTED_STEPS
+from bifrost_rt.memory_plan import COUNTED_STEPS
 from export.flops import shape_of
 
 SCORES = 2 * 4  # bytes: scores and softmax, in float32
@@ -23,14 +24,14 @@ ARENA = 1.5
 
 
 def one_picture(text_tokens: int) -> dict[str, int]:
-    """The sizes for which a manifest states scratch memory: the longest prompt, the default
+    """Return the sizes for which a manifest states scratch memory: the longest prompt, the default
     steps, no guidance; one window of an image to look at."""
     return dims.of_run(text_tokens=text_tokens, steps=COUNTED_STEPS)
 
 
 def square_bytes(model: ir.Model, largest: Limits) -> int:
-    """What the scratch memory of looking takes beside what one window takes, for the square of the
-    windows: every patch attends to all of them."""
+    """Return what the scratch memory of looking takes beside what one window takes, for the square
+    of the windows: every patch attends to all of them."""
     n = largest.windows
     if n == 1:
         return 0
@@ -40,14 +41,14 @@ def square_bytes(model: ir.Model, largest: Limits) -> int:
 
 
 def one_piece() -> dict[str, int]:
-    """The sizes for which a manifest states the scratch memory of reading a conversation: a piece
-    of the prompt, behind a long cache."""
+    """Return the sizes for which a manifest states the scratch memory of reading a conversation: a
+    piece of the prompt, behind a long cache."""
     return dims.of_run(text_tokens=dims.CHUNK, steps=1, **dims.ANSWERS)
 
 
 def scratch_bytes(model: ir.Model, sizes: Mapping[str, int]) -> int:
-    """Memory for what is alive at once between a graph's inputs and outputs, in a driver's arena.
-    The tensors at the doors are the caller's.
+    """Memory for what is alive at once between a graph's inputs and outputs, in a backend's arena.
+    The tensors of inputs and outputs are the caller's.
 
     Args:
         sizes: a number for every symbol of the graph's inputs.
@@ -77,7 +78,8 @@ def scratch_bytes(model: ir.Model, sizes: Mapping[str, int]) -> int:
 
 
 def _constant(node: ir.Node) -> bool:
-    """Computed from weights alone, so once, when the engine is opened: a weight in memory."""
+    """Say whether a value is computed from weights alone, so once, when the engine is opened: a
+    weight in memory."""
     return node.op_type in ("Cast", "Transpose") and all(
         value is not None and value.is_initializer() for value in node.inputs
     )

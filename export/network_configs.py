@@ -106,7 +106,7 @@ T5: dict[str, Kind] = {
 
 
 def flux(config: Config) -> dict[str, Any]:
-    """The arguments of diffusers' two FLUX networks."""
+    """Return the arguments of diffusers' two FLUX networks."""
     arguments = config.among(FLUX)
     axes, width = arguments.get("axes_dims_rope"), arguments.get("attention_head_dim")
     if axes and (any(axis % 2 for axis in axes) or (width and sum(axes) != width)):
@@ -117,7 +117,7 @@ def flux(config: Config) -> dict[str, Any]:
 
 
 def vae(config: Config) -> dict[str, Any]:
-    """The arguments of diffusers' AutoencoderKL."""
+    """Return the arguments of diffusers' AutoencoderKL."""
     arguments = config.among(VAE)
     blocks = arguments.get("block_out_channels", (0,))
     for key in ("down_block_types", "up_block_types"):
@@ -127,7 +127,7 @@ def vae(config: Config) -> dict[str, Any]:
 
 
 def scheduler(config: Config) -> Scheduler:
-    """The noise schedule."""
+    """Return the noise schedule."""
     for key, value in PLAIN_SCHEDULER.items():
         config.only(key, value)
     length, shift = Whole(), Real(-100, 100)

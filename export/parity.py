@@ -24,13 +24,13 @@ from bifrost_rt.backends.base import Backend, Buffer, Engine
 from bifrost_rt.dims import IMAGES
 from bifrost_rt.errors import NumericsError
 from bifrost_rt.manifest import EngineSpec, ModelFacts, Range, SetSpec, Vision
-from export import chain, sources
+from export import lazy_tensors, torch_pipeline
 from export.budget import Share
 from export.errors import ParityError
 from export.exercise import draw_look_answer
 from export.formats import FORMATS
 from export.stages import Stage
-from export.streaming import streamed
+from export.weight_offloading import streamed
 
 # Long, short, beyond ASCII and with a lead-in: different lengths in one batch, and guidance on, so
 # that every input of every engine takes part.
@@ -99,7 +99,8 @@ class Comparison:
         return math.sqrt(self.error_square / self.value_square) if self.value_square else 0.0
 
     def passes(self, tolerance: float, rounded: float | None) -> bool:
-        """Rounding grows with the values: tolerances are absolute up to 1, relative above.
+        """Say whether an error is within a tolerance. Rounding grows with the values: tolerances
+        are absolute up to 1, relative above.
 
         Args:
             rounded: the bound in the mean, for an engine with rounded activations: no bound on a
@@ -114,7 +115,7 @@ def compare(
     folder: Path,
     manifest: SetSpec,
     stages: Mapping[str, Stage],
-    driver: Backend,
+    backend: Backend,
     share: Share | None = None,
     generate: pipeline.Generate = draw_look_answer,
 ) -> dict[str, dict[str, Any]]:
@@ -131,7 +132,7 @@ def compare(
         ParityError: naming the engine that differs, by how much and by how much it may; or the
             stage that gives what is not finite, as torch does.
     """
-    paired = PairedBackend(driver, stages, share.kept if share else None)
+    paired = PairedBackend(backend, stages, share.kept if share else None)
     checked = request.check(
         manifest,
         prompt=prompts(manifest),
@@ -144,7 +145,9 @@ def compare(
     overflow = None
     try:
         budget = share.engines if share else None
-        chain.draw(folder, manifest, paired, checked, memory_budget=budget, generate=generate)
+        torch_pipeline.draw(
+            folder, manifest, paired, checked, memory_budget=budget, generate=generate
+        )
     except NumericsError as error:
         overflow = error  # an engine that differs from torch is the better answer
     report = {}
@@ -171,15 +174,15 @@ def compare(
 
 
 def rounding(layers: Mapping[str, int]) -> float | None:
-    """What an engine may differ by in the mean, from its layers by format; None where it rounds no
-    activations."""
+    """Return what an engine may differ by in the mean, from its layers by format; None where it
+    rounds no activations."""
     bounds = {name: FORMATS[name].rounding or 0.0 for name in layers if name in FORMATS}
     found = sum(bounds[name] ** 2 * count for name, count in layers.items() if name in bounds)
     return math.sqrt(found) if found else None
 
 
 class PairedBackend:
-    """A driver beside torch. Buffers are the driver's own, which must be host memory."""
+    """A backend beside torch. Buffers are the backend's own, which must be host memory."""
 
     name = "paired"
     opens_in_threads = False
@@ -187,49 +190,49 @@ class PairedBackend:
     in_host_memory = True
     writes_in_place = True
 
-    def __init__(self, driver: Backend, stages: Mapping[str, Stage], kept: int | None) -> None:
-        self._driver = driver
+    def __init__(self, backend: Backend, stages: Mapping[str, Stage], kept: int | None) -> None:
+        self._backend = backend
         self._stages = stages
         self._kept = kept
         self.records: dict[str, Comparison] = {}
 
     def open(self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]) -> Engine:
-        """The driver's engine, with the stage beside it."""
+        """Return the backend's engine, with the stage beside it."""
         record = self.records[spec.name] = Comparison()
-        engine = self._driver.open(folder, spec, dimensions)
+        engine = self._backend.open(folder, spec, dimensions)
         return PairedEngine(engine, self._stages[spec.name], record, self._kept)
 
     def free_memory(self) -> int | None:
-        """The driver's."""
-        return self._driver.free_memory()
+        """Return the backend's."""
+        return self._backend.free_memory()
 
     def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
-        """The driver's, and what torch keeps."""
-        tensors = sources.named(self._stages[spec.name].module).values()
+        """Return the backend's, and what torch keeps."""
+        tensors = lazy_tensors.named(self._stages[spec.name].module).values()
         kept = 4 * sum(math.prod(source.shape) for source in tensors)
         if self._kept is not None:
             kept = min(kept, self._kept)
-        return self._driver.weights_in_memory(spec, stored) + kept
+        return self._backend.weights_in_memory(spec, stored) + kept
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
-        """The driver's."""
-        return self._driver.empty(shape, dtype)
+        """Return the backend's."""
+        return self._backend.empty(shape, dtype)
 
     def upload(self, array: NDArray[Any]) -> Buffer:
-        """The driver's."""
-        return self._driver.upload(array)
+        """Return the backend's."""
+        return self._backend.upload(array)
 
     def write(self, buffer: Buffer, array: NDArray[Any]) -> None:
-        """The driver's."""
-        self._driver.write(buffer, array)
+        """Return the backend's."""
+        self._backend.write(buffer, array)
 
     def download(self, buffer: Buffer) -> NDArray[Any]:
-        """The driver's."""
-        return self._driver.download(buffer)
+        """Return the backend's."""
+        return self._backend.download(buffer)
 
     def wait(self) -> None:
-        """The driver's."""
-        self._driver.wait()
+        """Return the backend's."""
+        self._backend.wait()
 
 
 class PairedEngine:
@@ -244,11 +247,11 @@ class PairedEngine:
     def bind(
         self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
     ) -> Callable[[], None]:
-        """A call that runs both and records the difference."""
+        """Return a call that runs both and records the difference."""
         run = self._engine.bind(inputs, outputs)
 
         def call() -> None:
-            wanted = chain.evaluate(self._stage, inputs)
+            wanted = torch_pipeline.evaluate(self._stage, inputs)
             run()
             for name in wanted.keys() - set(self._stage.chosen):
                 expected = wanted[name]
@@ -268,6 +271,6 @@ class PairedEngine:
         record.value_square += wide.square().sum().item()
 
     def close(self) -> None:
-        """Close the driver's engine, and let go of torch's weights."""
+        """Close the backend's engine, and let go of torch's weights."""
         self._engine.close()
         self._weights.close()

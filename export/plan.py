@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bifrost_rt import backends, command, residency, strict
+from bifrost_rt import backends, command, memory_plan, serialization
 from bifrost_rt import manifest as manifests
 from bifrost_rt.backends.base import Backend
 from bifrost_rt.manifest import EngineSpec, Manifest, Precision
@@ -37,7 +37,7 @@ NOWHERE = "."  # a plan writes no set
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. 0: it fits; 3: it does not; 1: there is no plan."""
+    """Return the command line. 0: it fits; 3: it does not; 1: there is no plan."""
     options = _parser().parse_args(arguments)
     if not options.debug:
         warnings.simplefilter("ignore")  # the libraries warn of their own deprecations
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _plan(options: argparse.Namespace) -> tuple[Plan, Estimate | None]:
     # torch takes seconds to import: not before the command line is understood
     device = devices.find(options.device)
-    budget = None if options.memory_budget is None else residency.parse(options.memory_budget)
+    budget = None if options.memory_budget is None else memory_plan.parse(options.memory_budget)
     storage = _storage(options.precision)
     flags = checkpoint_options.read(options)
     if flags and (options.engines or options.like):
@@ -106,7 +106,7 @@ def of_compiled(
     """
     from export.planning import estimate, kernel_times, work
 
-    at = residency.sizes(manifest)
+    at = memory_plan.sizes(manifest)
     calls = kernel_times.of_set(folder, manifest, at)
     times = kernel_times.estimate(calls, device)
     ideal = (
@@ -124,19 +124,19 @@ def of_set(folder: Path, device: devices.Device, budget: int | None = None) -> P
 
     manifest = manifests.read(folder)
     works = work.of_set(folder, manifest, manifest.defaults.num_inference_steps)
-    driver = backends.load(manifest.backend)
+    backend = backends.load(manifest.backend)
 
     def in_memory(one: Work, stored: int) -> int:
         spec = manifest.engine(one.engine)
-        return driver.weights_in_memory(spec, manifests.stored_bytes(manifest, spec))
+        return backend.weights_in_memory(spec, manifests.stored_bytes(manifest, spec))
 
     return estimate.plan(
-        works, device, None, budget, in_memory, driver.opens_in_threads, driver.scratch_share
+        works, device, None, budget, in_memory, backend.opens_in_threads, backend.scratch_share
     )
 
 
 def _recipe(given: str | None, flags: dict[str, Any]) -> Recipe:
-    """The recipe of a checkpoint: a file's, flags on top of it, or flags alone."""
+    """Return the recipe of a checkpoint: a file's, flags on top of it, or flags alone."""
     flags = {**flags, "output": NOWHERE}
     if given is None:
         return recipes.load(flags, "command line")
@@ -157,13 +157,13 @@ def of_recipe(
     length = recipe.mllm_max_length or checkpoint.max_seq_length
     works = work.of_checkpoint(checkpoint, length, recipe.t5_max_length, STEPS)
     storage = storage or FORMATS[recipe.precision]
-    # the recipe's driver runs here; a device of the table runs compiled engines
+    # the recipe's backend runs here; a device of the table runs compiled engines
     if device.name != devices.HERE:
         return estimate.plan(works, device, storage, budget)
-    driver = backends.load(recipe.backend)
-    in_memory = _in_memory(driver, storage)
+    backend = backends.load(recipe.backend)
+    in_memory = _in_memory(backend, storage)
     return estimate.plan(
-        works, device, storage, budget, in_memory, driver.opens_in_threads, driver.scratch_share
+        works, device, storage, budget, in_memory, backend.opens_in_threads, backend.scratch_share
     )
 
 
@@ -177,7 +177,7 @@ def of_shapes(
 
 
 def works_of_shapes(name: str) -> list[Work]:
-    """The engines of a checkpoint of published shapes, from an outline of it."""
+    """Return the engines of a checkpoint of published shapes, from an outline of it."""
     from export.checkpoint import Checkpoint
     from export.planning import work
     from export.synthesize import synthesize
@@ -185,7 +185,7 @@ def works_of_shapes(name: str) -> list[Work]:
 
     if name not in PRESETS:
         raise RecipeError(
-            f"--like {name!r} is unknown{strict.nearest(name, PRESETS)}",
+            f"--like {name!r} is unknown{serialization.nearest(name, PRESETS)}",
             hint=f"known: {', '.join(PRESETS)}",
         )
     with tempfile.TemporaryDirectory() as temporary:
@@ -197,18 +197,18 @@ def works_of_shapes(name: str) -> list[Work]:
         return work.of_checkpoint(checkpoint, checkpoint.max_seq_length, RELEASE_T5_LENGTH, STEPS)
 
 
-def _in_memory(driver: Backend, storage: Format) -> InMemory:
+def _in_memory(backend: Backend, storage: Format) -> InMemory:
     def in_memory(work: Work, stored: int) -> int:
         dtype = HALF.dtype if storage.linear_bits <= 8 and work.all_in_16_bit else storage.dtype
         precision = Precision(storage.name, dtype, "float32")
         spec = EngineSpec(work.engine, "", (), (), (), (), precision)
-        return driver.weights_in_memory(spec, stored)
+        return backend.weights_in_memory(spec, stored)
 
     return in_memory
 
 
 def _elsewhere(folder: Path | None) -> list[str]:
-    """What a plan of a compiled set leaves out."""
+    """Return what a plan of a compiled set leaves out."""
     engines = () if folder is None else manifests.read(folder).engines
     return [f"not counted: {spec.name}, on {spec.backend}" for spec in engines if spec.backend]
 
@@ -216,7 +216,7 @@ def _elsewhere(folder: Path | None) -> list[str]:
 def _storage(name: str | None) -> Format | None:
     if name is not None and name not in FORMATS:
         raise RecipeError(
-            f"--precision {name!r} is unknown{strict.nearest(name, FORMATS)}",
+            f"--precision {name!r} is unknown{serialization.nearest(name, FORMATS)}",
             hint=f"known: {', '.join(FORMATS)}",
         )
     return None if name is None else FORMATS[name]

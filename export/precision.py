@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bifrost_rt.manifest import INDICES
-from export import sources
+from export import lazy_tensors
 from export.errors import ExportError
 from export.formats import FORMATS, HALF, SIXTEEN_BIT
 from export.initializers import Weight
@@ -52,8 +52,8 @@ def round_weights(
             wanted = (of_layers or {}).get(name, precision)
             rounded = functools.partial(_rounded, f"{name}.weight", wanted)
             dtype = PRECISIONS[wanted]
-            source = sources.of(layer, "weight").map(wanted, rounded, dtype=dtype)
-            sources.attach(layer, "weight", source)
+            source = lazy_tensors.of(layer, "weight").map(wanted, rounded, dtype=dtype)
+            lazy_tensors.attach(layer, "weight", source)
 
 
 def _rounded(name: str, precision: str, weight: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def store(model: ir.Model, precision: str) -> None:
 
 
 def _half(tensor: ir.TensorProtocol, dtype: torch.dtype, name: str) -> ir.TensorProtocol | None:
-    """The tensor in 16 bit, where that loses nothing."""
+    """Return the tensor in 16 bit, where that loses nothing."""
     if isinstance(tensor, Weight):
         kind = _IR.get(tensor.source.dtype)
         return None if kind is None else Weight(tensor.source, kind, name)
@@ -103,8 +103,9 @@ def _half(tensor: ir.TensorProtocol, dtype: torch.dtype, name: str) -> ir.Tensor
 
 
 def weight_bytes(model: ir.Model) -> dict[str, int]:
-    """Bytes of the initializers by dtype, read from the graph that is saved: most bytes first, and
-    behind all others what layers do not compute in. A small T5 has less weights than positions."""
+    """Return bytes of the initializers by dtype, read from the graph that is saved: most bytes
+    first, and behind all others what layers do not compute in. A small T5 has less weights than
+    positions."""
     found: dict[str, int] = {}
     for value in model.graph.initializers.values():
         if value.const_value is not None:

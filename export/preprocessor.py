@@ -22,7 +22,7 @@ PIXELS = Whole(1, 1 << 28)
 
 
 def why_none(checkpoint: Checkpoint) -> str | None:
-    """Why a set of this checkpoint reads no images; None where it does."""
+    """Say why a set of this checkpoint reads no images; None where it does."""
     if checkpoint.vision is None:
         return f"{checkpoint.mllm} has no vision tower"
     if _config(checkpoint) is None:
@@ -31,7 +31,7 @@ def why_none(checkpoint: Checkpoint) -> str | None:
 
 
 def read(checkpoint: Checkpoint, max_pixels: int | None = None) -> Vision | None:
-    """How images become patches; None where the checkpoint has no tower, or does not say.
+    """Say how images become patches; None where the checkpoint has no tower, or does not say.
 
     Args:
         max_pixels: of the largest image that is not made smaller; default: the checkpoint's, at

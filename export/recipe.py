@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bifrost_rt import files, strict
+from bifrost_rt import files, serialization
 from bifrost_rt.errors import TextFileError
 from export import lora_files, shipped
 from export.errors import RecipeError
@@ -56,7 +56,7 @@ class Recipe:
             the checkpoint's limit, at most 1280 tokens.
         think: what the MLLM is asked where it thinks before it draws; `{prompt}` stands for the
             prompt.
-        rest: what a quantised set stores its other weights in.
+        rest: what a quantized set stores its other weights in.
         stages: stage -> precision, where it is not the set's.
         layers: pattern of `stage:path` -> precision, such as "t5_text:*.block.0.*"; of several
             that fit, the last counts.
@@ -97,7 +97,7 @@ class Recipe:
     lora: tuple[str, ...] = ()
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         """Whether any layer is."""
         asked = {self.precision, *self.stages.values(), *self.layers.values()}
         return any(FORMATS[name].quantized for name in asked)
@@ -119,7 +119,7 @@ class Recipe:
         return lora_files.parse_all(self.lora)
 
     def precision_of(self, stage: str) -> str:
-        """What a stage was asked to be."""
+        """Return what a stage was asked to be."""
         return self.stages.get(stage, self.precision)
 
     def __post_init__(self) -> None:
@@ -127,14 +127,14 @@ class Recipe:
         for name, value, known in self._named_choices():
             if value not in known:
                 raise RecipeError(
-                    f"{name} {value!r} is unknown{strict.nearest(value, known)}",
+                    f"{name} {value!r} is unknown{serialization.nearest(value, known)}",
                     hint=f"this version builds {', '.join(known)}",
                 )
-        if not self.quantised:
+        if not self.quantized:
             for name in ("statistics", "quality_budget"):
                 if getattr(self, name) is not None:
                     raise RecipeError(
-                        f"{name} is for quantised sets, and nothing in this one is",
+                        f"{name} is for quantized sets, and nothing in this one is",
                         hint="add --precision "
                         f"{' or '.join(f.name for f in eight_bit())}, or leave it out",
                     )
@@ -181,7 +181,7 @@ class Recipe:
 
 
 def read(path: Path, overrides: dict[str, object]) -> Recipe:
-    """A recipe file with flags on top.
+    """Return a recipe file with flags on top.
 
     A set of another precision or for another backend than the recipe's has a folder of its own
     beside the recipe's, unless `overrides` name one: the recipe's set is what others open.
@@ -214,7 +214,7 @@ def read(path: Path, overrides: dict[str, object]) -> Recipe:
 
 
 def _output(data: dict[str, Any], overrides: dict[str, object], path: Path) -> str:
-    """Where a recipe's set goes that flags have changed."""
+    """Say where a recipe's set goes that flags have changed."""
     for part in (*CHECKPOINT, *FILES):
         if part in overrides and not _same(overrides[part], data.get(part)):
             raise RecipeError(
@@ -239,10 +239,10 @@ def _same(folder: object, other: object) -> bool:
 
 
 def load(data: dict[str, object], where: str) -> Recipe:
-    """A recipe from plain data; `where` is how errors call it."""
+    """Return a recipe from plain data; `where` is how errors call it."""
     try:
-        return strict.load(Recipe, data)
-    except strict.StrictError as error:
+        return serialization.load(Recipe, data)
+    except serialization.SerializationError as error:
         raise RecipeError(f"{where}: {error}") from None
     except RecipeError as error:
         raise RecipeError(f"{where}: {error.message}", hint=error.hint) from None

@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from export import sources
+from export import lazy_tensors
 from export.initializers import TRANSPOSED, Place, Weight
 from export.stages import Stage
 
@@ -37,7 +37,7 @@ class SharedWeights:
 
     def names(self, stage: Stage, model: ir.Model) -> dict[str, str]:
         """Name what a graph has in common with other engines: initializer -> a name in the set."""
-        found = {name: source.identity for name, source in sources.named(stage.module).items()}
+        found = {name: source.identity for name, source in lazy_tensors.named(stage.module).items()}
         return {
             name: _name(value.const_value)
             for name, value in model.graph.initializers.items()
@@ -47,7 +47,7 @@ class SharedWeights:
         }
 
     def place(self, name: str) -> Place | None:
-        """Where an earlier engine has stored a tensor, by its name in the set."""
+        """Say where an earlier engine has stored a tensor, by its name in the set."""
         return self._places.get(name)
 
     def add(self, stage: Stage, key: str, stored: Mapping[str, Sequence[Any]]) -> None:
@@ -63,7 +63,7 @@ class SharedWeights:
 
 
 def _identities(stage: Stage) -> set[str]:
-    return {source.identity for source in sources.named(stage.module).values()}
+    return {source.identity for source in lazy_tensors.named(stage.module).values()}
 
 
 def _name(weight: Weight) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from bifrost_rt import strict
+from bifrost_rt import serialization
 from export.errors import RecipeError
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -21,12 +21,12 @@ def names() -> list[str]:
 
 
 def path_of(name: str) -> Path:
-    """The file of a recipe that ships."""
+    """Return the file of a recipe that ships."""
     return FOLDER / f"{name}.toml"
 
 
 def find(given: str | Path) -> Path:
-    """The file of a recipe.
+    """Return the file of a recipe.
 
     Args:
         given: a path, or the name of a recipe that ships. A file that exists counts first.
@@ -40,13 +40,13 @@ def find(given: str | Path) -> Path:
     if text in known:
         return path_of(text)
     raise RecipeError(
-        f"{path}: no such recipe{strict.nearest(path.stem, known)}",
+        f"{path}: no such recipe{serialization.nearest(path.stem, known)}",
         hint=f"give the path of a file, or the name of a recipe that ships: {', '.join(known)}",
     )
 
 
 def base(recipe: Path) -> Path:
-    """What the paths in a recipe file are relative to: its folder; for a recipe that ships,
+    """Return what the paths in a recipe file are relative to: its folder; for a recipe that ships,
     `engines` in the checkout that this package is in, or else in the current folder."""
     if recipe.parent != FOLDER:
         return recipe.parent

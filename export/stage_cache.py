@@ -23,7 +23,7 @@ from bifrost_rt import dims
 from bifrost_rt import manifest as manifests
 from bifrost_rt.files import atomic_write
 from bifrost_rt.manifest import File
-from export import fingerprint, sources
+from export import fingerprint, lazy_tensors
 from export.stages import Stage
 
 REPORT = "report.json"
@@ -53,10 +53,10 @@ def key(
     counted: Mapping[str, int],
     before: Mapping[str, str] | None = None,
 ) -> str:
-    """Changes with everything that decides the bytes of a stage's engine.
+    """Return what changes with everything that decides the bytes of a stage's engine.
 
     Args:
-        stage: its tensors' sources say what was rounded and quantised, and how.
+        stage: its tensors' sources say what was rounded and quantized, and how.
         configs: of the checkpoint, `configs_digest`.
         rest: the precision in which tensors are stored that have none of their own.
         counted: the sizes for which scratch memory is stated.
@@ -67,7 +67,7 @@ def key(
         "stage": stage.name,
         "doors": [str(door) for door in doors],
         "state": [dataclasses.astuple(state) for state in stage.state],
-        "tensors": {name: s.identity for name, s in sources.named(stage.module).items()},
+        "tensors": {name: s.identity for name, s in lazy_tensors.named(stage.module).items()},
         "configs": configs,
         "rest": rest,
         "modules": str(stage.module),
@@ -79,8 +79,8 @@ def key(
 
 
 def surroundings() -> dict[str, Any]:
-    """What decides the bytes of everything that is built: this package's code, and what it runs
-    on."""
+    """Return what decides the bytes of everything that is built: this package's code, and what it
+    runs on."""
     return {"code": code_digest(), **fingerprint.libraries()}
 
 
@@ -136,8 +136,8 @@ class StageCache:
         return {name: file for r in self._done.values() for name, file in r.files.items()}
 
     def get(self, stage: str, key: str) -> Finished | None:
-        """The engine of a stage, if there is one of this key whose files are whole. It is in the
-        build's folder then; otherwise nothing of it is."""
+        """Return the engine of a stage, if there is one of this key whose files are whole. It is in
+        the build's folder then; otherwise nothing of it is."""
         for place in self._places:
             record = self._known[place].get(stage)
             if record is not None and record.key == key and self._take(record, place):
@@ -150,14 +150,14 @@ class StageCache:
         return None
 
     def put(self, stage: str, key: str, files: Sequence[Path], facts: dict[str, Any]) -> Finished:
-        """An engine that was just written to the build's folder."""
+        """Return an engine that was just written to the build's folder."""
         hashed = {f.name: File(f.stat().st_size, manifests.sha256(f)) for f in files}
         record = Finished(key, hashed, facts)
         self._note(stage, record)
         return record
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """The records, as `report.json` has them under "engines"."""
+        """Return the records, as `report.json` has them under "engines"."""
         return _as_report(self._done)
 
     def _note(self, stage: str, record: Finished) -> None:
@@ -182,7 +182,7 @@ class StageCache:
 
 
 def read(folder: Path) -> dict[str, Finished]:
-    """The records in a folder; none where there is no report, or none that can be read."""
+    """Return the records in a folder; none where there is no report, or none that can be read."""
     try:
         engines = json.loads((folder / REPORT).read_text(encoding="utf-8"))["engines"]
         return {
@@ -199,7 +199,7 @@ def read(folder: Path) -> dict[str, Finished]:
 
 
 def whole(folder: Path, record: Finished) -> bool:
-    """Whether every file of an engine is there, with the very bytes that were built."""
+    """Say whether every file of an engine is there, with the very bytes that were built."""
     for name, file in record.files.items():
         path = folder / name
         if Path(name).name != name or not path.is_file() or path.stat().st_size != file.size:

@@ -41,14 +41,14 @@ class Entry:
 
 
 def file_identity(file: Path) -> str:
-    """Changes whenever the file's bytes may have: the system gives a new change time to whatever is
-    written, moved or linked, and no tool sets it back."""
+    """Return what changes whenever the file's bytes may have: the system gives a new change time to
+    whatever is written, moved or linked, and no tool sets it back."""
     found = file.stat()
     return f"{os.path.realpath(file)}:{found.st_ino}:{found.st_size}:{found.st_ctime_ns}"
 
 
 def of_safetensors(file: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file.
+    """Return the tensors of a safetensors file.
 
     Raises:
         CheckpointError: it is damaged, or something else.

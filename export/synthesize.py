@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bifrost_rt import command, strict
+from bifrost_rt import command, serialization
 from export import build_lock, extras
 from export.build import INTERRUPTED
 from export.engine_set import hidden
@@ -94,7 +94,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     options = _parser().parse_args(arguments)
 
     @extras.needed("export")
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _shapes(options: argparse.Namespace) -> Shapes:
     if options.like not in PRESETS:
         raise RecipeError(
-            f"--like {options.like!r} is unknown{strict.nearest(options.like, PRESETS)}",
+            f"--like {options.like!r} is unknown{serialization.nearest(options.like, PRESETS)}",
             hint=f"known: {', '.join(PRESETS)}",
         )
     shapes = PRESETS[options.like]

@@ -21,7 +21,7 @@ from onnxscript.rewriter import onnx_fusions
 
 from bifrost_rt import cache, dims
 from bifrost_rt.manifest import TensorSpec
-from export import fingerprint, sources
+from export import fingerprint, lazy_tensors
 from export.errors import ExportError
 from export.initializers import Weight
 from export.model.cache import PLACEHOLDER, PLACEHOLDER_OPSET
@@ -40,7 +40,7 @@ logging.getLogger("onnx_ir.passes.common.initializer_deduplication").setLevel(lo
 
 
 def trace(stage: Stage) -> ir.Model:
-    """The graph of a stage.
+    """Return the graph of a stage.
 
     Initializers that a checkpoint fills have no value; they have the names and shapes of the
     module's tensors.
@@ -59,7 +59,7 @@ def trace(stage: Stage) -> ir.Model:
 
 def _trace(stage: Stage) -> ir.Model:
     tables = {
-        name: sources.held(table)
+        name: lazy_tensors.held(table)
         for name, table in stage.module.named_buffers(remove_duplicate=False)
         if not table.is_meta
     }
@@ -69,7 +69,7 @@ def _trace(stage: Stage) -> ir.Model:
         for spec in stage.inputs
     ]
     try:
-        with warnings.catch_warnings(), sources.on_meta(stage.module):
+        with warnings.catch_warnings(), lazy_tensors.on_meta(stage.module):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 stage.module,
@@ -115,7 +115,7 @@ def _place_operators(model: ir.Model) -> None:
 
 
 def _to_bytes(model: ir.Model) -> bytes:
-    """A model as a file has it; values that are not there are said to lie elsewhere."""
+    """Return a model as a file has it; values that are not there are said to lie elsewhere."""
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             assert value.dtype is not None
@@ -135,7 +135,7 @@ def _from_bytes(stored: bytes) -> ir.Model:
 
 
 def _optimize(model: ir.Model) -> None:
-    """What torch.onnx does with `optimize=True`; no weight is known to it."""
+    """Do what torch.onnx does with `optimize=True`; no weight is known to it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # T5's buckets take the logarithm of 0, and do not use it
         optimize_ir(model)
@@ -144,8 +144,8 @@ def _optimize(model: ir.Model) -> None:
 
 
 def _merge_constants(graph: ir.Graph) -> None:
-    """What the optimizer has computed, once each: FLUX's rotary tables become four constants in
-    every block."""
+    """Return what the optimizer has computed, once each: FLUX's rotary tables become four constants
+    in every block."""
     first: dict[tuple[object, ...], ir.Value] = {}
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value

@@ -45,7 +45,7 @@ class _Candidate:
 
 
 def find(folder: Path, stems: Sequence[str]) -> WeightFiles:
-    """The files of the model in `folder`.
+    """Return the files of the model in `folder`.
 
     That of the first stem that is there: `{stem}.safetensors`, the shards of
     `{stem}.safetensors.index.json`, or shards without an index; where no file of these names is

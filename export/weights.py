@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from export import sources, weight_files
+from export import lazy_tensors, weight_files
 from export.dialects import float8, gguf_file
 from export.dialects.place import Place
 from export.errors import CheckpointError
-from export.sources import Source
+from export.lazy_tensors import LazyTensor
 from export.stored import FLOATS, Entry, Rows, of_safetensors
 from export.weight_files import WeightFiles
 
@@ -74,7 +74,7 @@ class Weights:
         return cls(file, float8.unpack(entries))
 
     def below(self, prefix: str) -> Weights:
-        """The tensors whose names begin with `prefix`, without it."""
+        """Return the tensors whose names begin with `prefix`, without it."""
         found = {n.removeprefix(prefix): e for n, e in self.entries.items() if n.startswith(prefix)}
         return Weights(self.folder, found)
 
@@ -99,7 +99,7 @@ class Weights:
             )
         return shape
 
-    def source(self, name: str, rows: Rows = None) -> Source:
+    def source(self, name: str, rows: Rows = None) -> LazyTensor:
         """One tensor, or some of its rows, read when it is asked for; in the file's dtype, or in
         one that holds the values which the file packs.
 
@@ -111,9 +111,9 @@ class Weights:
             raise unreadable(name, entry)
         self.used.add(name)
         if rows is None:
-            return Source(entry.shape, entry.gives, entry.identity, lambda: _read(entry, name))
+            return LazyTensor(entry.shape, entry.gives, entry.identity, lambda: _read(entry, name))
         first, behind = rows
-        return Source(
+        return LazyTensor(
             (behind - first, *entry.shape[1:]),
             entry.gives,
             f"{entry.identity}[{first}:{behind}]",
@@ -121,7 +121,8 @@ class Weights:
         )
 
     def packed(self) -> dict[str, int]:
-        """How many of the tensors that were read the file stores in less than 16 bit, by type."""
+        """Say how many of the tensors that were read the file stores in less than 16 bit, by
+        type."""
         kinds = Counter(self.entries[name].dtype for name in self.used)
         return {kind: kinds[kind] for kind in sorted(kinds) if kind not in FLOATS}
 
@@ -149,7 +150,7 @@ def unreadable(name: str, entry: Entry) -> CheckpointError:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are, without a copy of the tensor."""
+    """Say whether all values are, without a copy of the tensor."""
     return all(bool(torch.isfinite(b).all()) for b in tensor.flatten().split(BLOCK))
 
 
@@ -161,7 +162,7 @@ def _read(entry: Entry, name: str, rows: Rows = None) -> Tensor:
 
 
 def _all_entries(found: WeightFiles) -> dict[str, Entry]:
-    """The tensors of all files. An index may list fewer than its shards hold."""
+    """Return the tensors of all files. An index may list fewer than its shards hold."""
     entries: dict[str, Entry] = {}
     for file in found.files:
         for name, entry in of_safetensors(file).items():
@@ -193,7 +194,7 @@ def fill(
     find: Callable[[str], tuple[Weights, str | Place]],
     *,
     read: bool = True,
-    adapt: Callable[[str, Source], Source] = lambda name, source: source,
+    adapt: Callable[[str, LazyTensor], LazyTensor] = lambda name, source: source,
 ) -> None:
     """Give every tensor of a module on the meta device its source.
 
@@ -238,9 +239,9 @@ def fill(
         rows = None if place.rows is None else place.rows[:2]
         prefix, _, leaf = name.rpartition(".")
         source = place.take(weights.source(place.key, rows))
-        sources.attach(module.get_submodule(prefix), leaf, adapt(name, source))
+        lazy_tensors.attach(module.get_submodule(prefix), leaf, adapt(name, source))
     if read:
-        sources.load(module)
+        lazy_tensors.load(module)
     module.eval().requires_grad_(False)
 
 
@@ -262,7 +263,7 @@ def refuse_unused(weights: Weights, what: str, allowed: Iterable[str] = ()) -> N
 
 
 def _wrapped(weights: Weights, key: str) -> str | None:
-    """Why a tensor is missing that is there under a longer name."""
+    """Say why a tensor is missing that is there under a longer name."""
     for prefix, tool in WRAPPERS.items():
         if any(prefix in name and name.replace(prefix, "") == key for name in weights.entries):
             return f"its names hold {prefix!r}, which {tool} puts there: save the model without it"

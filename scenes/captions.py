@@ -48,7 +48,7 @@ def caption(spec: Spec, rng: np.random.Generator) -> str:
 
 
 def describe(objects: Sequence[Placed], background: str) -> str:
-    """The exact description: every object with its place (x, y) and size in steps of 8 px.
+    """Return the exact description: every object with its place (x, y) and size in steps of 8 px.
 
     What the captioner learns to say, so that its patch latents hold colour, shape, place and size.
     """

@@ -34,7 +34,7 @@ class HeldOut:
 
 @cache
 def heldout() -> tuple[HeldOut, ...]:
-    """The 300 prompts in the order of the families."""
+    """Return the 300 prompts in the order of the families."""
     rng = np.random.default_rng(20250805)
     chosen: list[HeldOut] = []
     worded: Counter[Spec] = Counter()
@@ -55,5 +55,5 @@ def heldout() -> tuple[HeldOut, ...]:
 
 @cache
 def heldout_prompts() -> frozenset[str]:
-    """The wordings that training must avoid."""
+    """Return the wordings that training must avoid."""
     return frozenset(item.prompt for item in heldout())

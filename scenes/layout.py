@@ -31,7 +31,7 @@ _PAIR_PLACES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
 
 
 def place(spec: Spec, rng: np.random.Generator | None = None) -> tuple[Placed, ...]:
-    """The objects of `spec`; without `rng` exactly at their canonical places."""
+    """Return the objects of `spec`; without `rng` exactly at their canonical places."""
     places: tuple[tuple[float, float], ...]
     things: tuple[Thing, ...]
     if len(spec.things) == 2:

@@ -24,7 +24,7 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
 
 
 def any_spec(rng: np.random.Generator, family: str) -> Spec:
-    """A random meaning of one family, kept out of training or not."""
+    """Return a random meaning of one family, kept out of training or not."""
     background = _pick(rng, tuple(BACKGROUNDS)) if rng.random() < 0.5 else None
     size = _pick(rng, SIZES) if rng.random() < 0.4 else None
     colour = _pick(rng, tuple(COLOURS))
@@ -49,7 +49,7 @@ def any_spec(rng: np.random.Generator, family: str) -> Spec:
 
 
 def training_spec(rng: np.random.Generator) -> Spec:
-    """A random meaning that training may see."""
+    """Return a random meaning that training may see."""
     # Scenes of two things have by far the most combinations, so they come up most often.
     family = FAMILIES[rng.choice(len(FAMILIES), p=(0.08, 0.14, 0.2, 0.14, 0.24, 0.2))]
     while True:
@@ -59,7 +59,7 @@ def training_spec(rng: np.random.Generator) -> Spec:
 
 
 def without_layout(spec: Spec, rng: np.random.Generator) -> Spec:
-    """The same things with counts and relations drawn anew.
+    """Return the same things with counts and relations drawn anew.
 
     The diffusion model's own text sees this meaning: layout words occur in it and say nothing, so
     places and counts must come through the latents.

@@ -63,7 +63,7 @@ def _nearest(
 
 @cache
 def _ideal(shape: str, height: int, width: int) -> NDArray[np.bool_]:
-    """The shape drawn to fill a box of this size."""
+    """Return the shape drawn to fill a box of this size."""
     rows, columns = np.mgrid[:height, :width]
     y, x = (rows + 0.5) / height - 0.5, (columns + 0.5) / width - 0.5
     if shape == "square":
@@ -76,7 +76,7 @@ def _ideal(shape: str, height: int, width: int) -> NDArray[np.bool_]:
 
 
 def _shape(filled: NDArray[np.bool_]) -> str | None:
-    """The shape that overlaps best with an object cut out at its bounding box."""
+    """Return the shape that overlaps best with an object cut out at its bounding box."""
     height, width = filled.shape
     if not 0.75 < width / height < 1.34:
         return None
@@ -89,7 +89,7 @@ def _shape(filled: NDArray[np.bool_]) -> str | None:
 
 
 def read(picture: NDArray[np.uint8]) -> Reading:
-    """What a uint8[H, W, 3] picture holds."""
+    """Return what a uint8[H, W, 3] picture holds."""
     pixels = picture.astype(np.float32)
     rim = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3),
                           pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])  # fmt: skip
@@ -133,7 +133,7 @@ def _relation_holds(relation: str, first: Found, second: Found) -> bool:
 
 
 def judge(spec: Spec, picture: NDArray[np.uint8]) -> Verdict:
-    """Whether the picture shows `spec` exactly. Unnamed attributes may take any known value."""
+    """Say whether the picture shows `spec` exactly. Unnamed attributes may take any known value."""
     reading = read(picture)
     if reading.background is None:
         return Verdict(False, "the background is no known colour")

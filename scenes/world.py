@@ -99,7 +99,8 @@ class Placed:
 
 
 def kept_out(spec: Spec) -> bool:
-    """Whether the combination is kept out of training: an unseen pair, or one in eight contents.
+    """Say whether the combination is kept out of training: an unseen pair, or one in eight
+    contents.
 
     The content leaves out what only decorates it: the background counts as content only in the
     families that have too few combinations without it.

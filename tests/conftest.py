@@ -59,13 +59,14 @@ def generator(alpha_set: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def set_for(alpha_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The set as a driver runs it: `set_for("tensorrt-rtx")` is compiled for this machine's GPU."""
+    """The set as a backend runs it: `set_for("tensorrt-rtx")` is compiled for this machine's
+    GPU."""
     from bifrost_rt import backends
 
     made: dict[str, Path] = {}
 
     def of(name: str) -> Path:
-        if not backends.DRIVERS[name].compiled:
+        if not backends.BACKENDS[name].compiled:
             return alpha_set
         if name not in made:
             from export.compile.compiled_set import compile_set
@@ -85,7 +86,7 @@ def generators(set_for: Any) -> Iterator[Any]:
     opened: dict[str, Any] = {}
 
     def on(name: str) -> Any:
-        if reason := backends.DRIVERS[name].unavailable():
+        if reason := backends.BACKENDS[name].unavailable():
             pytest.skip(f"{name}: {reason}")
         if name not in opened:
             opened[name] = Generator(set_for(name), backend=name)

@@ -1,7 +1,7 @@
 """TensorRT without a GPU: the library's names and rules over host memory.
 
-Its engines are files that name an ONNX graph, which onnxruntime computes, so the driver can be held
-to real values. It is strict where a GPU would crash or read rubbish: an address that was never
+Its engines are files that name an ONNX graph, which onnxruntime computes, so the backend can be
+held to real values. It is strict where a GPU would crash or read rubbish: an address that was never
 allocated or was freed, a block too small for its tensor, an input without a shape, a graph that is
 replayed after its context was changed.
 """

@@ -31,7 +31,7 @@ Made from the docstrings by `python -m tools.api_reference`. The
 
 # Public modules beside the package itself: heading, module, what it is for.
 MODULES = (
-    ("Latents files", "bifrost_rt.handover", "CLIP latents of a run as a file."),
+    ("Latents files", "bifrost_rt.latents_file", "CLIP latents of a run as a file."),
     ("Warnings of a run", "bifrost_rt.notes", "What `Result.notes` holds."),
     (
         "Backends",
@@ -59,7 +59,7 @@ class Entry:
 
 
 def document() -> str:
-    """The page, in Markdown.
+    """Return the page, in Markdown.
 
     Raises:
         ValueError: a name of `__all__` has no definition in the package.
@@ -73,7 +73,7 @@ def document() -> str:
 
 
 def exported() -> Iterator[Entry]:
-    """The definitions that `bifrost_rt.__all__` names: classes first, then errors."""
+    """Yield the definitions that `bifrost_rt.__all__` names: classes first, then errors."""
     tree = parsed(PACKAGE)
     imported = {
         alias.asname or alias.name: node.module
@@ -89,7 +89,7 @@ def exported() -> Iterator[Entry]:
 
 
 def public(module: str) -> Iterator[Entry]:
-    """The definitions of a module: those of `ONLY`, else all that are public."""
+    """Yield the definitions of a module: those of `ONLY`, else all that are public."""
     names = ONLY.get(module) or tuple(
         node.name
         for node in parsed(module).body
@@ -100,7 +100,7 @@ def public(module: str) -> Iterator[Entry]:
 
 
 def entry(module: str, name: str) -> Entry:
-    """What a module defines under a name.
+    """Return what a module defines under a name.
 
     Raises:
         ValueError: it defines no such class or function.
@@ -109,14 +109,14 @@ def entry(module: str, name: str) -> Entry:
 
 
 def parsed(module: str) -> ast.Module:
-    """The syntax tree of a module of this checkout."""
+    """Return the syntax tree of a module of this checkout."""
     path = ROOT / module.replace(".", "/")
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     return ast.parse(file.read_text())
 
 
 def all_names(tree: ast.Module) -> list[str]:
-    """What `__all__` lists."""
+    """Return what `__all__` lists."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return list(ast.literal_eval(node.value))
@@ -124,7 +124,7 @@ def all_names(tree: ast.Module) -> list[str]:
 
 
 def definition(module: str, name: str) -> Definition:
-    """The class or function called `name`.
+    """Return the class or function called `name`.
 
     Raises:
         ValueError: the module has none.
@@ -136,7 +136,7 @@ def definition(module: str, name: str) -> Definition:
 
 
 def described(entry: Entry, level: int) -> Iterator[str]:
-    """A heading, the signature and the docstring; of a class also its fields and methods."""
+    """Yield a heading, the signature and the docstring; of a class also its fields and methods."""
     node = entry.node
     yield f"{'#' * level} {entry.name}\n\n```python\n{signature(entry)}\n```\n"
     if ast.get_docstring(node):  # of its own: neither inherited nor made by `dataclass`
@@ -151,7 +151,7 @@ def described(entry: Entry, level: int) -> Iterator[str]:
 
 
 def described_fields(node: ast.ClassDef) -> Iterator[str]:
-    """The fields of a class that a string below them explains."""
+    """Yield the fields of a class that a string below them explains."""
     for field, below in zip(node.body, node.body[1:], strict=False):
         if (
             isinstance(field, ast.AnnAssign)
@@ -164,7 +164,7 @@ def described_fields(node: ast.ClassDef) -> Iterator[str]:
 
 
 def signature(entry: Entry) -> str:
-    """How it is called; of a class without a constructor, its bases and fields."""
+    """Say how it is called; of a class without a constructor, its bases and fields."""
     node, name = entry.node, entry.name
     if isinstance(node, Function):
         if "property" in map(ast.unparse, node.decorator_list):
@@ -212,7 +212,7 @@ def called(name: str, node: Function, made: Any) -> str:
 
 
 def unpacked(node: ast.arg, made: Any) -> list[str]:
-    """The arguments that `**name: Unpack[T]` stands for, none of which must be given."""
+    """Return the arguments that `**name: Unpack[T]` stands for, none of which must be given."""
     found = (
         re.fullmatch(r"Unpack\[(\w+)\]", ast.unparse(node.annotation)) if node.annotation else None
     )
@@ -234,7 +234,7 @@ def argument(node: ast.arg, default: ast.expr | None) -> str:
 
 
 def prose(docstring: str) -> str:
-    """A docstring as Markdown: its sections become lists, the rest stays as it is."""
+    """Return a docstring as Markdown: its sections become lists, the rest stays as it is."""
     blocks: list[str] = []
     for block in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
         head, _, rest = block.partition("\n")
@@ -246,7 +246,7 @@ def prose(docstring: str) -> str:
 
 
 def listed(section: str) -> str:
-    """The entries of a section, each `name: text` with its continuation indented."""
+    """Return the entries of a section, each `name: text` with its continuation indented."""
     items: list[str] = []
     for line in inspect.cleandoc(section).splitlines():
         if line.startswith(" ") and items:

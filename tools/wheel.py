@@ -65,7 +65,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _copy_set(folder: Path, target: Path) -> None:
-    """The files that the manifest lists, whole, and nothing else that lies there."""
+    """Return the files that the manifest lists, whole, and nothing else that lies there."""
     facts = manifest.read(folder)
     opened.verify(folder, facts)
     for name in (manifest.FILENAME, *facts.files):
@@ -87,7 +87,7 @@ def _pip_wheel(source: Path, folder: Path, isolated: bool) -> Path:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Build the wheel.")
     parser.add_argument("--demo", type=Path, metavar="SET", help="a built set to put inside")
     parser.add_argument("--output", type=Path, default=Path("dist"), metavar="DIR", help="dist")

@@ -127,7 +127,7 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Moves the normalisation into the merger's last linear layer; equal in eval mode."""
+        """Move the normalisation into the merger's last linear layer; equal in eval mode."""
         last = self.mllm.model.visual.merger.mlp[-1]
         scale = (self.normalise.running_var + self.normalise.eps).rsqrt()
         last.weight.mul_(scale[:, None])

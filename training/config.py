@@ -21,7 +21,7 @@ class Schedule:
     muon: bool = False
 
     def rate(self, step: int) -> float:
-        """The learning rate of one step."""
+        """Return the learning rate of one step."""
         rise = min(1.0, (step + 1) / self.warmup)
         left = (self.steps - step) / max(1.0, self.decay * self.steps)
         return self.lr * rise * max(0.05, min(1.0, left))

@@ -49,7 +49,7 @@ def control_samples(
     pooled: Tensor,
     scale: float,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What the ControlNet adds after the transformer's double and single blocks."""
+    """Return what the ControlNet adds after the transformer's double and single blocks."""
     text_ids, image_ids = flux.ids(x_t.shape[1])
     return control(
         hidden_states=x_t,

@@ -47,7 +47,7 @@ class DecoderStage:
 
 
 def finished_vae(config: Config, out: Path) -> AutoencoderKL:
-    """The VAE with its sharpened decoder, in eval mode."""
+    """Return the VAE with its sharpened decoder, in eval mode."""
     vae = trained_vae(config, out)
     load_weights(vae.decoder, out, "decoder")
     return vae

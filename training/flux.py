@@ -29,7 +29,7 @@ def _rope_axes(width: int) -> tuple[int, int, int]:
 
 
 def transformer_config(config: Config) -> dict[str, object]:
-    """What the transformer and its ControlNet share."""
+    """Return what the transformer and its ControlNet share."""
     return {
         "in_channels": 4 * config.latent_channels,
         "attention_head_dim": config.flux_head_width,

@@ -31,7 +31,7 @@ class Stage(Protocol):
     module: nn.Module
 
     def loss(self, step: int, batch: int, rng: np.random.Generator) -> Tensor:
-        """The loss of one step on a batch drawn by `rng`."""
+        """Return the loss of one step on a batch drawn by `rng`."""
         ...
 
 
@@ -49,7 +49,7 @@ def _seeds(seed: int, name: str, step: int) -> np.random.Generator:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What `write_aside` wrote, on the device of this run."""
+    """Read what `write_aside` wrote, on the device of this run."""
     value: dict[str, Any] = torch.load(
         path, weights_only=True, map_location=torch.get_default_device()
     )
@@ -57,12 +57,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def steps_done(out: Path, name: str) -> int:
-    """How far a stage has been trained."""
+    """Say how far a stage has been trained."""
     return len(read(out / f"{name}.state")["losses"])
 
 
 def load_weights(module: nn.Module, out: Path, name: str) -> None:
-    """The averaged weights of a stage that has been trained before."""
+    """Return the averaged weights of a stage that has been trained before."""
     path = out / f"{name}.state"
     if not path.exists():
         raise FileNotFoundError(

@@ -21,7 +21,7 @@ from training.vae import to_pixels, trained_vae
 
 
 def scene(config: Config, index: int) -> tuple[Spec, tuple[Placed, ...]]:
-    """The meaning and the objects of pool scene `index`."""
+    """Return the meaning and the objects of pool scene `index`."""
     rng = np.random.default_rng([config.seed, 90210, index])
     spec = training_spec(rng)
     return spec, place(spec, rng)
@@ -34,7 +34,7 @@ def pixels(config: Config, indices: range) -> Tensor:
 
 
 def wording(spec: Spec, rng: np.random.Generator) -> str:
-    """A caption that is not in the held-out list."""
+    """Return a caption that is not in the held-out list."""
     while True:
         text = caption(spec, rng)
         if text not in heldout_prompts():
@@ -66,7 +66,7 @@ def pack(latents: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, side: int) -> Tensor:
-    """The reverse, for a square of `side` latents."""
+    """Return the reverse, for a square of `side` latents."""
     rows, _, width = packed.shape
     x = packed.view(rows, side // 2, side // 2, width // 4, 2, 2)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(rows, width // 4, side, side)

@@ -75,7 +75,7 @@ def _shard(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """A diffusers config without what the running process put in."""
+    """Return a diffusers config without what the running process put in."""
     kept = {k: v for k, v in config.items() if k not in ("_name_or_path", "_use_default_values")}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
 
@@ -239,7 +239,7 @@ def _flux(config: Config, out: Path, folder: Path) -> None:
 
 
 def publish(config: Config, out: Path, target: Path) -> None:
-    """The trained run in `out` as `target`/mllm, bifrost and flux; replaced as a whole."""
+    """Return the trained run in `out` as `target`/mllm, bifrost and flux; replaced as a whole."""
     aside = target.with_name(target.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     _mllm(config, out, aside / "mllm")

@@ -61,7 +61,7 @@ def plot(losses: dict[str, list[float]], path: Path) -> None:
 
 
 def past_losses(out: Path) -> dict[str, list[float]]:
-    """The losses of every stage that has a state in `out`."""
+    """Return the losses of every stage that has a state in `out`."""
     states = {name: out / f"{name}.state" for name in STAGES}
     return {name: read(path)["losses"] for name, path in states.items() if path.exists()}
 
@@ -98,7 +98,7 @@ def run(
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="states, pools and the loss plot")
     parser.add_argument("--stage", choices=tuple(STAGES), action="append", help="default: all")

@@ -39,7 +39,7 @@ MU = 0.4675  # the dynamic shift at 64 image tokens
 
 
 def sigmas(steps: int) -> list[float]:
-    """The noise levels of FLUX's scheduler, from 1 to 0."""
+    """Return the noise levels of FLUX's scheduler, from 1 to 0."""
     levels = np.linspace(1, 1 / steps, steps)
     return [*(math.exp(MU) / (math.exp(MU) + (1 / levels - 1))).tolist(), 0.0]
 
@@ -74,7 +74,7 @@ def draw(
 
 
 def sheet(pictures: list[NDArray[np.uint8]], columns: int, marks: list[bool]) -> Image.Image:
-    """A grid of pictures, each framed green where it is right and red where not."""
+    """Return a grid of pictures, each framed green where it is right and red where not."""
     framed = []
     for picture, right in zip(pictures, marks, strict=True):
         frame = np.empty((picture.shape[0] + 6, picture.shape[1] + 6, 3), np.uint8)
@@ -88,7 +88,7 @@ def sheet(pictures: list[NDArray[np.uint8]], columns: int, marks: list[bool]) ->
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", choices=("predicted", "true", "off"), default="predicted")

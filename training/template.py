@@ -24,16 +24,16 @@ _ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def ask_for_image(prompt: str) -> str:
-    """A request for a picture, up to the place where the picture begins."""
+    """Return a request for a picture, up to the place where the picture begins."""
     return f"{_SYSTEM}<|im_start|>user\nGenerate an image of {prompt}{_ANSWER}<|vision_start|>"
 
 
 def ask_for_plan(prompt: str) -> str:
-    """The same request, answered in words: makes the text branch work out the layout."""
+    """Return the same request, answered in words: makes the text branch work out the layout."""
     return f"{_SYSTEM}<|im_start|>user\nGenerate an image of {prompt}{_ANSWER}"
 
 
 def ask_for_words(places: int) -> str:
-    """A question about a picture of `places` tokens, up to the answer."""
+    """Return a question about a picture of `places` tokens, up to the answer."""
     picture = "<|vision_start|>" + "<|image_pad|>" * places + "<|vision_end|>"
     return f"{_SYSTEM}<|im_start|>user\n{picture}Describe the scene.{_ANSWER}"

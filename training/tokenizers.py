@@ -190,7 +190,7 @@ def _write_bpe(tokenizer: Tokenizer, folder: Path, specials: tuple[str, ...]) ->
 
 
 def write_tokenizers(mllm: Path, flux: Path, t5_length: int) -> None:
-    """The tokenizer files of the mllm folder and of both text encoders."""
+    """Return the tokenizer files of the mllm folder and of both text encoders."""
     qwen, clip, t5 = qwen_tokenizer(), clip_tokenizer(), t5_tokenizer()
     _write_bpe(qwen, mllm, SPECIAL_TOKENS)
     _write(mllm, "chat_template.json", {"chat_template": CHAT_TEMPLATE})

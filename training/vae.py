@@ -61,7 +61,7 @@ def _crop(rng: np.random.Generator) -> NDArray[np.uint8]:
 
 
 def whole_scene(rng: np.random.Generator) -> NDArray[np.uint8]:
-    """A picture of a prompt's scene, or of objects anywhere."""
+    """Return a picture of a prompt's scene, or of objects anywhere."""
     if rng.random() < 0.3:
         return render(scatter(rng, int(rng.integers(1, 5))), random_background(rng))
     spec = training_spec(rng)

@@ -31,7 +31,7 @@ from training.tokenizers import qwen_tokenizer, token_id
 
 
 def decoder_config(config: Config) -> DecoderConfig:
-    """The facts that both branches share."""
+    """Return the facts that both branches share."""
     return DecoderConfig.from_dict(mllm_config(config).to_dict())
 
 
@@ -49,7 +49,7 @@ def text_keys_values(
 
 
 def build_branches(config: Config, out: Path) -> tuple[TextBranch, VisualBranch]:
-    """The frozen text branch, and the visual branch as its copy."""
+    """Return the frozen text branch, and the visual branch as its copy."""
     decoder = decoder_config(config)
     trained = trained_captioner(config, out).mllm.model.language_model.state_dict()
     text = TextBranch(decoder, max_length=256)

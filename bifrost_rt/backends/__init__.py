@@ -1,4 +1,4 @@
-"""Drivers by name. A driver's library is imported when the driver is asked for, not before."""
+"""Backends by name. A backend's library is imported when the backend is asked for, not before."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from bifrost_rt.backends import gpu
 from bifrost_rt.backends.base import Backend
 from bifrost_rt.backends.mixed import Mixed
 from bifrost_rt.errors import BackendError
-from bifrost_rt.strict import nearest
+from bifrost_rt.serialization import nearest
 
 
 @dataclass(frozen=True)
-class Driver:
+class BackendInfo:
     """Where a backend lives, what it needs, and how a user gets that.
 
     Attributes:
@@ -37,7 +37,7 @@ class Driver:
     exact: bool = True
 
     def unavailable(self) -> str | None:
-        """The reason why this driver cannot run here, or None."""
+        """Return the reason why this backend cannot run here, or None."""
         if self.gpu:
             found = gpu.find()
             if isinstance(found, str):
@@ -51,11 +51,11 @@ class Driver:
         return None
 
     def missing(self) -> str | None:
-        """The first package that it needs and that is not installed."""
+        """Return the first package that it needs and that is not installed."""
         return next((name for name in (self.library, *self.also) if not installed(name)), None)
 
     def remedy(self) -> str | None:
-        """What to do where it is not available; None where this machine can never run it."""
+        """Return what to do where it is not available; None where this machine can never run it."""
         if self.gpu and isinstance(gpu.find(), str):
             return None
         install = f"pip install 'bifrost-rt[{self.extra}]'"
@@ -65,27 +65,27 @@ class Driver:
 
 
 def installed(name: str) -> bool:
-    """Whether a Python module is there, without importing it."""
+    """Say whether a Python module is there, without importing it."""
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # the package that a dotted name is in
         return False
 
 
-DRIVERS = {
-    "onnxruntime": Driver("bifrost_rt.backends.onnxruntime:OnnxRuntime", "onnxruntime", "cpu"),
-    "openvino": Driver("bifrost_rt.backends.openvino:OpenVino", "openvino", "openvino"),
-    "openvino-bf16": Driver(
+BACKENDS = {
+    "onnxruntime": BackendInfo("bifrost_rt.backends.onnxruntime:OnnxRuntime", "onnxruntime", "cpu"),
+    "openvino": BackendInfo("bifrost_rt.backends.openvino:OpenVino", "openvino", "openvino"),
+    "openvino-bf16": BackendInfo(
         "bifrost_rt.backends.openvino:OpenVinoBf16", "openvino", "openvino", exact=False
     ),
-    "onnxruntime-cuda": Driver(
+    "onnxruntime-cuda": BackendInfo(
         "bifrost_rt.backends.onnxruntime_cuda:OnnxRuntimeCuda",
         "onnxruntime",
         "cuda",
         gpu=True,
         provider="CUDAExecutionProvider",
     ),
-    "tensorrt-rtx": Driver(
+    "tensorrt-rtx": BackendInfo(
         "bifrost_rt.backends.tensorrt:TensorRtRtx",
         "tensorrt_rtx",
         "tensorrt-rtx",
@@ -93,7 +93,7 @@ DRIVERS = {
         gpu=True,
         compiled=True,
     ),
-    "tensorrt": Driver(
+    "tensorrt": BackendInfo(
         "bifrost_rt.backends.tensorrt:TensorRt",
         "tensorrt",
         "tensorrt",
@@ -126,10 +126,10 @@ def parse(text: str) -> tuple[str | None, dict[str, str]]:
 
 
 def beside(main: Backend, own: Mapping[str, str]) -> Backend:
-    """Start the drivers of engines that have their own beside that of the set.
+    """Start the backends of engines that have their own beside that of the set.
 
     Args:
-        own: engine -> its driver's name.
+        own: engine -> its backend's name.
 
     Raises:
         BackendError: as in `load`.
@@ -141,19 +141,19 @@ def beside(main: Backend, own: Mapping[str, str]) -> Backend:
 
 
 def load(name: str) -> Backend:
-    """Start the driver called `name`.
+    """Start the info called `name`.
 
     Raises:
         BackendError: an unknown name, or the reason why it is not available here.
     """
-    if name not in DRIVERS:
+    if name not in BACKENDS:
         raise BackendError(
-            f"unknown backend {name!r}{nearest(name, DRIVERS)}; this version has "
-            + ", ".join(DRIVERS)
+            f"unknown backend {name!r}{nearest(name, BACKENDS)}; this version has "
+            + ", ".join(BACKENDS)
         )
-    driver = DRIVERS[name]
-    if reason := driver.unavailable():
-        raise BackendError(f"backend {name!r} is not available: {reason}", hint=driver.remedy())
-    module, _, attribute = driver.target.partition(":")
+    info = BACKENDS[name]
+    if reason := info.unavailable():
+        raise BackendError(f"backend {name!r} is not available: {reason}", hint=info.remedy())
+    module, _, attribute = info.target.partition(":")
     backend: Backend = getattr(importlib.import_module(module), attribute)()
     return backend

@@ -1,8 +1,8 @@
-"""The seam between schedule and arithmetic: what a driver must do, and no more.
+"""The seam between schedule and arithmetic: what a backend must do, and no more.
 
-A driver opens a file, hands out buffers in its own memory, binds named buffers into a call that can
-be repeated, and closes. The contract tests run against every driver and against the double that
-export uses to compare an engine with torch.
+A backend opens a file, hands out buffers in its own memory, binds named buffers into a call that
+can be repeated, and closes. The contract tests run against every backend and against the double
+that export uses to compare an engine with torch.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from bifrost_rt import dims, residency
+from bifrost_rt import dims, memory_plan
 from bifrost_rt.errors import StageInputError
 from bifrost_rt.manifest import EngineSpec, Range, TensorSpec
 
 
 class Buffer(Protocol):
-    """A tensor in a driver's memory; a numpy array where that is host memory."""
+    """A tensor in a backend's memory; a numpy array where that is host memory."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -41,8 +41,8 @@ class Engine(Protocol):
     def bind(
         self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
     ) -> Callable[[], None]:
-        """A call on fixed buffers. Running it again reads and writes the same memory and
-        allocates nothing that the driver does not force.
+        """Return a call on fixed buffers. Running it again reads and writes the same memory and
+        allocates nothing that the backend does not force.
 
         Raises:
             StageInputError: a name, dtype or shape that does not fit the engine.
@@ -53,27 +53,28 @@ class Engine(Protocol):
 
 
 class Backend(Protocol):
-    """One driver."""
+    """One backend."""
 
     name: str
 
     @property
     def opens_in_threads(self) -> bool:
         """Whether an engine may be opened in another thread, beside others and while one runs.
-        Where not, generators that were given the same driver take turns."""
+        Where not, generators that were given the same backend take turns."""
 
     def open(self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]) -> Engine:
         """Load one engine of the set in `folder`."""
 
     def free_memory(self) -> int | None:
-        """Bytes that the device has free, where it says so; the default budget is a little less."""
+        """Return bytes that the device has free, where it says so; the default budget is a little
+        less."""
 
     def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
-        """Bytes that an opened engine holds whose files have `stored` bytes, at their highest:
-        drivers unpack and reorder weights, and some keep the file's pages beside that."""
+        """Return bytes that an opened engine holds whose files have `stored` bytes, at their
+        highest: backends unpack and reorder weights, and some keep the file's pages beside that."""
 
     scratch_share: float
-    """What the driver takes of the scratch memory that a manifest states, which is counted for one
+    """What the backend takes of the scratch memory that a manifest states, which is counted for one
     that keeps the scores of attention in memory."""
 
     in_host_memory: bool
@@ -101,7 +102,7 @@ class Backend(Protocol):
 
 
 class HostMemory:
-    """Buffers of a driver whose device is the host: numpy arrays, never copied."""
+    """Buffers of a backend whose device is the host: numpy arrays, never copied."""
 
     opens_in_threads = True
     scratch_share = 1.0
@@ -109,27 +110,27 @@ class HostMemory:
     writes_in_place = True
 
     def free_memory(self) -> int | None:
-        """What the machine can give without swapping."""
-        return residency.host_memory()
+        """Return what the machine can give without swapping."""
+        return memory_plan.host_memory()
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Host memory."""
         return np.empty(shape, dtype)
 
     def upload(self, array: NDArray[Any]) -> NDArray[Any]:
-        """The array itself, contiguous."""
+        """Return the array itself, contiguous."""
         return np.ascontiguousarray(array)
 
     def write(self, buffer: Buffer, array: NDArray[Any]) -> None:
-        """A copy in host memory."""
+        """Copy an array over a buffer."""
         np.copyto(np.asarray(buffer), array)
 
     def download(self, buffer: Buffer) -> NDArray[Any]:
-        """The buffer itself."""
+        """Return the buffer itself."""
         return np.asarray(buffer)
 
     def wait(self) -> None:
-        """Calls return when they are done."""
+        """Do nothing: calls return when they are done."""
 
 
 def return_freed_memory() -> None:
@@ -194,13 +195,13 @@ def _check_tensor(
 
 
 def output_shape(tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """A spec's shape with every symbol replaced by its size."""
+    """Return a spec's shape with every symbol replaced by its size."""
     return dims.shape_at(tensor.shape, sizes)
 
 
 def symbol_sizes(spec: EngineSpec, inputs: Mapping[str, Buffer]) -> dict[str, int]:
-    """Which size each symbol has, read from the inputs that are there: from the first that has it
-    alone in a dimension."""
+    """Return which size each symbol has, read from the inputs that are there: from the first that
+    has it alone in a dimension."""
     sizes: dict[str, int] = {}
     for tensor in spec.inputs:
         if tensor.name in inputs:

@@ -1,4 +1,4 @@
-"""Which driver a set gets: the one that is named, or the fastest that is installed, and why."""
+"""Which backend a set gets: the one that is named, or the fastest that is installed, and why."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from bifrost_rt.backends.base import Backend
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import Manifest
 from bifrost_rt.processor import Processor
-from bifrost_rt.strict import nearest
+from bifrost_rt.serialization import nearest
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A driver's name and the reason for it, as one phrase."""
+    """A backend's name and the reason for it, as one phrase."""
 
     name: str
     reason: str
 
 
 def choose(manifest: Manifest, processor: Processor | None = None) -> Choice:
-    """The driver for a set.
+    """Return the backend for a set.
 
     Args:
         processor: None takes this machine's.
@@ -42,24 +42,24 @@ def choose(manifest: Manifest, processor: Processor | None = None) -> Choice:
     if bytewise and here.under_onednn().amx:
         # OpenVINO ran such layers at twice onnxruntime's speed on a matrix unit
         order, reason = order[::-1], f"the faster one for {bytewise} on a processor with AMX"
-    missing = backends.DRIVERS[order[0]].unavailable()
+    missing = backends.BACKENDS[order[0]].unavailable()
     if missing is None:
         return Choice(order[0], reason)
-    if backends.DRIVERS[order[1]].unavailable() is None:
+    if backends.BACKENDS[order[1]].unavailable() is None:
         return Choice(order[1], f"{order[0]} would be the choice, but {missing}")
     return Choice(order[0], reason)  # neither is there: opening it says what to do
 
 
 def start(manifest: Manifest, asked: str | Backend | None) -> tuple[Choice, Backend]:
-    """Start what the engines of a set run on: the set's driver, and those of engines with their
+    """Start what the engines of a set run on: the set's backend, and those of engines with their
     own.
 
     Args:
-        asked: as `backends.parse` reads it, or a driver that is started. What it names comes before
-            what the set names.
+        asked: as `backends.parse` reads it, or a backend that is started. What it names comes
+            before what the set names.
 
     Raises:
-        BackendError: a driver is not available here, or an engine is unknown.
+        BackendError: a backend is not available here, or an engine is unknown.
     """
     main, named = backends.parse(asked) if isinstance(asked, str) else (None, {})
     engines = [spec.name for spec in manifest.engines]
@@ -96,7 +96,7 @@ def _reason(names: Collection[str], here: Processor) -> str:
 def openvino_refuses(
     names: Collection[str], processor: Processor | None = None
 ) -> tuple[str, str] | None:
-    """Why OpenVINO does not run layers of these formats, and what to do; None where it does.
+    """Say why OpenVINO does not run layers of these formats, and what to do; None where it does.
 
     It refuses to simulate: it rounds a tenth of all values to the other neighbour in E4M3, and has
     no functions of a model.

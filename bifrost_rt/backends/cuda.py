@@ -1,6 +1,6 @@
 """Memory of a GPU, one stream and its graphs, through NVIDIA's own Python bindings; no torch.
 
-`Device` is the seam under the TensorRT driver: its tests pass a double that keeps everything in
+`Device` is the seam under the TensorRT backend: its tests pass a double that keeps everything in
 host memory.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from bifrost_rt import residency
+from bifrost_rt import memory_plan
 from bifrost_rt.errors import BackendError
 
 # What the functions of the runtime may answer, and what then is to be done.
@@ -22,7 +22,7 @@ OLD_DRIVER, FULL = 35, 2  # cudaErrorInsufficientDriver, cudaErrorMemoryAllocati
 
 
 class Device(Protocol):
-    """What the driver asks of a GPU. Addresses and the stream are plain numbers."""
+    """What the backend asks of a GPU. Addresses and the stream are plain numbers."""
 
     stream: int
 
@@ -40,7 +40,7 @@ class Device(Protocol):
         """Give them back."""
 
     def copy_in(self, address: int, array: NDArray[Any]) -> None:
-        """A contiguous host array to the device; done when it returns."""
+        """Copy a contiguous host array to the device; it is done when this returns."""
 
     def copy_out(self, array: NDArray[Any], address: int) -> None:
         """Device to a contiguous host array; done when it returns."""
@@ -85,7 +85,7 @@ class Cuda:
     def free_bytes(self) -> int:
         """Of this GPU. Where it shares the machine's memory, what the machine can give: there CUDA
         leaves out the pages of files, which are given up when somebody asks for memory."""
-        if self._unified and (free := residency.host_memory()) is not None:
+        if self._unified and (free := memory_plan.host_memory()) is not None:
             return free
         return int(self._call("cudaMemGetInfo"))
 
@@ -98,7 +98,7 @@ class Cuda:
         return int(self._call("cudaMalloc", max(size, 1)))
 
     def free(self, address: int) -> None:
-        """Waits for what the GPU is doing."""
+        """Free memory, after waiting for what the GPU is doing."""
         self._runtime.cudaFree(address)  # runs in a finalizer: nobody could handle its error
 
     def copy_in(self, address: int, array: NDArray[Any]) -> None:
@@ -114,11 +114,11 @@ class Cuda:
         self.wait()
 
     def wait(self) -> None:
-        """An error of anything before it shows here."""
+        """Wait for all work; an error of anything before shows here."""
         self._call("cudaStreamSynchronize", self.stream)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """A CUDA graph of it."""
+        """Record work as a CUDA graph."""
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self.stream, mode)
         try:
@@ -143,7 +143,7 @@ class Cuda:
         self._runtime.cudaGraphExecDestroy(graph)  # runs in a finalizer
 
     def _call(self, name: str, *arguments: Any, result: int = 0) -> Any:
-        """The function's result; the bindings return (status, results …)."""
+        """Return the function's result; the bindings return (status, results …)."""
         status, *results = getattr(self._runtime, name)(*arguments)
         if int(status) != 0:
             why = self._runtime.cudaGetErrorString(status)[1]

@@ -58,14 +58,14 @@ def load_libraries(preload: Callable[..., None] | None = None) -> str:
 
 
 def _nvidia_packages() -> list[Path]:
-    """The folders called `nvidia` on Python's path."""
+    """Return the folders called `nvidia` on Python's path."""
     found = importlib.util.find_spec("nvidia")
     places = found.submodule_search_locations if found is not None else None
     return [Path(place) for place in places or ()]
 
 
 def _said(load: Callable[[], None]) -> str:
-    """What a loader prints about its failures, in one line."""
+    """Return what a loader prints about its failures, in one line."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         load()
@@ -74,7 +74,7 @@ def _said(load: Callable[[], None]) -> str:
 
 @contextlib.contextmanager
 def in_words(what: str) -> Iterator[None]:
-    """What onnxruntime raises, as one of this package's errors."""
+    """Return what onnxruntime raises, as one of this package's errors."""
     try:
         yield
     except Exception as error:  # of many unrelated types
@@ -92,7 +92,7 @@ def in_words(what: str) -> Iterator[None]:
 
 
 def left_to_cpu(assigned: Iterable[Any], provider: str) -> list[str]:
-    """The arithmetic that onnxruntime gave to the CPU beside a provider, by operator."""
+    """Return the arithmetic that onnxruntime gave to the CPU beside a provider, by operator."""
     if provider == CPU:
         return []
     return sorted(

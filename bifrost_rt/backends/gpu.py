@@ -28,7 +28,7 @@ class Gpu:
 
 
 def find(load: Callable[[str], Any] = ctypes.CDLL) -> Gpu | str:
-    """The GPU, or the reason why there is none.
+    """Return the GPU, or the reason why there is none.
 
     Args:
         load: opens a shared library; a test passes its own.
@@ -54,7 +54,8 @@ def find(load: Callable[[str], Any] = ctypes.CDLL) -> Gpu | str:
 
 
 def driver_version(load: Callable[[str], Any] = ctypes.CDLL) -> str:
-    """The CUDA release that the driver goes up to, as it numbers it (13000); "" without a driver.
+    """Return the CUDA release that the driver goes up to, as it numbers it (13000); "" without a
+    driver.
 
     Args:
         load: opens a shared library; a test passes its own.

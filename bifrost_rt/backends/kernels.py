@@ -1,9 +1,10 @@
 """Kernels that TensorRT-RTX compiled on this machine, kept from process to process.
 
 An engine holds kernels as descriptions, which the library compiles for the GPU at hand when a
-context is made and when a shape is first seen. All contexts of a driver share one runtime cache, so
-that nothing is compiled twice; it is read from the cache folder before the first context is made,
-and written there when the last engine is closed. The library itself refuses one that does not fit.
+context is made and when a shape is first seen. All contexts of a backend share one runtime cache,
+so that nothing is compiled twice; it is read from the cache folder before the first context is
+made, and written there when the last engine is closed. The library itself refuses one that does not
+fit.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ log = logging.getLogger(__name__)
 
 
 class Kernels:
-    """The runtime cache of one driver.
+    """The runtime cache of one backend.
 
     Args:
-        machine: what decides whether kernels fit: GPU, library version, driver version.
+        machine: what decides whether kernels fit: GPU, library version, backend version.
     """
 
     def __init__(self, machine: Sequence[str]) -> None:

@@ -30,15 +30,15 @@ Entries = Mapping[str, str]
 
 
 def real_files(folder: Path, spec: EngineSpec) -> dict[str, Path]:
-    """Where an engine's files really are, by name; nothing where none of them is a link."""
+    """Say where an engine's files really are, by name; nothing where none of them is a link."""
     found = {name: Path(os.path.realpath(folder / name)) for name in (*spec.files, *spec.shared)}
     base = Path(os.path.realpath(folder))
     return {} if all(path == base / name for name, path in found.items()) else found
 
 
 def for_onnxruntime(folder: Path, spec: EngineSpec, options: Any) -> str | bytes:
-    """What an onnxruntime session is made from: the graph's path, or its bytes, with the folder of
-    its weights among the session's `options`."""
+    """Return what an onnxruntime session is made from: the graph's path, or its bytes, with the
+    folder of its weights among the session's `options`."""
     files = real_files(folder, spec)
     if not files:
         return str(folder / spec.graph)
@@ -53,8 +53,8 @@ def for_onnxruntime(folder: Path, spec: EngineSpec, options: Any) -> str | bytes
 
 
 def in_memory(folder: Path, spec: EngineSpec) -> tuple[bytes, list[NDArray[np.uint8]]] | None:
-    """The graph with its weights by address, and the mapped files that must outlive what is made
-    from it; None where no file of the engine is a link."""
+    """Return the graph with its weights by address, and the mapped files that must outlive what is
+    made from it; None where no file of the engine is a link."""
     files = real_files(folder, spec)
     if not files:
         return None
@@ -80,7 +80,7 @@ def in_memory(folder: Path, spec: EngineSpec) -> tuple[bytes, list[NDArray[np.ui
 
 
 def _file(folder: Path, spec: EngineSpec, files: Mapping[str, Path], named: Entries) -> Path:
-    """The file of a tensor: one of the engine's own, whose hashes were checked."""
+    """Return the file of a tensor: one of the engine's own, whose hashes were checked."""
     location = named.get("location", "")
     if location not in files:
         raise BackendError(
@@ -91,7 +91,7 @@ def _file(folder: Path, spec: EngineSpec, files: Mapping[str, Path], named: Entr
 
 
 def with_entries(model: bytes, change: Callable[[Entries], Entries]) -> bytes:
-    """A model whose weights are elsewhere.
+    """Return a model whose weights are elsewhere.
 
     Args:
         change: the `external_data` of a tensor (location, offset, length) -> what it becomes.
@@ -116,7 +116,7 @@ def with_entries(model: bytes, change: Callable[[Entries], Entries]) -> bytes:
 
 
 def _with_field(message: memoryview, wanted: int, change: Callable[[memoryview], bytes]) -> bytes:
-    """A message in which every field of one number is changed."""
+    """Return a message in which every field of one number is changed."""
     return b"".join(
         _field(number, change(value)) if number == wanted else raw
         for number, value, raw in _fields(message)
@@ -129,7 +129,7 @@ def _pair(message: memoryview) -> tuple[str, str]:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
-    """(number, value, whole) of every field; values of numbers are empty."""
+    """Yield (number, value, whole) of every field; values of numbers are empty."""
     at = 0
     while at < len(message):
         start = at

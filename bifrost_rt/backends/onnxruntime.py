@@ -80,7 +80,7 @@ class OnnxRuntime(HostMemory):
 def session_options(
     spec: EngineSpec, processor: Processor | None = None
 ) -> tuple[ort.SessionOptions, list[str]]:
-    """How this driver runs an engine: the session's options, and what is not to be optimised.
+    """Say how this backend runs an engine: the session's options, and what is not to be optimised.
 
     Args:
         processor: None takes this machine's.
@@ -128,7 +128,7 @@ class OnnxRuntimeEngine:
     def bind(
         self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
     ) -> Callable[[], None]:
-        """A call on these arrays' memory."""
+        """Return a call on these arrays' memory."""
         check_bindings(self.spec, self._dimensions, inputs, outputs)
         session = self._session
         if session is None:

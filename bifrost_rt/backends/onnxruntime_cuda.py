@@ -61,7 +61,7 @@ class OnnxRuntimeCuda:
 
     Args:
         graphs: whether the steps of loops become CUDA graphs, by the provider's own option. A
-            picture of the model in the box then takes half of the time on an H200. Off by default:
+            picture of the demo model then takes half of the time on an H200. Off by default:
             onnxruntime's memory cannot grow while it records. On an H200 that failed, and took the
             process with it, where another thread drew, and where engines came and went; one thread
             with all engines in memory drew right.
@@ -92,11 +92,12 @@ class OnnxRuntimeCuda:
         return not self.graphs
 
     def free_memory(self) -> int | None:
-        """The GPU's."""
+        """Return the GPU's."""
         return gpu.free_bytes() if self.provider == PROVIDER else None
 
     def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
-        """What is quantized comes to float32 at the latest where it is multiplied."""
+        """Count weights as they are held: what is quantized comes to float32 at the latest where it
+        is multiplied."""
         factor = formats.in_memory(spec.precision.weights, self.name, QUANTIZED)
         return math.ceil(stored * factor) + FIXED
 
@@ -177,14 +178,14 @@ class OnnxRuntimeCuda:
         return OrtBuffer(value, shape, dtype)
 
     def upload(self, array: NDArray[Any]) -> OrtBuffer:
-        """A copy on the GPU."""
+        """Return a copy on the GPU."""
         array = np.ascontiguousarray(array)
         with in_words(f"memory for {array.dtype}{list(array.shape)}"):
             value = ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
         return OrtBuffer(value, array.shape, array.dtype)
 
     def write(self, buffer: Buffer, array: NDArray[Any]) -> None:
-        """A copy in the same place."""
+        """Copy an array over a buffer."""
         if buffer.shape != array.shape or buffer.dtype != array.dtype:
             raise BackendError(
                 f"cannot write {array.dtype}{list(array.shape)} over "
@@ -194,7 +195,7 @@ class OnnxRuntimeCuda:
         _on_device("buffer", buffer).value.update_inplace(np.ascontiguousarray(array))
 
     def download(self, buffer: Buffer) -> NDArray[Any]:
-        """A copy in host memory."""
+        """Return a copy in host memory."""
         self.wait()
         return np.array(_on_device("buffer", buffer).value.numpy())
 
@@ -215,7 +216,7 @@ class OnnxRuntimeCudaEngine:
 
     def __init__(
         self,
-        driver: OnnxRuntimeCuda,
+        backend: OnnxRuntimeCuda,
         session: ort.InferenceSession,
         spec: EngineSpec,
         dimensions: Mapping[str, Range],
@@ -223,13 +224,14 @@ class OnnxRuntimeCudaEngine:
     ) -> None:
         self.spec, self.graphs = spec, graphs
         self.recorded_in: int | None = None  # the thread
-        self._driver, self._dimensions = driver, dimensions
+        self._backend, self._dimensions = backend, dimensions
         self._session: ort.InferenceSession | None = session
 
     def bind(
         self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
     ) -> Callable[[], None]:
-        """A call on these buffers, which it keeps alive. A step of a loop is queued alone."""
+        """Return a call on these buffers, which it keeps alive. A step of a loop is queued
+        alone."""
         check_bindings(self.spec, self._dimensions, inputs, outputs)
         session = self._session
         if session is None:
@@ -241,11 +243,11 @@ class OnnxRuntimeCudaEngine:
         ):
             for name, buffer in tensors.items():
                 bind(name, _on_device(f"stage `{self.spec.name}`, `{name}`", buffer).value)
-        return _Call(self, self._driver, session, binding, outputs)
+        return _Call(self, self._backend, session, binding, outputs)
 
     def close(self) -> None:
         """Drop the session with its weights."""
-        self._driver.wait()
+        self._backend.wait()
         self._session = None
 
 
@@ -256,12 +258,12 @@ class _Call:
     def __init__(
         self,
         engine: OnnxRuntimeCudaEngine,
-        driver: OnnxRuntimeCuda,
+        backend: OnnxRuntimeCuda,
         session: ort.InferenceSession,
         binding: ort.IOBinding,
         outputs: Mapping[str, Buffer],
     ) -> None:
-        self._engine, self._driver = engine, driver
+        self._engine, self._backend = engine, backend
         self._session, self._binding, self._outputs = session, binding, tuple(outputs.values())
         self._loop = bool(engine.spec.state)
         self._eager = self._options(-1)
@@ -293,21 +295,21 @@ class _Call:
 
     def _give_up(self, reason: str) -> None:
         self._engine.graphs = False
-        self._driver.give_up_graphs(self._engine.spec.name, reason)
+        self._backend.give_up_graphs(self._engine.spec.name, reason)
 
     def _run(self, options: ort.RunOptions) -> None:
         with in_words(f"stage `{self._engine.spec.name}`"):
             self._session.run_with_iobinding(self._binding, options)
         if self._loop:
-            self._driver.queued(self._binding)
+            self._backend.queued(self._binding)
 
     def _read(self, options: ort.RunOptions) -> list[bytes]:
-        """The outputs, from memory that was overwritten before."""
+        """Return the outputs, from memory that was overwritten before."""
         for buffer in self._outputs:
             wiped = np.full(int(np.prod(buffer.shape)) * buffer.dtype.itemsize, 0xFF, np.uint8)
-            self._driver.write(buffer, wiped.view(buffer.dtype).reshape(buffer.shape))
+            self._backend.write(buffer, wiped.view(buffer.dtype).reshape(buffer.shape))
         self._run(options)
-        return [self._driver.download(buffer).tobytes() for buffer in self._outputs]
+        return [self._backend.download(buffer).tobytes() for buffer in self._outputs]
 
 
 def _on_device(what: str, buffer: Buffer) -> OrtBuffer:

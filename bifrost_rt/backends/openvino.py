@@ -42,7 +42,7 @@ class OpenVino(HostMemory):
     scratch_share = 0.75
 
     def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
-        """The mapped file and a reordered copy, in float32 where 16 bit is stored."""
+        """Count the mapped file and a reordered copy, in float32 where 16 bit is stored."""
         factor = formats.in_memory(spec.precision.weights, OpenVino.name, PLAIN)
         return math.ceil(stored * factor) + FIXED
 
@@ -114,7 +114,7 @@ class OpenVinoEngine:
     def bind(
         self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
     ) -> Callable[[], None]:
-        """A call on these arrays' memory."""
+        """Return a call on these arrays' memory."""
         check_bindings(self.spec, self._dimensions, inputs, outputs)
         if self._request is None:
             raise BackendError(f"stage `{self.spec.name}` is closed")

@@ -34,7 +34,7 @@ OLDEST = {"tensorrt": (10, 15)}
 
 
 def too_old(name: str, version: str) -> tuple[str, str] | None:
-    """Why a library of this version cannot be used, and what to do; None where it can."""
+    """Say why a library of this version cannot be used, and what to do; None where it can."""
     oldest = OLDEST.get(name)
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if oldest is None or numbers >= oldest:
@@ -48,7 +48,7 @@ def too_old(name: str, version: str) -> tuple[str, str] | None:
 
 
 def refusal(name: str, version: str, architecture: str, compiled: Compiled | None) -> str | None:
-    """Why an engine cannot run here, or None: from the manifest alone.
+    """Say why an engine cannot run here, or None: from the manifest alone.
 
     Args:
         name, version: the library's.
@@ -131,11 +131,11 @@ class TensorRt:
         return self._device.unified
 
     def free_memory(self) -> int:
-        """The GPU's."""
+        """Return the GPU's."""
         return self._device.free_bytes()
 
     def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
-        """The file holds the weights as the GPU does. Not measured."""
+        """Return the file's bytes: it holds the weights as the GPU does. Not measured."""
         return stored
 
     def open(
@@ -169,7 +169,8 @@ class TensorRt:
         return made
 
     def closed(self) -> None:
-        """An engine was: after the last one, what was compiled for them is kept."""
+        """Note that an engine was closed: after the last one, what was compiled for them is
+        kept."""
         self._opened -= 1
         if not self._opened:
             self._kernels.keep()
@@ -182,8 +183,9 @@ class TensorRt:
         )
 
     def _upload(self, folder: Path, spec: EngineSpec) -> Weights:
-        """The weights that the engine does not hold, and where each of them lies: its own file in
-        one piece, and what it reads of other engines' files, where those are not there already."""
+        """Return the weights that the engine does not hold, and where each of them lies: its own
+        file in one piece, and what it reads of other engines' files, where those are not there
+        already."""
         found: dict[str, int] = {}
         held: dict[tuple[str, int], DeviceBuffer] = {}
         for weight in spec.compiled.weights if spec.compiled else ():
@@ -202,7 +204,7 @@ class TensorRt:
         return Weights(found, tuple(held.values()))
 
     def _in_memory(self, path: Path, start: int, size: int) -> DeviceBuffer:
-        """Bytes of a file, uploaded unless an engine that is open holds them."""
+        """Return bytes of a file, uploaded unless an engine that is open holds them."""
         key = (identity(path), start, size)
         buffer = self._resident.get(key)
         if buffer is None:
@@ -212,7 +214,7 @@ class TensorRt:
         return buffer
 
     def context(self, engine: Any, *, graph: bool) -> Any:
-        """A context without scratch memory of its own; None where the library makes none.
+        """Return a context without scratch memory of its own; None where the library makes none.
 
         Args:
             graph: whether the library shall record and replay its work by itself.
@@ -242,7 +244,8 @@ class TensorRt:
         return self._device.capture(work)
 
     def capturable(self, context: Any) -> bool:
-        """Whether the library says that a context's work can be recorded; older ones do not say."""
+        """Say whether the library says that a context's work can be recorded; older ones do not
+        say."""
         ask = getattr(context, "is_stream_capturable", None)
         return ask is None or bool(ask(self._device.stream))
 
@@ -279,7 +282,7 @@ class TensorRt:
             raise BackendError(f"{self.name} could not run the engine: {_why(self._log)}")
 
     def warnings(self) -> list[str]:
-        """What the library has warned of since the last call."""
+        """Return what the library has warned of since the last call."""
         found: list[str] = self._log.take_warnings()
         return found
 
@@ -288,7 +291,7 @@ class TensorRt:
         self._device.wait()
 
     def refused(self, what: str) -> BackendError:
-        """The error of a context that does not take a shape or an address."""
+        """Return the error of a context that does not take a shape or an address."""
         return BackendError(f"{what}: {self.name} refuses it: {_why(self._log)}")
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceBuffer:
@@ -296,13 +299,13 @@ class TensorRt:
         return DeviceBuffer(self._device, shape, dtype)
 
     def upload(self, array: NDArray[Any]) -> DeviceBuffer:
-        """A copy on the GPU."""
+        """Return a copy on the GPU."""
         buffer = self.empty(array.shape, array.dtype)
         self._device.copy_in(buffer.address, np.ascontiguousarray(array))
         return buffer
 
     def write(self, buffer: Buffer, array: NDArray[Any]) -> None:
-        """A copy in the same place."""
+        """Copy an array over a buffer."""
         if buffer.shape != array.shape or buffer.dtype != array.dtype:
             raise BackendError(
                 f"cannot write {array.dtype}{list(array.shape)} over "
@@ -311,7 +314,7 @@ class TensorRt:
         self._device.copy_in(on_device("buffer", buffer).address, np.ascontiguousarray(array))
 
     def download(self, buffer: Buffer) -> NDArray[Any]:
-        """A copy in host memory."""
+        """Return a copy in host memory."""
         array = np.empty(buffer.shape, buffer.dtype)
         self._device.copy_out(array, on_device("buffer", buffer).address)
         return array
@@ -325,6 +328,6 @@ class TensorRtRtx(TensorRt):
 
 
 def _why(log: Any) -> str:
-    """The first of what was logged: the rest follows from it."""
+    """Return the first of what was logged: the rest follows from it."""
     said = [" ".join(message.split()) for message in log.take()]
     return said[0][:400] if said else "it does not say why"

@@ -4,7 +4,7 @@ A step of a loop is queued and not waited for; the host runs ahead until somebod
 Its work is recorded once and replayed, by the library where it can do that itself, else by
 recording the stream. The first step of either context is run both ways: where the results are not
 the same, or the library warns that it could not record, the steps are queued kernel by kernel, and
-the driver keeps the reason.
+the backend keeps the reason.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bifrost_rt.manifest import EngineSpec, Range
 RUNS = 3
 
 
-class Driver(Protocol):
+class BackendInfo(Protocol):
     """What an engine asks of the library and the device: `tensorrt.TensorRt`.
 
     Attributes:
@@ -114,26 +114,26 @@ class TensorRtEngine:
 
     def __init__(
         self,
-        driver: Driver,
+        backend: BackendInfo,
         spec: EngineSpec,
         dimensions: Mapping[str, Range],
         engine: Any,
         weights: Weights,
     ) -> None:
-        self.spec, self.driver = spec, driver
+        self.spec, self.backend = spec, backend
         self._dimensions, self._weights = dimensions, weights
         self._engine: Any = engine
-        self._scratch: DeviceBuffer | None = driver.empty(
+        self._scratch: DeviceBuffer | None = backend.empty(
             (int(engine.device_memory_size_v2),), np.uint8
         )
         self._loop = bool(spec.state)
-        self._graphs = self._loop and driver.graphs
+        self._graphs = self._loop and backend.graphs
         self._calls = 0
         self._slots = [_Slot(self._context())]
 
     def _context(self, *, graph: bool | None = None) -> Any:
         graph = self._graphs if graph is None else graph
-        context = self.driver.context(self._engine, graph=graph)
+        context = self.backend.context(self._engine, graph=graph)
         if context is None:
             raise NoContext("the library made no context")
         scratch = self._scratch
@@ -141,13 +141,13 @@ class TensorRtEngine:
         context.set_device_memory(scratch.address, scratch.nbytes)
         for name, address in self._weights.addresses.items():
             if not context.set_tensor_address(name, address):
-                raise self.driver.refused(f"stage `{self.spec.name}`, weight `{name}`")
+                raise self.backend.refused(f"stage `{self.spec.name}`, weight `{name}`")
         return context
 
     def bind(
         self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
     ) -> Callable[[], None]:
-        """A call on these buffers, which it keeps alive."""
+        """Return a call on these buffers, which it keeps alive."""
         check_bindings(self.spec, self._dimensions, inputs, outputs)
         if self._engine is None:
             raise BackendError(f"stage `{self.spec.name}` is closed")
@@ -167,22 +167,22 @@ class TensorRtEngine:
             call.slot.checked = True
             if reason := self._check(call):
                 self._give_up(call, reason)
-        elif self._graphs and not self.driver.library_graphs:
+        elif self._graphs and not self.backend.library_graphs:
             call.replay()
         else:
             call.run()
 
     def _check(self, call: Call) -> str | None:
-        """Why this context's steps cannot be replayed, or None: its outputs are then those of a
+        """Say why this context's steps cannot be replayed, or None: its outputs are then those of a
         replay. A step reads other buffers than it writes, so it can be run again."""
-        own = self.driver.library_graphs
-        self.driver.warnings()  # older ones are of something else
+        own = self.backend.library_graphs
+        self.backend.warnings()  # older ones are of something else
         try:
             if own:
                 eager = Call(self, _Slot(self._context(graph=False)), call.inputs, call.outputs)
                 eager.run()
             else:
-                if not self.driver.capturable(call.slot.context):
+                if not self.backend.capturable(call.slot.context):
                     return "the library says that it cannot be recorded"
                 call.run()
             expected = call.read()
@@ -192,8 +192,8 @@ class TensorRtEngine:
                 call.run() if own else call.replay()
                 same &= call.read() == expected
         except BackendError as error:
-            return _with_warnings(error.message, self.driver.warnings())
-        warnings = self.driver.warnings()
+            return _with_warnings(error.message, self.backend.warnings())
+        warnings = self.backend.warnings()
         if not same:
             return _with_warnings("its first replay differs from the eager run", warnings)
         if own and any(_of_graphs(warning) for warning in warnings):
@@ -202,9 +202,9 @@ class TensorRtEngine:
 
     def _give_up(self, call: Call, reason: str) -> None:
         self._graphs = False
-        self.driver.eager[self.spec.name] = reason
+        self.backend.eager[self.spec.name] = reason
         logging.getLogger(__name__).warning(
-            "%s: %s: runs without a CUDA graph: %s", self.driver.name, self.spec.name, reason
+            "%s: %s: runs without a CUDA graph: %s", self.backend.name, self.spec.name, reason
         )
         for slot in self._slots:
             slot.renew(self._context())
@@ -214,12 +214,12 @@ class TensorRtEngine:
         """Drop the contexts and the engine with its weights."""
         if self._engine is None:
             return
-        self.driver.wait()  # what was queued still uses them
+        self.backend.wait()  # what was queued still uses them
         for slot in self._slots:
             slot.renew(None)
         self._engine = self._scratch = None
         self._weights = Weights({})
-        self.driver.closed()
+        self.backend.closed()
 
 
 def _of_graphs(warning: str) -> bool:
@@ -227,7 +227,7 @@ def _of_graphs(warning: str) -> bool:
 
 
 def _with_warnings(reason: str, warnings: list[str]) -> str:
-    """The reason, and the first of what was logged beside it, of graphs if there is such."""
+    """Return the reason, and the first of what was logged beside it, of graphs if there is such."""
     if not warnings:
         return reason
     first = min(warnings, key=lambda warning: not _of_graphs(warning))
@@ -270,20 +270,20 @@ class Call:
         outputs: Mapping[str, DeviceBuffer],
     ) -> None:
         self.slot, self.inputs, self.outputs = slot, inputs, outputs
-        self._engine, self._driver = engine, engine.driver
+        self._engine, self._backend = engine, engine.backend
         self._warm = False
         self._graph: Callable[[], None] | None = None
 
     def run(self) -> None:
         """Queue the work, kernel by kernel."""
         self._set()
-        self._driver.enqueue(self.slot.context)
+        self._backend.enqueue(self.slot.context)
         self._warm = True
 
     def run_and_wait(self) -> None:
-        """An error belongs to the stage that made it, and so does its time."""
+        """Run it and wait: an error belongs to the stage that made it, and so does its time."""
         self.run()
-        self._driver.wait()
+        self._backend.wait()
 
     def step(self) -> None:
         """One step of a loop, in the way that its engine knows to be right."""
@@ -298,7 +298,7 @@ class Call:
             return
         if self._graph is None:
             context = self.slot.context
-            self._graph = self._driver.capture(lambda: self._driver.enqueue(context))
+            self._graph = self._backend.capture(lambda: self._backend.enqueue(context))
         self._graph()
 
     def _set(self) -> None:
@@ -313,26 +313,26 @@ class Call:
             if not (shaped and context.set_tensor_address(name, buffer.address)):
                 stage = self._engine.spec.name
                 where = f"stage `{stage}`, `{name}` {buffer.dtype}{list(buffer.shape)}"
-                raise self._driver.refused(where)
+                raise self._backend.refused(where)
         self.slot.own(self)
 
     def forget(self) -> None:
-        """The context is another's now, and with it what was recorded."""
+        """Forget what was recorded: the context is another's now."""
         self._graph, self._warm = None, False
 
     def read(self) -> list[bytes]:
-        """The outputs, bit by bit."""
-        return [self._driver.download(buffer).tobytes() for buffer in self.outputs.values()]
+        """Return the outputs, bit by bit."""
+        return [self._backend.download(buffer).tobytes() for buffer in self.outputs.values()]
 
     def wipe(self) -> None:
         """Overwrite the outputs, so that what is read next was written since."""
         for buffer in self.outputs.values():
             ones = np.full(buffer.nbytes, 0xFF, np.uint8)
-            self._driver.write(buffer, ones.view(buffer.dtype).reshape(buffer.shape))
+            self._backend.write(buffer, ones.view(buffer.dtype).reshape(buffer.shape))
 
 
 def on_device(what: str, buffer: Buffer) -> DeviceBuffer:
-    """The buffer as one of the GPU's.
+    """Return the buffer as one of the GPU's.
 
     Raises:
         BackendError: it is in host memory.

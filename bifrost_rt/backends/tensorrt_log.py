@@ -19,7 +19,7 @@ WARNINGS = 100  # that are kept: nobody may ask for them
 
 @functools.cache
 def logger(module: str) -> Any:
-    """The logger for `tensorrt` or `tensorrt_rtx`: an ILogger with `take()`,
+    """Return the logger for `tensorrt` or `tensorrt_rtx`: an ILogger with `take()`,
     `take_warnings()` and `take_memory()`."""
     library: Any = importlib.import_module(module)
     grave = (library.ILogger.INTERNAL_ERROR, library.ILogger.ERROR)
@@ -41,18 +41,18 @@ def logger(module: str) -> Any:
                 self._memory[kind] = max(size, self._memory.get(kind, 0))
 
         def take(self) -> list[str]:
-            """The errors since the last call."""
+            """Return the errors since the last call."""
             errors, self._errors = self._errors, []
             return errors
 
         def take_memory(self) -> tuple[int, int]:
-            """The bytes of activations and of weights that a builder has stated since the last
-            call, the most of several targets; 0 where it stated none."""
+            """Return the bytes of activations and of weights that a builder has stated since the
+            last call, the most of several targets; 0 where it stated none."""
             memory, self._memory = self._memory, {}
             return memory.get("Activation", 0), memory.get("Weights", 0)
 
         def take_warnings(self) -> list[str]:
-            """The warnings since the last call, at most the last `WARNINGS`."""
+            """Return the warnings since the last call, at most the last `WARNINGS`."""
             warnings = list(self._warnings)
             self._warnings.clear()
             return warnings

@@ -31,7 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _warnings_on_stderr() -> Iterator[None]:
-    """What the package logs as a warning, as one line. `serve` has a log of its own."""
+    """Write what the package logs as a warning to stderr, as one line. `serve` has a log of its
+    own."""
     handler = _Stderr(logging.WARNING)
     logger = logging.getLogger("bifrost_rt")
     logger.addHandler(handler)

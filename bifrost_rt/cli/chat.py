@@ -111,7 +111,7 @@ class Talk:
 
 
 def _path(text: str) -> str:
-    """A path as a shell takes it: in quotes, or with backslashes, or as it is."""
+    """Return a path as a shell takes it: in quotes, or with backslashes, or as it is."""
     if not (name := text.strip()):
         raise RequestError("/image needs a file", hint="/image FILE")
     with contextlib.suppress(ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bifrost_rt import chat, handover, images, manifest, request, vision
+from bifrost_rt import chat, images, latents_file, manifest, request, vision
 from bifrost_rt.files import check_writable
 from bifrost_rt.generator import Generator, default_set
 
@@ -27,5 +27,5 @@ def run(options: argparse.Namespace) -> int:
         if caption is None:
             caption = generator.describe(image).text
     about = request.check(found, prompt=caption, tokens=tokens).parameters.as_dict()
-    print(handover.save(output, tokens, about))
+    print(latents_file.save(output, tokens, about))
     return 0

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bifrost_rt import cache, chat, handover, images, manifest, thinking, vision
+from bifrost_rt import cache, chat, images, latents_file, manifest, thinking, vision
 from bifrost_rt import request as requests
 from bifrost_rt.cli.options import long_flag
 from bifrost_rt.cli.progress import Progress
@@ -257,7 +257,7 @@ def _base(
             "--mask says what to draw anew of an image or of tokens",
             hint="--image FILE or --tokens FILE",
         )
-    made = handover.load(options.tokens) if options.tokens else None
+    made = latents_file.load(options.tokens) if options.tokens else None
     read: dict[str, Image.Image] = {}
     if options.image:
         read["image"] = images.read(Path(options.image))
@@ -273,7 +273,7 @@ def _base(
 
 
 def _like(
-    path: str, made: handover.Handover | None, read: dict[str, Image.Image]
+    path: str, made: latents_file.LatentsFile | None, read: dict[str, Image.Image]
 ) -> tuple[dict[str, Any], int, tuple[requests.Thought, ...]]:
     """Return what a picture's own parameters ask for, with the files that it was made from."""
     parameters = read_parameters(path)
@@ -289,9 +289,9 @@ def _like(
         raise RequestError(
             f"{path}: was made with order or latents passed in, which a picture does not hold"
         )
-    given = {name: handover.digest(np.asarray(pixels)) for name, pixels in read.items()}
+    given = {name: latents_file.digest(np.asarray(pixels)) for name, pixels in read.items()}
     if made is not None:
-        given["tokens"] = handover.digest(made.tokens)
+        given["tokens"] = latents_file.digest(made.tokens)
     for name, own, other, file in (
         ("tokens", "tokens", "other tokens than those", "a file of tokens"),
         ("image", "an image", "another image than that", "an image"),

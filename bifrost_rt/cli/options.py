@@ -25,7 +25,7 @@ MODULES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser; every command sets `command` to its name."""
+    """Return the parser; every command sets `command` to its name."""
     root = argparse.ArgumentParser(
         prog="bifrost-rt", description="Run Bifrost-1 engine sets: prompts to pictures."
     )
@@ -148,7 +148,7 @@ def _answers(command: argparse.ArgumentParser) -> None:
 
 
 def long_flag(name: str) -> str:
-    """The flag of an option of `Generator.run`."""
+    """Return the flag of an option of `Generator.run`."""
     return f"--{name.replace('_', '-')}"
 
 

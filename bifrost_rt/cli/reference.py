@@ -20,7 +20,7 @@ understood, 130 when interrupted; `bifrost-rt --debug COMMAND` shows the trace o
 
 
 def document() -> str:
-    """The page, in Markdown."""
+    """Return the page, in Markdown."""
     (commands,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
     help_of = {choice.dest: choice.help for choice in commands._choices_actions}
     parts = [TOP]

@@ -29,33 +29,34 @@ HALF = SIXTEEN_BIT[0]
 
 
 def of_layers(names: Iterable[str]) -> list[Format]:
-    """The formats with these names, in the order of `FORMATS`."""
+    """Return the formats with these names, in the order of `FORMATS`."""
     wanted = set(names)
     return [declared for name, declared in FORMATS.items() if name in wanted]
 
 
 def of_type(dtype: str) -> Format | None:
-    """The format whose weights are stored in a dtype, or whose products are computed in it."""
+    """Return the format whose weights are stored in a dtype, or whose products are computed in
+    it."""
     both = ((dtype == f.dtype or dtype == f.computes_in, f) for f in FORMATS.values())
     return next((declared for fits, declared in both if fits), None)
 
 
 def simulated(names: Iterable[str]) -> list[str]:
-    """The names of those that a CPU simulates, in alphabetical order."""
+    """Return the names of those that a CPU simulates, in alphabetical order."""
     return sorted(declared.name for declared in of_layers(names) if declared.simulated)
 
 
 def multiplying_bytes(names: Iterable[str]) -> str:
-    """The names of those whose layers a CPU computes as products of bytes, as one phrase; empty
-    where there are none."""
+    """Return the names of those whose layers a CPU computes as products of bytes, as one phrase;
+    empty where there are none."""
     return " and ".join(f.name for f in of_layers(names) if f.multiplies_bytes)
 
 
-def in_memory(dtype: str, driver: str, other: float) -> float:
-    """Bytes in a driver's memory over bytes stored, for weights of a dtype.
+def in_memory(dtype: str, backend: str, other: float) -> float:
+    """Return bytes in a backend's memory over bytes stored, for weights of a dtype.
 
     Args:
         other: where nothing was measured for it.
     """
     declared = of_type(dtype)
-    return other if declared is None else declared.in_memory.get(driver, other)
+    return other if declared is None else declared.in_memory.get(backend, other)

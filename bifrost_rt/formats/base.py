@@ -27,7 +27,7 @@ class Format:
         multiplies_bytes: whether a CPU multiplies 8-bit integers, which is exact on some alone.
         session_entries: of onnxruntime, for engines that have such layers.
         disabled_optimizers: of onnxruntime, likewise.
-        in_memory: driver -> bytes in memory over bytes stored, where most weights are stored so.
+        in_memory: backend -> bytes in memory over bytes stored, where most weights are stored so.
         precise_in_memory: the same for onnxruntime's precise mode.
         compared: whether onnxruntime and OpenVINO were compared with it, see `backends/choice.py`.
     """

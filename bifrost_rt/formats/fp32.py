@@ -14,7 +14,7 @@ FORMAT = Format(
     order=0,
     computes_in="float32",
     deviation=Deviation(math.inf, 0.0),  # `selftest.TOLERANCE` alone
-    # measured on an H200, benchmarks/results/gpu.md: 1.07; drivers of CPUs know their own figure
+    # measured on an H200, benchmarks/results/gpu.md: 1.07; backends of CPUs know their own figure
     in_memory={"onnxruntime-cuda": 1.1},
     compared=True,
 )

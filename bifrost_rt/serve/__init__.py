@@ -1,6 +1,6 @@
 """Pictures over HTTP: `bifrost-rt serve`, or one application of Ray Serve on many devices.
 
-    gate -> app -> studio -> painter
+    gate -> app -> queue -> worker
     who      what   when      drawing
 
 `pip install 'bifrost-rt[serve]'` brings what this package imports and the rest of the wheel does
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def read_token(path: str) -> str:
-    """The token of a file.
+    """Return the token of a file.
 
     Raises:
         RequestError: it cannot be read.

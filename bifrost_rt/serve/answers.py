@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 from bifrost_rt.chat import ChatResult
 from bifrost_rt.serve import schema
-from bifrost_rt.serve.faults import error_type
+from bifrost_rt.serve.errors import error_type
 from bifrost_rt.serve.jobs import Answer, Failure
 
 CANCELLED = Failure("the answer was cancelled", 499, "cancelled")
@@ -14,7 +14,7 @@ _END = "data: [DONE]\n\n"
 
 
 def whole(answer: Answer, model: str) -> schema.ChatCompletion:
-    """A finished answer."""
+    """Return a finished answer."""
     result = answer.result
     assert result is not None
     message = schema.Message(content=result.text)
@@ -30,7 +30,7 @@ def whole(answer: Answer, model: str) -> schema.ChatCompletion:
 
 
 async def stream(answer: Answer, model: str, include_usage: bool) -> AsyncIterator[str]:
-    """An answer as it comes, in server-sent events."""
+    """Stream an answer as it comes, in server-sent events."""
 
     def chunk(*choices: schema.ChunkChoice, **more: object) -> str:
         made = schema.Chunk.model_validate(

@@ -23,13 +23,13 @@ from bifrost_rt.errors import RequestError
 from bifrost_rt.manifest import Manifest
 from bifrost_rt.params import OPTIONS
 from bifrost_rt.serve import answers, conversation, forms, schema
-from bifrost_rt.serve.faults import CHAT, FORMS, RESPONSES, error_type, fault, handle
+from bifrost_rt.serve.errors import CHAT, FORMS, RESPONSES, error_type, fault, handle
 from bifrost_rt.serve.fetching import Fetcher
-from bifrost_rt.serve.gate import Gate
+from bifrost_rt.serve.job_queue import JobQueue
 from bifrost_rt.serve.jobs import Answer, Job, Work
 from bifrost_rt.serve.metrics import MEDIA_TYPE
+from bifrost_rt.serve.middleware import Gate
 from bifrost_rt.serve.settings import Settings
-from bifrost_rt.serve.studio import Studio
 
 EDITS, VARIATIONS, EDIT_JOBS, VARIATION_JOBS = FORMS
 PAGE = Path(__file__).parent / "page"
@@ -45,13 +45,14 @@ class _Refused(Exception):
         self.answer = answer
 
 
-def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAPI:
-    """The application. Closes the studio when it is shut down."""
+def create_app(job_queue: JobQueue, manifest: Manifest, settings: Settings) -> FastAPI:
+    """Create the application, which closes the queue when it is shut down. Closes the queue when it
+    is shut down."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(studio.close, settings.grace)
+        await asyncio.to_thread(job_queue.close, settings.grace)
         readers.shutdown(cancel_futures=True)
 
     readers = ThreadPoolExecutor(READERS, "reader")
@@ -64,10 +65,10 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
         responses=RESPONSES,
-        # what has no type is read as JSON; `gate.py` refuses the pages that could abuse it
+        # what has no type is read as JSON; `middleware.py` refuses the pages that could abuse it
         strict_content_type=False,
     )
-    app.add_middleware(Gate, settings=settings, metrics=studio.metrics)
+    app.add_middleware(Gate, settings=settings, metrics=job_queue.metrics)
     handle(app)
 
     @app.exception_handler(_Refused)
@@ -76,13 +77,13 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
 
     def submitted(body: schema.ImageRequest, previews: bool) -> Job:
         job = _job(body, previews, manifest, settings)
-        studio.submit(job)
+        job_queue.submit(job)
         return job
 
     async def known(job_id: str) -> Job:
-        job = studio.get(job_id)
+        job = job_queue.get(job_id)
         if job is None:
-            message = f"no such job; the last {studio.limits.keep} are remembered"
+            message = f"no such job; the last {job_queue.limits.keep} are remembered"
             raise _Refused(fault(404, message, code="not_found"))
         return job
 
@@ -99,10 +100,10 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
         try:
             await _unless_gone(job.wait(), http)
         finally:
-            studio.cancel(job)  # without effect on a finished job
+            job_queue.cancel(job)  # without effect on a finished job
         by_url = body.response_format == "url"
         if not by_url:
-            studio.forget(job)
+            job_queue.forget(job)
         _raise_failure(job, "the job was cancelled")
         base = str(http.base_url).rstrip("/")
         return schema.ImageResponse(
@@ -129,7 +130,7 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
             return _job(body, wanted, manifest, settings, _sources(body, files, manifest))
 
         job = await asyncio.get_running_loop().run_in_executor(readers, read)
-        studio.submit(job)
+        job_queue.submit(job)
         return body, job
 
     def form(path: str, mask: bool) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
     async def started(http: Request, answer: Response) -> schema.JobResponse:
         _, job = await with_image(http, previews=True)
         answer.headers["Location"] = f"/v1/jobs/{job.id}"
-        return _described(job, studio)
+        return _described(job, job_queue)
 
     @app.post(EDIT_JOBS, status_code=202, **form(EDIT_JOBS, mask=True))
     async def start_edit(http: Request, answer: Response) -> schema.JobResponse:
@@ -170,7 +171,7 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
             return _answer(body, manifest, settings, fetch)
 
         answer = await asyncio.get_running_loop().run_in_executor(readers, read)
-        studio.submit_answer(answer)
+        job_queue.submit_answer(answer)
         streamed = False
         try:
             await _unless_gone(answer.begun() if body.stream else answer.wait(), http)
@@ -179,36 +180,37 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
                 asked = body.stream_options or schema.StreamOptions()
                 events = answers.stream(answer, manifest.name, asked.include_usage)
                 streamed = True
-                return _Stream(events, lambda: studio.cancel_answer(answer))
+                return _Stream(events, lambda: job_queue.cancel_answer(answer))
             if answer.result is None:  # its client has hung up
                 message = answers.CANCELLED.message
                 raise _Refused(fault(499, message, code=answers.CANCELLED.code))
             return JSONResponse(answers.whole(answer, manifest.name).model_dump())
         finally:
             if not streamed:
-                studio.cancel_answer(answer)  # without effect on a finished one
+                job_queue.cancel_answer(answer)  # without effect on a finished one
 
     @app.post("/v1/jobs", status_code=202)
     async def start(body: schema.JobRequest, answer: Response) -> schema.JobResponse:
         """Draw, and answer at once."""
         job = submitted(body, body.previews or False)
         answer.headers["Location"] = f"/v1/jobs/{job.id}"
-        return _described(job, studio)
+        return _described(job, job_queue)
 
     @app.get("/v1/jobs/{job_id}")
     async def state(job: Job = of_path) -> schema.JobResponse:
-        """How far a job is."""
-        return _described(job, studio)
+        """Say how far a job is."""
+        return _described(job, job_queue)
 
     @app.delete("/v1/jobs/{job_id}")
     async def cancel(job: Job = of_path) -> schema.JobResponse:
         """End a job. Without effect on a finished one."""
-        studio.cancel(job)
-        return _described(job, studio)
+        job_queue.cancel(job)
+        return _described(job, job_queue)
 
     @app.get("/v1/jobs/{job_id}/events", response_class=EventSourceResponse)
     async def events(job: Job = of_path) -> AsyncIterator[ServerSentEvent]:
-        """A job as it changes: `progress` and `preview`, and at last its state's own name."""
+        """Stream a job as it changes: `progress` and `preview`, and at last its state's own
+        name."""
         shown = None
         async for _ in job.watch():
             preview = job.preview
@@ -217,7 +219,7 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
                 data = {"step": preview[0], "webp": base64.b64encode(preview[1]).decode()}
                 yield ServerSentEvent(event="preview", data=data)
             name = job.state if job.finished else "progress"
-            yield ServerSentEvent(event=name, data=_described(job, studio))
+            yield ServerSentEvent(event=name, data=_described(job, job_queue))
 
     @app.get("/v1/jobs/{job_id}/images/{image}", response_class=Response)
     async def picture(image: int, job: Job = of_path) -> Response:
@@ -229,12 +231,12 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
 
     @app.get("/v1/models")
     async def models() -> schema.ModelList:
-        """The set that is served."""
+        """Return the set that is served."""
         return schema.ModelList(data=[schema.Model(id=manifest.name)])
 
     @app.get("/v1/models/{model}")
     async def one_model(model: str) -> schema.Model:
-        """The set that is served, by its name."""
+        """Return the set that is served, by its name."""
         if model != manifest.name:
             raise _Refused(_no_such_model(manifest))
         return schema.Model(id=manifest.name)
@@ -242,24 +244,24 @@ def create_app(studio: Studio, manifest: Manifest, settings: Settings) -> FastAP
     @app.get("/v1/about")
     async def about() -> schema.About:
         """Sizes, defaults and limits."""
-        return _about(manifest, settings, studio)
+        return _about(manifest, settings, job_queue)
 
     @app.get("/healthz", response_class=Response)
     async def healthz() -> Response:
-        """The process answers."""
+        """Answer that the process lives."""
         return Response("ok\n", media_type="text/plain")
 
     @app.get("/readyz", response_class=Response)
     async def readyz() -> Response:
-        """Whether it takes requests."""
-        if studio.stopping:
+        """Say whether it takes requests."""
+        if job_queue.stopping:
             return Response("stopping\n", 503, media_type="text/plain")
         return Response("ready\n", media_type="text/plain")
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """For Prometheus."""
-        return Response(studio.metrics.text(), media_type=MEDIA_TYPE)
+        return Response(job_queue.metrics.text(), media_type=MEDIA_TYPE)
 
     _serve_page(app)
     return app
@@ -317,7 +319,8 @@ def _job(
     settings: Settings,
     sources: Mapping[str, bytes] | None = None,
 ) -> Job:
-    """What is asked for, checked. `sources` are arguments of `Generator.run` that are images."""
+    """Return what is asked for, checked. `sources` are arguments of `Generator.run` that are
+    images."""
 
     def refuse(param: str, message: str) -> None:
         raise _Refused(fault(400, f"{param}: {message}", param=param, code="invalid_value"))
@@ -362,7 +365,7 @@ def _job(
 def _answer(
     body: schema.ChatRequest, manifest: Manifest, settings: Settings, fetch: Fetcher
 ) -> Answer:
-    """What is asked for, checked, with its images."""
+    """Return what is asked for, checked, with its images."""
     if body.model is not None and body.model != manifest.name:
         raise _Refused(_no_such_model(manifest))
     chat.facts(manifest)
@@ -424,7 +427,7 @@ async def _unless_gone(wait: Coroutine[Any, Any, None], http: Request) -> None:
             task.cancel()
 
 
-def _described(job: Job, studio: Studio) -> schema.JobResponse:
+def _described(job: Job, job_queue: JobQueue) -> schema.JobResponse:
     error = None
     if job.failure:
         kind = error_type(job.failure.status)
@@ -433,7 +436,7 @@ def _described(job: Job, studio: Studio) -> schema.JobResponse:
         id=job.id,
         created=int(job.created),
         state=job.state,
-        position=studio.position(job),
+        position=job_queue.position(job),
         stage=job.stage,
         step=job.step,
         steps=job.steps,
@@ -447,7 +450,7 @@ def _described(job: Job, studio: Studio) -> schema.JobResponse:
 
 
 def _revised(job: Job) -> str | None:
-    """What the MLLM thought of a job's prompt, and what is drawn then."""
+    """Return what the MLLM thought of a job's prompt, and what is drawn then."""
     return job.request.thoughts[0].text if job.request.thoughts else None
 
 
@@ -467,7 +470,7 @@ def _why_not(facts: Callable[[Manifest], Any], manifest: Manifest) -> str | None
     return None
 
 
-def _about(manifest: Manifest, settings: Settings, studio: Studio) -> schema.About:
+def _about(manifest: Manifest, settings: Settings, job_queue: JobQueue) -> schema.About:
     defaults = manifest.defaults
     return schema.About(
         model=manifest.name,
@@ -481,7 +484,7 @@ def _about(manifest: Manifest, settings: Settings, studio: Studio) -> schema.Abo
         max_images=settings.max_images,
         max_prompt=settings.max_prompt,
         max_steps=settings.max_steps,
-        no_previews=studio.no_previews,
+        no_previews=job_queue.no_previews,
         no_chat=_why_not(chat.facts, manifest),
         no_vision=_why_not(vision.facts, manifest),
     )

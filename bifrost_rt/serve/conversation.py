@@ -11,7 +11,7 @@ from PIL import Image
 from bifrost_rt import image_processor, images, messages, vision
 from bifrost_rt.errors import RequestError, RequestTypeError
 from bifrost_rt.manifest import Manifest, Vision
-from bifrost_rt.strict import nearest
+from bifrost_rt.serialization import nearest
 
 # Of OpenAI's newer models; it means the same.
 _ROLES = {"developer": "system"}
@@ -107,7 +107,7 @@ def read(
 
 
 def _known(given: Mapping[str, Any], names: tuple[str, ...], where: str) -> dict[str, Any]:
-    """What is given without its nulls, which are for what is not."""
+    """Return what is given without its nulls, which are for what is not."""
     found = {name: value for name, value in given.items() if value is not None}
     for name in found:
         if name not in names:

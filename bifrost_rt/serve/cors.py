@@ -26,7 +26,7 @@ _HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,2000}")
 
 
 def parse(text: str) -> str:
-    """A value of `--cors-origin` as browsers send it: lower case, without a default port.
+    """Return a value of `--cors-origin` as browsers send it: lower case, without a default port.
 
     Raises:
         RequestError: it is no origin.
@@ -58,11 +58,11 @@ class Origins:
         self.any = bool(self._allowed & {ANY, OPAQUE})
 
     def allows(self, origin: str | None) -> bool:
-        """Whether pages of an origin may read answers."""
+        """Say whether pages of an origin may read answers."""
         return origin is not None and (ANY in self._allowed or origin in self._allowed)
 
     def headers(self, request: Headers) -> dict[str, str]:
-        """What every answer to this request carries, errors and streams too."""
+        """Return what every answer to this request carries, errors and streams too."""
         if not self._allowed:
             return {}
         if ANY in self._allowed:
@@ -76,14 +76,14 @@ class Origins:
 
 
 def is_preflight(method: str, request: Headers) -> bool:
-    """Whether a browser asks, rather than a client wants to know what a path can do."""
+    """Say whether a browser asks, rather than a client wants to know what a path can do."""
     return (
         method == "OPTIONS" and "origin" in request and "access-control-request-method" in request
     )
 
 
 def permission(request: Headers) -> dict[str, str]:
-    """What tells a browser that a page may send what it wants to send."""
+    """Return what tells a browser that a page may send what it wants to send."""
     headers = {
         "Access-Control-Allow-Methods": METHODS,
         "Access-Control-Max-Age": str(MAX_AGE),

@@ -24,7 +24,7 @@ _CHUNK = 1 << 16
 
 
 def is_name(text: str) -> bool:
-    """Whether a value of `--fetch-host` is a name or an address, perhaps with a port."""
+    """Say whether a value of `--fetch-host` is a name or an address, perhaps with a port."""
     if text.strip() == hosts.ANY:
         return False
     try:
@@ -50,7 +50,7 @@ class Fetcher:
         self._tls = ssl.create_default_context() if self._hosts else None
 
     def __call__(self, url: str, where: str) -> bytes:
-        """The bytes behind an address.
+        """Return the bytes behind an address.
 
         Args:
             where: what errors call the image.
@@ -102,7 +102,7 @@ class Fetcher:
         return split
 
     def _get(self, split: SplitResult, where: str, deadline: float) -> bytes | str:
-        """The bytes of the image, or where a redirect leads."""
+        """Return the bytes of the image, or where a redirect leads."""
         name, port = _host_of(split)
         address = self._address(name, port, where)
         connection = http.client.HTTPSConnection(name, port)
@@ -133,7 +133,7 @@ class Fetcher:
                 raise RequestError(f"{where}: the image has more than {self._most} bytes")
 
     def _address(self, name: str, port: int, where: str) -> tuple[str, int]:
-        """Where the name leads now; the connection goes there and nowhere else."""
+        """Say where the name leads now; the connection goes there and nowhere else."""
         found = socket.getaddrinfo(name.strip("[]"), port, type=socket.SOCK_STREAM)
         for *_, place in found:
             address = ipaddress.ip_address(str(place[0]).partition("%")[0])

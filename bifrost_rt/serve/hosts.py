@@ -18,7 +18,8 @@ _NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-
 
 
 def parse(text: str) -> str:
-    """A value of `--allow-host` as browsers write it: lower case, IPv6 addresses in brackets.
+    """Return a value of `--allow-host` as browsers write it: lower case, IPv6 addresses in
+    brackets.
 
     Raises:
         RequestError: it is no name and no address.
@@ -39,14 +40,14 @@ def parse(text: str) -> str:
 
 
 def name_of(header: str) -> str:
-    """The name in a Host header, without its port, in lower case."""
+    """Return the name in a Host header, without its port, in lower case."""
     bracketed = header.startswith("[") and "]" in header
     name = header[: header.index("]") + 1] if bracketed else header.partition(":")[0]
     return name.lower().removesuffix(".")
 
 
 def is_local(name: str) -> bool:
-    """Whether a name leads to this machine for everybody, whatever a name server says."""
+    """Say whether a name leads to this machine for everybody, whatever a name server says."""
     if name in LOCAL_NAMES:
         return True
     try:
@@ -67,6 +68,6 @@ class Hosts:
         self.any = ANY in self._allowed
 
     def answers(self, header: str) -> bool:
-        """Whether a request with this Host header is let in."""
+        """Say whether a request with this Host header is let in."""
         name = name_of(header)
         return self.any or name in self._allowed or is_local(name)

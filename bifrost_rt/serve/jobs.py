@@ -32,7 +32,7 @@ class Failure:
 
 @dataclass(eq=False, kw_only=True)
 class Work:
-    """What is waited for. Its fields change under the studio's lock; `watch` is for any thread with
+    """What is waited for. Its fields change under the queue's lock; `watch` is for any thread with
     an event loop.
 
     Attributes:
@@ -60,7 +60,7 @@ class Work:
                 watcher.wake()
 
     async def watch(self) -> AsyncIterator[int]:
-        """The version now and after every change, until it is finished. Who reads slowly
+        """Yield the version now and after every change, until it is finished. Who reads slowly
         misses versions between; none are kept."""
         watcher = _Watcher(asyncio.get_running_loop(), asyncio.Event())
         with self._lock:

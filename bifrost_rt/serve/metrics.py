@@ -93,22 +93,22 @@ class Metrics:
         self._requests.labels(method, route, str(status)).inc()
 
     def batch(self, pictures: int) -> None:
-        """A run begins."""
+        """Note that a run begins."""
         self._batch.observe(pictures)
 
     def stage(self, name: str, seconds: float) -> None:
-        """An engine's share of a run."""
+        """Note an engine's share of a run."""
         self._stages.labels(name).observe(seconds)
 
     def finished(self, job: Job) -> None:
-        """A job ended."""
+        """Note that a job ended."""
         self._jobs.labels(job.state).inc()
         if job.state == "done":
             self._pictures.inc(job.request.images)
             self._job_seconds.observe(time.time() - job.created)
 
     def spoken(self, answer: Answer) -> None:
-        """An answer ended."""
+        """Note that an answer ended."""
         self._answers.labels(answer.state).inc()
         if answer.first_token is not None:
             self._first_token.observe(answer.first_token - answer.created)

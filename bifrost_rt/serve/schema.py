@@ -101,12 +101,13 @@ class OpenAIRequest(_Given):
     )
 
     def options(self) -> dict[str, Any]:
-        """The options of `Generator.run` by name; None is for what is not given."""
+        """Return the options of `Generator.run` by name; None is for what is not given."""
         return {name: getattr(self, option.api_name) for name, option in OPTIONS.items()}
 
 
 def option_field(option: Option) -> tuple[Any, Any]:
-    """The field of an option of `Generator.run`: its type, and its description and default."""
+    """Return the field of an option of `Generator.run`: its type, and its description and
+    default."""
     values, text = option.values, option.help
     kind: Any = Number
     if isinstance(values, Integer):
@@ -237,7 +238,7 @@ class OpenAIChatRequest(_Given):
     safety_identifier: str | None = Field(None, description="without effect")
 
     def options(self) -> ChatOptions:
-        """The options of `Generator.chat`; None is for what is not given."""
+        """Return the options of `Generator.chat`; None is for what is not given."""
         given: Any = {
             name: next((v for f in chat_fields(name) if (v := getattr(self, f)) is not None), None)
             for name in chat_params.OPTIONS
@@ -247,12 +248,13 @@ class OpenAIChatRequest(_Given):
 
 
 def chat_fields(name: str) -> tuple[str, ...]:
-    """The fields of an option of `Generator.chat`; the first that is given counts."""
+    """Return the fields of an option of `Generator.chat`; the first that is given counts."""
     return chat_params.OPTIONS[name].api_names or (name,)
 
 
 def chat_option_field(option: ChatOption) -> tuple[Any, Any]:
-    """The field of an option of `Generator.chat`: its type, and its description and default."""
+    """Return the field of an option of `Generator.chat`: its type, and its description and
+    default."""
     values = option.values
     kind: Any = Number
     if isinstance(values, Integer):

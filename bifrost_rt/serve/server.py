@@ -13,23 +13,23 @@ import uvicorn
 from bifrost_rt.errors import BifrostError
 from bifrost_rt.generator import Generator
 from bifrost_rt.serve.app import create_app
+from bifrost_rt.serve.job_queue import JobQueue
 from bifrost_rt.serve.metrics import Metrics
-from bifrost_rt.serve.painter import Local
 from bifrost_rt.serve.settings import Settings
-from bifrost_rt.serve.studio import Studio
+from bifrost_rt.serve.worker import Local
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which on SIGTERM or Ctrl-C lets answers finish that are on their way. The studio is
+    """uvicorn, which on SIGTERM or Ctrl-C lets answers finish that are on their way. The queue is
     stopped first, so that what waits is told and streams come to an end."""
 
-    def __init__(self, config: uvicorn.Config, studio: Studio) -> None:
+    def __init__(self, config: uvicorn.Config, job_queue: JobQueue) -> None:
         super().__init__(config)
-        self._studio = studio
+        self._job_queue = job_queue
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish what runs."""
-        self._studio.stop()
+        self._job_queue.stop()
         await super().shutdown(sockets)
 
 
@@ -43,10 +43,10 @@ def run(
     )
     listening = _listen(settings)  # before the engines are opened: a taken port is said at once
     with listening, Generator(engines, backend=backend, memory_budget=memory_budget) as generator:
-        studio = Studio([Local(generator)], settings.limits, Metrics())
-        if settings.limits.preview_every and studio.no_previews:
-            logging.warning("no previews: %s", studio.no_previews)
-        app = create_app(studio, generator.manifest, settings)
+        job_queue = JobQueue([Local(generator)], settings.limits, Metrics())
+        if settings.limits.preview_every and job_queue.no_previews:
+            logging.warning("no previews: %s", job_queue.no_previews)
+        app = create_app(job_queue, generator.manifest, settings)
         config = uvicorn.Config(
             app, log_config=None, timeout_graceful_shutdown=int(settings.grace), server_header=False
         )
@@ -55,7 +55,7 @@ def run(
         print(f"http://{host}:{listening.getsockname()[1]}/", flush=True)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # uvicorn handles it, then raises it again
-        Server(config, studio).run([listening])
+        Server(config, job_queue).run([listening])
     return 0
 
 

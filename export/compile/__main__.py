@@ -12,7 +12,7 @@ from export.compile.options import COMPUTE, TITLES, WEIGHTS
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     options = _parser().parse_args(arguments)
 
     @extras.needed("compile")
@@ -45,7 +45,7 @@ def parts(text: str) -> tuple[str, ...]:
 
 
 def positive(text: str) -> int:
-    """A number from 1."""
+    """Return a number from 1."""
     number = int(text)
     if number < 1:
         raise ValueError(text)
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compute",
         choices=tuple(COMPUTE),
-        help="arithmetic of what is not quantised; default: the set's precision",
+        help="arithmetic of what is not quantized; default: the set's precision",
     )
     parser.add_argument(
         "--weights",

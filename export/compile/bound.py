@@ -70,8 +70,8 @@ def _cast_now(graph: ir.Graph) -> None:
 
 
 def _only_cast(value: ir.Value) -> ir.DataType | None:
-    """The type that all users of a weight cast it to; None where one does something else, or no
-    product reads it."""
+    """Return the type that all users of a weight cast it to; None where one does something else, or
+    no product reads it."""
     users = list(value.consumers())
     types = {user.attributes["to"].as_int() for user in users if user.op_type == "Cast"}
     alone = len(types) == 1 and all(user.op_type == "Cast" for user in users)
@@ -79,7 +79,7 @@ def _only_cast(value: ir.Value) -> ir.DataType | None:
 
 
 def _multiplied(value: ir.Value) -> bool:
-    """Whether products read a value, maybe behind casts."""
+    """Say whether products read a value, maybe behind casts."""
     users = list(value.consumers())
     cast = (user.outputs[0] for user in users if user.op_type == "Cast")
     return any(user.op_type in _PRODUCTS for user in users) or any(map(_multiplied, cast))

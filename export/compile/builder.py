@@ -42,7 +42,7 @@ class Builder:
 
 
 def find(name: str) -> Builder:
-    """The builder called `name`.
+    """Return the builder called `name`.
 
     Raises:
         CompileError: its package is not installed or too old, or a library of it is missing.
@@ -162,7 +162,7 @@ def _mark_attention(trt: Any, parsed: Any) -> int:
 
 
 def _check_door(parsed: Any, spec: EngineSpec, weights: Collection[str]) -> None:
-    """The driver binds by the manifest's names, and device memory only."""
+    """Return the backend binds by the manifest's names, and device memory only."""
     inputs = [parsed.get_input(i) for i in range(parsed.num_inputs)]
     inputs = [tensor for tensor in inputs if tensor.name not in weights]
     outputs = [parsed.get_output(i) for i in range(parsed.num_outputs)]

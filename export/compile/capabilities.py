@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bifrost_rt.strict import nearest
+from bifrost_rt.serialization import nearest
 from export import formats
 from export.compile.options import TITLES
 from export.errors import CompileError
@@ -82,7 +82,7 @@ def architecture(target: str) -> str:
 
 
 def check(builder: str, targets: Sequence[str], dtypes: Iterable[str]) -> tuple[str, ...]:
-    """The architectures to compile for.
+    """Return the architectures to compile for.
 
     Args:
         targets: architectures or cards' names; two cards of one architecture are one target.
@@ -141,10 +141,10 @@ def check_pair(builder: str, stage: str, names: Iterable[str], compute: str) -> 
 
 
 def _instead(missing: Sequence[str], wanted: Iterable[str], name: str) -> str:
-    """The option of the next best: for 4 and 8 bit the newest 8 bit that is there, for 16 bit the
-    older one, which of a quantized set is what its other weights are in. Where 16 bit of the full
-    range is missing, the builder is TensorRT: `check_pair` refuses bare sums in the other one for
-    TensorRT-RTX, whose cards all have it."""
+    """Return the option of the next best: for 4 and 8 bit the newest 8 bit that is there, for 16
+    bit the older one, which of a quantized set is what its other weights are in. Where 16 bit of
+    the full range is missing, the builder is TensorRT: `check_pair` refuses bare sums in the other
+    one for TensorRT-RTX, whose cards all have it."""
     there = ARCHITECTURES[name].precisions
     if any(FORMATS[precision].quantized for precision in missing):
         newest_first = sorted(formats.eight_bit(), key=lambda declared: -declared.since)

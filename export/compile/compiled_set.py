@@ -12,12 +12,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from bifrost_rt import dims, opened, pipeline, residency
+from bifrost_rt import dims, memory_plan, opened, pipeline
 from bifrost_rt import manifest as manifests
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.tensorrt_log import logger
 from bifrost_rt.manifest import BoundWeight, Compiled, Deviation, EngineSpec
-from bifrost_rt.strict import nearest
+from bifrost_rt.serialization import nearest
 from export import extras
 from export.compile import (
     bound,
@@ -79,7 +79,7 @@ def compile_set(
             hold less than `BOUND_FROM`. Those of 4 bits are always baked: see `bound`.
         measure: whether to compute the 16-bit graphs here, beside the float32 ones, and to refuse
             what differs by more than the engine's `half_tolerance`; the set keeps how far its
-            self-test's picture may then be from the builder's. Not for sets with quantised layers.
+            self-test's picture may then be from the builder's. Not for sets with quantized layers.
         on_cpu: engines that stay ONNX graphs and run on the CPU, so that the GPU's memory has room
             for the others. Their inputs and outputs are copied at every call.
         definitions: of the set's engines, by name.
@@ -136,7 +136,7 @@ def compile_set(
         for name in manifest.files.keys() - used:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)
-        at = residency.sizes(dataclasses.replace(manifest, dimensions=bounds.ranges()))
+        at = memory_plan.sizes(dataclasses.replace(manifest, dimensions=bounds.ranges()))
         compiled = {spec.name: dataclasses.replace(spec, backend=ON_CPU) for spec in elsewhere}
         record: dict[str, dict[str, Any]] = {}
         known: dict[str, BoundWeight] | None = {} if any(s.shared for s in given) else None
@@ -204,7 +204,7 @@ def _prepare(
 
 
 def compute_type(spec: EngineSpec, compute: str | None, architectures: Sequence[str]) -> str:
-    """What an engine's layers that are not quantised compute in.
+    """Return what an engine's layers that are not quantized compute in.
 
     A set in 16 bit says it; beside 8 and 4 bit it is bfloat16, which has float32's range, where
     every target has it.
@@ -219,7 +219,8 @@ def compute_type(spec: EngineSpec, compute: str | None, architectures: Sequence[
 def check_targets(
     builder: Builder, targets: Sequence[str], dtypes: Sequence[str]
 ) -> tuple[str, ...]:
-    """The architectures to compile for; needs no set, so it can be asked before one is built.
+    """Return the architectures to compile for; needs no set, so it can be asked before one is
+    built.
 
     Raises:
         CompileError: none named and no GPU here, or one that lacks the builder or a dtype.
@@ -272,8 +273,8 @@ def check_on_cpu(on_cpu: Sequence[str], engines: Sequence[str]) -> None:
 
 
 def _check_apart(source: Path, output: Path) -> None:
-    """The new set takes the place of `output`, with all that is in it, and must not be in the set
-    that it is compiled from either."""
+    """Return the new set takes the place of `output`, with all that is in it, and must not be in
+    the set that it is compiled from either."""
     if source == output:
         raise CompileError(f"{output}: would replace the set that it is compiled from")
     if source.is_relative_to(output) or output.is_relative_to(source):
@@ -373,10 +374,11 @@ class _Job:
 def read_plan(
     folder: Path, spec: EngineSpec, sizes: Mapping[str, int], asked: Arithmetic
 ) -> dict[str, Any]:
-    """What a compiled engine will do in one call: see `plan_report`.
+    """Return what a compiled engine will do in one call: see `plan_report`.
 
     Args:
-        sizes: a number for every symbol at the engine's door; bytes are counted for them.
+        sizes: a number for every symbol of the engine's inputs and outputs; bytes are counted for
+            them.
         asked: what its network computes in.
 
     Raises:
@@ -401,12 +403,12 @@ def read_plan(
 
 def _check_memory(stage: str, weights: int, *, can_bind: bool) -> None:
     """Refuse what the system would kill the process for."""
-    needed, available = int(PEAK * weights) + FIXED, residency.available()
+    needed, available = int(PEAK * weights) + FIXED, memory_plan.available()
     if available is not None and needed > available:
         raise CompileError(
             f"stage `{stage}`: compiling its weights into the engine needs about "
-            f"{residency.size_text(needed, up=True)} of memory, this machine has "
-            f"{residency.size_text(available)} available",
+            f"{memory_plan.size_text(needed, up=True)} of memory, this machine has "
+            f"{memory_plan.size_text(available)} available",
             hint=("leave them out with --weights bound, " if can_bind else "")
             + "free memory, or compile on a larger machine: it needs no GPU",
         )

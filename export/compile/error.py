@@ -54,7 +54,7 @@ def measure(
     Raises:
         CompileError: a stage differs by more than its `half_tolerance` allows, or overflows.
     """
-    driver = backends.load("onnxruntime")
+    backend = backends.load("onnxruntime")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "simulated"
         folder.mkdir()
@@ -66,9 +66,9 @@ def measure(
             engine, compute = definitions[spec.name], types[spec.name]
             simulated(source, folder, spec, engine, compute)
             held = dataclasses.replace(engine, tolerance=engine.half_tolerance[compute])
-            stages[spec.name] = _float32(source, manifest, spec, driver, held)
+            stages[spec.name] = _float32(source, manifest, spec, backend, held)
         try:
-            found = parity.compare(folder, manifest, stages, driver, generate=generate)
+            found = parity.compare(folder, manifest, stages, backend, generate=generate)
         except ParityError as error:
             raise CompileError(
                 f"in 16 bit, {error.message.replace('torch', 'its float32 graph')}",
@@ -76,12 +76,13 @@ def measure(
                 f"or --compute {FULL.name}",
             ) from error
         product = generate is draw_look_answer  # what a generator runs
-        deviation = _picture(source, folder, manifest, driver) if product else None
+        deviation = _picture(source, folder, manifest, backend) if product else None
     return {n: record for n, record in found.items() if types[n] != "float32"}, deviation
 
 
-def _picture(source: Path, folder: Path, manifest: Manifest, driver: Backend) -> Deviation:
-    """The self-test through the simulated engines of `folder`, against the set's own picture."""
+def _picture(source: Path, folder: Path, manifest: Manifest, backend: Backend) -> Deviation:
+    """Return the self-test through the simulated engines of `folder`, against the set's own
+    picture."""
     engines = tuple(
         dataclasses.replace(spec, files=(spec.graph, f"{spec.name}.simulated"))
         for spec in manifest.engines
@@ -89,7 +90,7 @@ def _picture(source: Path, folder: Path, manifest: Manifest, driver: Backend) ->
     shutil.copyfile(source / selftest.PICTURE, folder / selftest.PICTURE)
     there = dataclasses.replace(manifest, engines=engines, files=describe_files(folder))
     (folder / manifests.FILENAME).write_bytes(there.dumps())
-    with Generator(folder, backend=driver) as generator:
+    with Generator(folder, backend=backend) as generator:
         found = selftest.deviation(selftest.draw(generator), selftest.expected(generator))
     return Deviation(min(found.psnr, MOST_PSNR), found.mean)
 
@@ -106,9 +107,9 @@ def simulated(
 
 
 def _float32(
-    source: Path, manifest: Manifest, spec: EngineSpec, driver: Backend, held: Definition
+    source: Path, manifest: Manifest, spec: EngineSpec, backend: Backend, held: Definition
 ) -> Stage:
-    engine = driver.open(source, spec, manifest.dimensions)
+    engine = backend.open(source, spec, manifest.dimensions)
 
     class Engine(nn.Module):
         """In the place of a stage's torch module."""
@@ -116,7 +117,7 @@ def _float32(
         def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
             inputs = {t.name: x.numpy() for t, x in zip(spec.inputs, given, strict=True)}
             sizes = symbol_sizes(spec, inputs)
-            outputs = {t.name: driver.empty(output_shape(t, sizes), t.dtype) for t in spec.outputs}
+            outputs = {t.name: backend.empty(output_shape(t, sizes), t.dtype) for t in spec.outputs}
             engine.bind(inputs, outputs)()
             return tuple(torch.from_numpy(outputs[t.name]) for t in spec.outputs)
 

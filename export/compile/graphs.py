@@ -21,7 +21,7 @@ REBUILD = "rebuild the set with `python -m export.build`"
 
 
 def read(path: Path, stage: str) -> ir.Model:
-    """A graph of a set; its weights stay in their file.
+    """Return a graph of a set; its weights stay in their file.
 
     Raises:
         CompileError: the file is not an ONNX graph, or its weights lie outside of the set or beyond
@@ -40,7 +40,7 @@ def read(path: Path, stage: str) -> ir.Model:
 
 
 def _in_the_set(tensor: ir.ExternalTensor, folder: Path, stage: str) -> ir.ExternalTensor:
-    """The tensor by its whole path. Files of a set may be links, hard or symbolic, which the
+    """Return the tensor by its whole path. Files of a set may be links, hard or symbolic, which the
     library refuses to read by a path within a folder; what they hold was checked by their hash.
     What the graph names must be a file of the set."""
     if Path(tensor.location).name != str(tensor.location):

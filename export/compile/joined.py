@@ -31,7 +31,7 @@ def rewrite(model: ir.Model) -> None:
 
 
 def _side_by_side(node: ir.Node) -> bool:
-    """Whether two computed values are joined along their last axis, for one product alone."""
+    """Say whether two computed values are joined along their last axis, for one product alone."""
     out = node.outputs[0]
     if node.op_type != "Concat" or len(node.inputs) != 2 or len(out.uses()) != 1:
         return False
@@ -43,7 +43,7 @@ def _side_by_side(node: ir.Node) -> bool:
 
 
 def _weight(value: ir.Value | None) -> tuple[ir.Value | None, ir.Node | None]:
-    """The constant [K, N] of this product alone, and the Cast that it is behind."""
+    """Return the constant [K, N] of this product alone, and the Cast that it is behind."""
     cast = None if value is None else value.producer()
     if cast is not None:
         value = cast.inputs[0] if cast.op_type == "Cast" else None
@@ -84,7 +84,7 @@ def _split(
 
 
 def _named(node: ir.Node, name: str, other: ir.Value) -> ir.Value:
-    """A node's output, with a name and another value's type."""
+    """Return a node's output, with a name and another value's type."""
     value = node.outputs[0]
     assert other.dtype is not None
     value.name, value.type = name, ir.TensorType(other.dtype)
@@ -92,7 +92,7 @@ def _named(node: ir.Node, name: str, other: ir.Value) -> ir.Value:
 
 
 def _rows(graph: ir.Graph, weight: ir.Value, start: int, stop: int) -> ir.Value:
-    """Some rows of a weight, read when they are asked for."""
+    """Return some rows of a weight, read when they are asked for."""
     stored = weight.const_value
     assert stored is not None
     name, shape = f"{weight.name}.rows{start}", ir.Shape([stop - start, *stored.shape.numpy()[1:]])

@@ -76,7 +76,8 @@ def builder_error(stage: str, title: str, logged: Iterable[str]) -> CompileError
 
 @contextlib.contextmanager
 def explained(stage: str, title: str, log: Any) -> Iterator[None]:
-    """What a library throws, and what Python raises for want of memory, as an error of the stage.
+    """Turn what a library throws, and what Python raises for want of memory, into an error of the
+    stage.
 
     Args:
         log: see `bifrost_rt.backends.tensorrt_log`.
@@ -94,7 +95,7 @@ def explained(stage: str, title: str, log: Any) -> Iterator[None]:
 
 
 def advice(said: str) -> str:
-    """What to do about a message."""
+    """Return what to do about a message."""
     return next((text for pattern, text in _ADVICE if re.search(pattern, said)), _DEFAULT)
 
 

@@ -86,13 +86,13 @@ def read(trt: Any, network: Any, weights: Collection[str] = ()) -> Arithmetic:
 
 
 def name(dtype: Any) -> str:
-    """A library's dtype as the manifest calls it."""
+    """Return a library's dtype as the manifest calls it."""
     return _NAMES.get(dtype.name, dtype.name.lower())
 
 
 def _computes_in(layer: Any, made_by: dict[str, Any]) -> str:
-    """The type of what it multiplies. Two dequantized inputs are multiplied as they were before:
-    that is what the builder makes of them."""
+    """Return the type of what it multiplies. Two dequantized inputs are multiplied as they were
+    before: that is what the builder makes of them."""
     inputs = [layer.get_input(i) for i in range(min(2, layer.num_inputs))]
     makers = [_maker(tensor, made_by) for tensor in inputs]
     if len(makers) == 2 and all(m is not None and m.type.name == "DEQUANTIZE" for m in makers):
@@ -101,7 +101,7 @@ def _computes_in(layer: Any, made_by: dict[str, Any]) -> str:
 
 
 def _maker(tensor: Any, made_by: dict[str, Any]) -> Any:
-    """The layer that a tensor comes from, through changes of its shape alone."""
+    """Return the layer that a tensor comes from, through changes of its shape alone."""
     layer = made_by.get(tensor.name)
     while layer is not None and layer.type.name == "SHUFFLE":
         layer = made_by.get(layer.get_input(0).name)

@@ -52,7 +52,7 @@ class Kernel:
 
 
 def kernels(plan: EnginePlan, weights: Collection[str] = ()) -> list[Kernel]:
-    """The kernels of a plan, in order.
+    """Return the kernels of a plan, in order.
 
     Args:
         plan: with numbers in its dimensions, where bytes and operations are to be known.
@@ -93,7 +93,7 @@ def _is_weight(tensor: Tensor, bound: Collection[str]) -> bool:
 def _product(
     op: Operation, bound: Collection[str]
 ) -> tuple[Tensor | None, Tensor | None, int | None]:
-    """What is multiplied, and the operations that it takes."""
+    """Return what is multiplied, and the operations that it takes."""
     if not op.outputs:
         return None, None, None
     out = op.outputs[0]
@@ -114,7 +114,7 @@ def _product(
 def _convolution(
     op: Operation, bound: Collection[str]
 ) -> tuple[Tensor | None, Tensor | None, int | None]:
-    """The input, the weight [out, in, …] (transposed: [in, out, …]), and the operations."""
+    """Return the input, the weight [out, in, …] (transposed: [in, out, …]), and the operations."""
     held = max(
         (t for t in op.inputs if len(t.dims) > 2 and _is_weight(t, bound)),
         key=lambda t: t.elements or 0,
@@ -138,7 +138,7 @@ def _times(*factors: Dim | None) -> int | None:
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> bool:
-    """Whether two tensors are of one type, and their product has the shape of a third."""
+    """Say whether two tensors are of one type, and their product has the shape of a third."""
     if min(len(left.dims), len(right.dims), len(out.dims)) < 2:
         return False
     if left.type != right.type or left.dims[-1] != right.dims[-2]:
@@ -168,7 +168,8 @@ def _attention(op: Operation) -> int | None:
 
 
 def _moves_weight(op: Operation, bound: Collection[str]) -> bool:
-    """Whether a kernel reads a weight and nothing else of a size, and writes as many numbers."""
+    """Say whether a kernel reads a weight and nothing else of a size, and writes as many
+    numbers."""
     if op.kind not in ("function", "copy", "reshape", "cast"):
         return False
     read = [t for t in op.inputs if (t.elements or 0) > 1]
@@ -186,7 +187,8 @@ def _bytes(op: Operation) -> int | None:
 
 
 def _reads(op: Operation) -> dict[Tensor, int | None]:
-    """What a kernel reads of each of its inputs: of those of a gather, no more than it hands on."""
+    """Return what a kernel reads of each of its inputs: of those of a gather, no more than it hands
+    on."""
     rows = sum(t.elements or 0 for t in op.outputs) if "Gath" in op.name else None
     found: dict[Tensor, int | None] = {}
     for tensor in op.inputs:
@@ -198,8 +200,8 @@ def _reads(op: Operation) -> dict[Tensor, int | None]:
 
 
 def least_bytes(plan: EnginePlan, weights: Collection[str] = ()) -> int | None:
-    """What a call must move whatever its kernels: the weights that it reads, and its inputs and
-    outputs, each once. None where a size is not known.
+    """Return what a call must move whatever its kernels: the weights that it reads, and its inputs
+    and outputs, each once. None where a size is not known.
 
     Args:
         plan: with numbers in its dimensions.
@@ -222,7 +224,7 @@ def least_bytes(plan: EnginePlan, weights: Collection[str] = ()) -> int | None:
 
 
 def describe(plan: EnginePlan | None, weights: Collection[str] = ()) -> dict[str, Any]:
-    """The report of one engine, as it is written to JSON. What cannot be read is "unknown".
+    """Return the report of one engine, as it is written to JSON. What cannot be read is "unknown".
 
     Args:
         plan: at the sizes that its bytes are counted for.
@@ -251,7 +253,7 @@ def describe(plan: EnginePlan | None, weights: Collection[str] = ()) -> dict[str
 def contradictions(
     plan: EnginePlan, asked: Arithmetic, weights: Collection[str] = ()
 ) -> tuple[str, ...]:
-    """Where a plan does something else than the network says, one sentence each.
+    """Say where a plan does something else than the network says, one sentence each.
 
     Args:
         asked: what the network that was compiled computes in.

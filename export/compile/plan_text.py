@@ -90,7 +90,8 @@ class EnginePlan:
         targets: architectures that it was compiled for.
         capturable: whether CUDA can record it as a graph; None where the plan does not say.
         streams: how many run side by side, the caller's among them; None likewise.
-        inputs, outputs: names of the tensors at its door, as the engine's caller knows them.
+        inputs, outputs: names of the tensors of its inputs and outputs, as the engine's caller
+            knows them.
         tensors: every tensor by the plan's name.
         operations: of one call, in order.
         shapes: the program that computes the sizes: (operation, results, arguments).
@@ -111,10 +112,10 @@ class EnginePlan:
         return tuple(op for op in self.operations if op.kind not in _QUIET)
 
     def at(self, shapes: Mapping[str, Sequence[int]]) -> EnginePlan:
-        """The same plan with numbers in its dimensions, as far as `shapes` decides them.
+        """Return the same plan with numbers in its dimensions, as far as `shapes` decides them.
 
         Args:
-            shapes: tensor at the door -> its shape.
+            shapes: input or output -> its shape.
         """
         sizes = self._sizes(shapes)
         known = {name: _sized(tensor, sizes) for name, tensor in self.tensors.items()}
@@ -172,7 +173,7 @@ _ARITHMETIC: dict[str, Callable[..., int | None]] = {
 
 
 def read(path: Path) -> EnginePlan | None:
-    """The plan in an engine's file, or None where there is none that can be read."""
+    """Return the plan in an engine's file, or None where there is none that can be read."""
     if not path.stat().st_size:
         return None
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
@@ -180,7 +181,7 @@ def read(path: Path) -> EnginePlan | None:
 
 
 def find(engine: bytes | bytearray | memoryview | mmap.mmap) -> EnginePlan | None:
-    """The plan in an engine, or None where there is none that can be read.
+    """Return the plan in an engine, or None where there is none that can be read.
 
     Beside the network's, the file holds short plans of the fusions that it compiles at run time.
     """
@@ -274,7 +275,7 @@ def _operation(line: str, tensors: Mapping[str, Tensor]) -> Operation | None:
 
 
 def _data(names: str, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """The tensors that are data: the number of a size is one of type int64 called a proxy."""
+    """Yield the tensors that are data: the number of a size is one of type int64 called a proxy."""
     for name in re.findall(r'"([^"]*)"', names):
         if "proxy" not in name and name in tensors:
             yield tensors[name]

@@ -25,7 +25,7 @@ class Sizes:
     bounds: Mapping[str, tuple[int, int]]
 
     def of(self, tensor: TensorSpec) -> tuple[Shape, Shape, Shape]:
-        """The smallest, the preferred and the largest shape of a tensor."""
+        """Return the smallest, the preferred and the largest shape of a tensor."""
         least = {name: low for name, (low, _) in self.bounds.items()}
         most = {name: high for name, (_, high) in self.bounds.items()}
         best = {n: (least if DIMS[n].optimum == "min" else most)[n] for n in self.bounds}
@@ -33,7 +33,7 @@ class Sizes:
         return low, middle, high
 
     def ranges(self) -> dict[str, Range]:
-        """The bounds as a manifest states them."""
+        """Return the bounds as a manifest states them."""
         return {symbol: Range(low, high) for symbol, (low, high) in self.bounds.items()}
 
 
@@ -89,5 +89,5 @@ def sizes(
 
 
 def symbolic_inputs(spec: EngineSpec) -> list[TensorSpec]:
-    """The inputs that need a profile."""
+    """Return the inputs that need a profile."""
     return [t for t in spec.inputs if any(isinstance(dim, str) for dim in t.shape)]

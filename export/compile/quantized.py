@@ -1,4 +1,4 @@
-"""Quantised layers in the form that TensorRT knows, from the form that runs on a CPU.
+"""Quantized layers in the form that TensorRT knows, from the form that runs on a CPU.
 
 The numbers stay the same ones. TensorRT wants 8-bit activations signed with zero point 0 where
 onnxruntime wants them unsigned with zero point 128, and it has operators of its own for NVFP4,
@@ -27,7 +27,7 @@ _FP4, _FP8 = ir.DataType.FLOAT4E2M1, ir.DataType.FLOAT8E4M3FN
 
 
 def formats(model: ir.Model) -> set[str]:
-    """Which of int8, fp8, nvfp4 and int4 a graph's layers are quantised to."""
+    """Return which of int8, fp8, nvfp4 and int4 a graph's layers are quantized to."""
     found = set()
     for node in model.graph:
         if node.domain == DOMAIN or node.op_type == "TRT_FP4DynamicQuantize":
@@ -39,7 +39,7 @@ def formats(model: ir.Model) -> set[str]:
 
 
 def rewrite(model: ir.Model) -> None:
-    """Rewrite a graph in place; one without quantised layers stays as it is."""
+    """Rewrite a graph in place; one without quantized layers stays as it is."""
     graph = model.graph
     zero: ir.Value | None = None
     for node in list(graph):

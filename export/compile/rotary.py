@@ -104,7 +104,7 @@ def _element(value: ir.Value | None) -> tuple[ir.Value, int] | None:
 
 
 def _table(value: ir.Value | None) -> ir.Value | None:
-    """The constant behind what changes its shape or type alone."""
+    """Return the constant behind what changes its shape or type alone."""
     while (maker := _producer(value)) is not None:
         if maker.op_type not in _SAME:
             return None
@@ -135,7 +135,7 @@ class _Writer:
         found.node.outputs[0].replace_all_uses_with(whole)
 
     def _tables(self, found: _Rotation, start: int, stop: int) -> tuple[ir.Value, ir.Value]:
-        """What both values of a pair are multiplied by, each [1, S, 1, width / 2, 2]."""
+        """Return what both values of a pair are multiplied by, each [1, S, 1, width / 2, 2]."""
         key = (found.cos, found.sin, start, stop)
         if key not in self.tables:
             cos, sin = (_numbers(t)[start:stop] for t in (found.cos, found.sin))
@@ -223,7 +223,7 @@ def _required(weight: ir.Value | None) -> ir.Value:
 
 
 def _numbers(value: ir.Value) -> NDArray[np.float32]:
-    """A table as float32 rows."""
+    """Return a table as float32 rows."""
     assert value.const_value is not None
     array = value.const_value.numpy()
     return array.reshape(-1, array.shape[-1]).astype(np.float32)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from export.compile.half import FLOAT, TYPES
+from export.compile.mixed_precision import FLOAT, TYPES
 
 _HALVES = tuple(TYPES.values())
 

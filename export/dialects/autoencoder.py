@@ -26,7 +26,7 @@ _ATTENTION = {
 
 
 def named(weights: Weights) -> Named:
-    """The VAE of a file in the authors' names, or in diffusers'."""
+    """Return the VAE of a file in the authors' names, or in diffusers'."""
     if MARK not in weights:
         return Named(weights, Place, "diffusers")
     found = [int(m[1]) for n in weights.entries if (m := _BLOCK.fullmatch(n)) and len(m[1]) < 4]
@@ -39,7 +39,8 @@ def named(weights: Weights) -> Named:
 
 
 def config(net: Named) -> dict[str, Any]:
-    """The arguments of diffusers' network that the tensors tell, and FLUX.1's for the others.
+    """Return the arguments of diffusers' network that the tensors tell, and FLUX.1's for the
+    others.
 
     Raises:
         CheckpointError: a tensor that tells them is missing, or of another rank.

@@ -15,13 +15,14 @@ END = 2  # of the published config: the end token is the highest id
 
 
 def named(weights: Weights) -> Named:
-    """The encoder of a file."""
+    """Return the encoder of a file."""
     prefix = PREFIX if any(name.startswith(PREFIX) for name in weights.entries) else ""
     return Named(weights, lambda name: Place(prefix + name.removeprefix(PREFIX)), "transformers")
 
 
 def config(net: Named) -> dict[str, Any]:
-    """The arguments of transformers' network that the tensors tell, and CLIP-L's for the others.
+    """Return the arguments of transformers' network that the tensors tell, and CLIP-L's for the
+    others.
 
     Raises:
         CheckpointError: a tensor that tells them is missing, or heads of an unknown width.

@@ -30,7 +30,8 @@ BLOCK = 128
 
 
 def unpack(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The tensors of a model with its float8 weights as what they stand for; scales are gone.
+    """Return the tensors of a model with its float8 weights as what they stand for; scales are
+    gone.
 
     bfloat16 holds every float8; products with a scale are float32.
 

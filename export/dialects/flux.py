@@ -64,7 +64,7 @@ _PARTS = {"q": (0, 1), "k": (1, 2), "v": (2, 3), "mlp": (3, 3 + MLP)}
 
 
 def named(weights: Weights) -> Named:
-    """The transformer of a file in the authors' names, or in diffusers'.
+    """Return the transformer of a file in the authors' names, or in diffusers'.
 
     Raises:
         CheckpointError: the tensor that tells its width has not two dimensions.
@@ -75,7 +75,8 @@ def named(weights: Weights) -> Named:
 
 
 def config(net: Named) -> dict[str, Any]:
-    """The arguments of diffusers' network that the tensors tell, and FLUX.1's for the others.
+    """Return the arguments of diffusers' network that the tensors tell, and FLUX.1's for the
+    others.
 
     Raises:
         CheckpointError: a tensor that tells them is missing, or heads of an unknown width.
@@ -117,7 +118,7 @@ def scheduler(net: Named) -> dict[str, Any]:
 
 
 def places(width: int) -> Callable[[str], Place]:
-    """Where the authors' files have a parameter of a network of a width."""
+    """Say where the authors' files have a parameter of a network of a width."""
 
     def place(name: str) -> Place:
         path, _, leaf = name.rpartition(".")

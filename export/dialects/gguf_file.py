@@ -20,7 +20,7 @@ _AS_THEY_ARE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 
 
 def is_one(file: Path) -> bool:
-    """Whether a file is GGUF, by its first bytes."""
+    """Say whether a file is GGUF, by its first bytes."""
     try:
         with file.open("rb") as stream:
             return stream.read(len(MAGIC)) == MAGIC
@@ -29,7 +29,7 @@ def is_one(file: Path) -> bool:
 
 
 def entries(file: Path) -> dict[str, Entry]:
-    """The tensors of a GGUF file.
+    """Return the tensors of a GGUF file.
 
     Raises:
         CheckpointError: it is damaged, or of a version, byte order or type that the `gguf` package
@@ -68,7 +68,7 @@ def entries(file: Path) -> dict[str, Entry]:
 
 @functools.cache
 def _known(kind: str) -> bool:
-    """Whether the package dequantizes a type."""
+    """Say whether the package dequantizes a type."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
     number = GGMLQuantizationType[kind]

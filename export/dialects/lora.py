@@ -29,13 +29,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from bifrost_rt.manifest import Lora
-from export import sources
+from export import lazy_tensors
 from export.configs import Config, Flag, Real
 from export.dialects import clip, flux
 from export.dialects.place import Place
 from export.errors import CheckpointError
+from export.lazy_tensors import LazyTensor
 from export.lora_files import LoraFile
-from export.sources import Source
 from export.stored import FLOATS, of_safetensors
 from export.weights import Weights, is_finite, listed
 
@@ -145,8 +145,8 @@ def load(asked: LoraFile) -> Adapter:
 
 def adapt(
     adapters: Sequence[Adapter], part: str, net: nn.Module
-) -> Callable[[str, Source], Source]:
-    """What adds all files' products to a network's weights.
+) -> Callable[[str, LazyTensor], LazyTensor]:
+    """Return what adds all files' products to a network's weights.
 
     Args:
         part: of FLUX, its folder in a pipeline.
@@ -186,7 +186,7 @@ def adapt(
                 hint="the LoRA was trained on another model",
             )
 
-    def with_products(name: str, source: Source) -> Source:
+    def with_products(name: str, source: LazyTensor) -> LazyTensor:
         parts = added.get(name)
         return source if parts is None else _sum(name, source, parts)
 
@@ -215,7 +215,7 @@ def refuse_left_overs(adapters: Sequence[Adapter]) -> None:
 
 
 def _split(name: str) -> tuple[str, str | None]:
-    """A tensor's layer, and which of the layer's tensors it is."""
+    """Return a tensor's layer, and which of the layer's tensors it is."""
     if name.endswith(".alpha"):
         return name.removesuffix(".alpha"), "alpha"
     for kind, spellings in (("down", DOWN), ("up", UP)):
@@ -278,7 +278,7 @@ def _alpha(weights: Weights, name: str) -> float:
 
 
 def _settings(file: Path, weights: Weights) -> dict[str, Config]:
-    """What PEFT says of layers whose names begin with a prefix.
+    """Return what PEFT says of layers whose names begin with a prefix.
 
     Raises:
         CheckpointError: it cannot be read, or says that more than a product was added.
@@ -358,8 +358,8 @@ def _spoken(part: str, path: str) -> Iterator[str]:
             yield f"{PEFT}{prefix}{path}"
 
 
-def _sum(name: str, source: Source, parts: Sequence[tuple[Adapter, str, Place]]) -> Source:
-    """A weight with products added in their order; read anew, one at a time."""
+def _sum(name: str, source: LazyTensor, parts: Sequence[tuple[Adapter, str, Place]]) -> LazyTensor:
+    """Return a weight with products added in their order; read anew, one at a time."""
     products = [_product(*part) for part in parts]
 
     def total(stored: Tensor) -> Tensor:
@@ -378,7 +378,7 @@ def _sum(name: str, source: Source, parts: Sequence[tuple[Adapter, str, Place]])
     return source.map("; ".join(product.identity for product in products), total)
 
 
-def _product(adapter: Adapter, path: str, place: Place) -> Source:
+def _product(adapter: Adapter, path: str, place: Place) -> LazyTensor:
     layer, weights = adapter.layers[path], adapter.weights
     rows = None if place.rows is None else place.rows[:2]
     up, down = place.take(weights.source(layer.up, rows)), weights.source(layer.down)
@@ -386,7 +386,7 @@ def _product(adapter: Adapter, path: str, place: Place) -> Source:
     def multiply(left: Tensor, right: Tensor) -> Tensor:
         return (left.float() @ right.float()).mul_(layer.factor)
 
-    product = sources.join("product", [up, down], multiply, shape=(up.shape[0], down.shape[1]))
+    product = lazy_tensors.join("product", [up, down], multiply, shape=(up.shape[0], down.shape[1]))
     facts = (path, place.rows, place.swapped, layer.factor)
     # by its content: a copy of the file adds the same
     return dataclasses.replace(product, identity=f"{adapter.said.sha256}{facts}")

@@ -25,7 +25,7 @@ class Named:
     spoken: str
 
     def find(self, name: str) -> tuple[Weights, Place]:
-        """Where a parameter stands, as `export.weights.fill` asks."""
+        """Say where a parameter stands, as `export.weights.fill` asks."""
         return self.weights, self.place(name)
 
     def __contains__(self, name: str) -> bool:
@@ -40,7 +40,8 @@ class Named:
         return self.weights.shape(self.place(name).key, rank)
 
     def layers(self, name: str) -> int:
-        """How many layers there are: one more than the highest `{}` for which `name` is there."""
+        """Say how many layers there are: one more than the highest `{}` for which `name` is
+        there."""
         return max((i + 1 for i in range(MOST_LAYERS) if name.format(i) in self), default=0)
 
     def unknown(self, what: str, config: str) -> CheckpointError:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from export.sources import Source
+from export.lazy_tensors import LazyTensor
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Place:
     ones: int = 0
 
     def stored_shape(self, shape: Sequence[int]) -> list[int]:
-        """The shape that the file's tensor must have for a parameter of `shape`."""
+        """Return the shape that the file's tensor must have for a parameter of `shape`."""
         rows = shape[0] if self.rows is None else self.rows[2]
         return [rows, *shape[1:], *[1] * self.ones] if shape else []
 
-    def take(self, source: Source) -> Source:
-        """The parameter, from the rows of the file's tensor."""
+    def take(self, source: LazyTensor) -> LazyTensor:
+        """Return the parameter, from the rows of the file's tensor."""
         if self.ones:
             shape = source.shape[: -self.ones]
             source = source.map("flat", lambda values: values.reshape(shape), shape=shape)

@@ -31,7 +31,7 @@ _GGUF = {
 
 
 def named(weights: Weights) -> Named:
-    """The encoder of a file."""
+    """Return the encoder of a file."""
     if MARK in weights:
         return Named(weights, _gguf, "GGUF")
     saved = next((name for name in EMBEDDINGS if name in weights), EMBEDDINGS[0])
@@ -39,7 +39,8 @@ def named(weights: Weights) -> Named:
 
 
 def config(net: Named) -> dict[str, Any]:
-    """The arguments of transformers' network that the tensors tell, and T5 v1.1's for the others.
+    """Return the arguments of transformers' network that the tensors tell, and T5 v1.1's for the
+    others.
 
     Raises:
         CheckpointError: a tensor that tells them is missing, or of another rank.

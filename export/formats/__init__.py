@@ -24,22 +24,23 @@ OLDEST_HALF = min(SIXTEEN_BIT, key=lambda declared: declared.since)
 
 
 def of_type(dtype: str) -> Format | None:
-    """The format whose weights are stored in a dtype, or whose products are computed in it."""
+    """Return the format whose weights are stored in a dtype, or whose products are computed in
+    it."""
     found = runtime.of_type(dtype)
     return None if found is None else FORMATS.get(found.name)
 
 
 def rate_of(dtype: str) -> str | None:
-    """A device's figure for products of a dtype; None where a dtype has no products."""
+    """Return a device's figure for products of a dtype; None where a dtype has no products."""
     found = (f.rate for f in FORMATS.values() if f.runtime.computes_in == dtype)
     return next(found, None)
 
 
 def by_age() -> list[Format]:
-    """The oldest GPUs' first, and behind all others those that are quantized."""
+    """Return the oldest GPUs' first, and behind all others those that are quantized."""
     return sorted(FORMATS.values(), key=lambda declared: (declared.quantized, declared.since))
 
 
 def eight_bit() -> list[Format]:
-    """The quantized formats of one byte per weight."""
+    """Return the quantized formats of one byte per weight."""
     return [f for f in FORMATS.values() if f.quantized and f.linear_bits == 8]

@@ -11,23 +11,23 @@ from export.formats.quantized import QuantizedFormat
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from export.quantize.rounding import Quantised
+    from export.quantize.rounding import Quantized
 
 
 @dataclass(frozen=True, kw_only=True)
 class Int4(QuantizedFormat):
     """The arithmetic."""
 
-    def quantise(self, weight: Tensor) -> Quantised:
+    def quantize(self, weight: Tensor) -> Quantized:
         """Round a float32 weight [K, N]."""
-        from export.quantize.rounding import Quantised
+        from export.quantize.rounding import Quantized
 
         blocks = weight.unflatten(0, (-1, self.block or 1))
         scale = self._best_scale(blocks, blocks.abs().amax(1))
         codes = self._codes(blocks, scale.float()[:, None])
-        return Quantised(codes.flatten(0, 1).char(), scale)
+        return Quantized(codes.flatten(0, 1).char(), scale)
 
-    def dequantise(self, codes: Tensor, scale: Tensor, tensor_scale: Tensor | None) -> Tensor:
+    def dequantize(self, codes: Tensor, scale: Tensor, tensor_scale: Tensor | None) -> Tensor:
         """Return what a stored weight stands for: float32 [K, N]."""
         values, wide = codes.float(), scale.float()
         return values.unflatten(0, (-1, self.block or 1)).mul_(wide[:, None]).flatten(0, 1)

@@ -11,7 +11,7 @@ from export.formats.quantized import QuantizedFormat
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from export.quantize.rounding import Quantised
+    from export.quantize.rounding import Quantized
 
 BLOCK = 16
 UNIT = 6.0 * 448.0  # the largest E2M1 value under the largest E4M3 scale
@@ -21,9 +21,9 @@ UNIT = 6.0 * 448.0  # the largest E2M1 value under the largest E4M3 scale
 class NvFp4(QuantizedFormat):
     """The arithmetic."""
 
-    def quantise(self, weight: Tensor) -> Quantised:
+    def quantize(self, weight: Tensor) -> Quantized:
         """Round a float32 weight [K, N]."""
-        from export.quantize.rounding import SMALLEST, Quantised, e2m1_codes, to_e4m3
+        from export.quantize.rounding import SMALLEST, Quantized, e2m1_codes, to_e4m3
 
         blocks = weight.unflatten(0, (-1, BLOCK))
         largest = blocks.abs().amax(1)
@@ -31,9 +31,9 @@ class NvFp4(QuantizedFormat):
         scale = to_e4m3(largest / self.largest / tensor_scale)
         wide = scale.float() * tensor_scale
         codes = e2m1_codes(blocks / wide.clamp(min=SMALLEST)[:, None])
-        return Quantised(codes.flatten(0, 1), scale, tensor_scale)
+        return Quantized(codes.flatten(0, 1), scale, tensor_scale)
 
-    def dequantise(self, codes: Tensor, scale: Tensor, tensor_scale: Tensor | None) -> Tensor:
+    def dequantize(self, codes: Tensor, scale: Tensor, tensor_scale: Tensor | None) -> Tensor:
         """Return what a stored weight stands for: float32 [K, N]."""
         from export.quantize.rounding import e2m1_values
 

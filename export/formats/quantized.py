@@ -14,7 +14,7 @@ from export.formats.base import Format
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from export.quantize.rounding import Quantised
+    from export.quantize.rounding import Quantized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +40,11 @@ class QuantizedFormat(Format, ABC):
     scaled_whole: bool = False
 
     @abstractmethod
-    def quantise(self, weight: Tensor) -> Quantised:
+    def quantize(self, weight: Tensor) -> Quantized:
         """Round a float32 weight [K, N]."""
 
     @abstractmethod
-    def dequantise(self, codes: Tensor, scale: Tensor, tensor_scale: Tensor | None) -> Tensor:
+    def dequantize(self, codes: Tensor, scale: Tensor, tensor_scale: Tensor | None) -> Tensor:
         """Return what a stored weight stands for: float32 [K, N]."""
 
     @abstractmethod
@@ -70,14 +70,14 @@ class PerOutput(QuantizedFormat, ABC):
     def rounded(self, x: Tensor) -> Tensor:
         """Round units, saturated: float32."""
 
-    def quantise(self, weight: Tensor) -> Quantised:
+    def quantize(self, weight: Tensor) -> Quantized:
         """Round a float32 weight [K, N]."""
-        from export.quantize.rounding import SMALLEST, Quantised, largest_of_outputs
+        from export.quantize.rounding import SMALLEST, Quantized, largest_of_outputs
 
         scale = (largest_of_outputs(weight) / self.largest).clamp(min=SMALLEST)
-        return Quantised(self.codes(weight / scale), scale)
+        return Quantized(self.codes(weight / scale), scale)
 
-    def dequantise(self, codes: Tensor, scale: Tensor, tensor_scale: Tensor | None) -> Tensor:
+    def dequantize(self, codes: Tensor, scale: Tensor, tensor_scale: Tensor | None) -> Tensor:
         """Return what a stored weight stands for: float32 [K, N]."""
         return codes.float().mul_(scale)  # in place: this is the largest tensor of a build
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bifrost_rt.dims import CANDIDATES
-from export import sources
+from export import lazy_tensors
 from export.model.sampling import choose
 from export.model.text_branch import TextBranch
 from export.model.visual_branch import VisualBranch
@@ -24,8 +24,8 @@ class MllmText(nn.Module):
         self.branch = branch
         self.lm_head = head
         self.mask_token = visual.mask_token
-        if source := sources.lazy(visual).get("mask_token"):
-            sources.attach(self, "mask_token", source)
+        if source := lazy_tensors.lazy(visual).get("mask_token"):
+            lazy_tensors.attach(self, "mask_token", source)
 
     def forward(
         self,
@@ -45,7 +45,7 @@ class MllmText(nn.Module):
         repetition_penalty: Tensor,
         *cache: Tensor,
     ) -> tuple[Tensor, ...]:
-        """The tensors are described where the engine is declared."""
+        """Return the tensors are described where the engine is declared."""
         texts, rows = input_ids.shape
         known = torch.cat((self.branch.embed_tokens(input_ids).flatten(0, 1), image_tokens))
         x = known.index_select(0, row_sources.flatten()).unflatten(0, (texts, rows))

@@ -30,6 +30,7 @@ def write_rows(cache: Tensor, rows: Tensor, at: Tensor) -> Tensor:
 
 
 def visible(past_length: Tensor, rows: int, capacity: int) -> Tensor:
-    """Which places of a cache each new row sees, bool [U, 1, R, C]: all before it, and its own."""
+    """Return which places of a cache each new row sees, bool [U, 1, R, C]: all before it, and its
+    own."""
     place = past_length[:, None] + torch.arange(rows, device=past_length.device)  # [U, R]
     return (torch.arange(capacity, device=place.device) <= place[:, :, None])[:, None]

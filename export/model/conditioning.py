@@ -7,7 +7,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from export.model.controlnet import LatentControlNet
-from export.model.hoist import Modulation, StepEmbedding
+from export.model.modulation import Modulation, StepEmbedding
 
 
 class ControlEmbed(nn.Module):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
 from torch import Tensor, nn
 
-from export import sources
+from export import lazy_tensors
 
 
 class ScaleShift(nn.Module):
@@ -22,7 +22,9 @@ class ScaleShift(nn.Module):
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
         shape = (norm.num_features, 1, 1)
-        parts = [sources.of(norm, n) for n in ("weight", "bias", "running_mean", "running_var")]
+        parts = [
+            lazy_tensors.of(norm, n) for n in ("weight", "bias", "running_mean", "running_var")
+        ]
 
         def scale(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
             return (weight.float() / torch.sqrt(var.float() + norm.eps)).reshape(shape)
@@ -34,9 +36,9 @@ class ScaleShift(nn.Module):
         for name, change in (("scale", scale), ("shift", shift)):
             self.register_buffer(name, torch.empty(shape, device="meta"))
             what = f"{name} of a batch norm, {norm.eps}"
-            sources.attach(self, name, sources.join(what, parts, change, shape=shape))
+            lazy_tensors.attach(self, name, lazy_tensors.join(what, parts, change, shape=shape))
         if not norm.weight.is_meta:
-            sources.load(self)
+            lazy_tensors.load(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, h, w]"""

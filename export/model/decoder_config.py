@@ -43,7 +43,7 @@ class DecoderConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> DecoderConfig:
-        """What `read` makes of a config that stands in no file."""
+        """Return what `read` makes of a config that stands in no file."""
         return cls.read(Config(Path("config.json"), config))
 
     @classmethod

@@ -8,7 +8,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from export.model.controlnet import LatentControlNet
-from export.model.hoist import rotary_table
+from export.model.modulation import rotary_table
 
 
 class Denoise(nn.Module):

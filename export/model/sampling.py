@@ -16,8 +16,8 @@ def choose(
     repetition_penalty: Tensor,
     candidates: int,
 ) -> Tensor:
-    """The next token of each text, int64 [U, 1], by the rules of transformers and in their order:
-    repetition penalty, temperature, top-k, top-p.
+    """Return the next token of each text, int64 [U, 1], by the rules of transformers and in their
+    order: repetition penalty, temperature, top-k, top-p.
 
     Args:
         logits: float32 [U, V].

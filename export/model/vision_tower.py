@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export import sources
+from export import lazy_tensors
 from export.model.decoder import rotate
 from export.model.vision_config import VisionConfig
 
@@ -88,10 +88,10 @@ class PatchEmbed(nn.Module):
         with torch.device("meta"):
             linear = nn.Linear(weight[0].numel(), len(weight), bias=False)
         linear.weight = nn.Parameter(weight.detach().flatten(1), requires_grad=False)
-        if source := sources.lazy(self.proj).get("weight"):
+        if source := lazy_tensors.lazy(self.proj).get("weight"):
             shape = tuple(linear.weight.shape)
             flat = source.map("flatten(1)", lambda values: values.flatten(1), shape=shape)
-            sources.attach(linear, "weight", flat)
+            lazy_tensors.attach(linear, "weight", flat)
         self.proj = linear.eval()
 
     def forward(self, patches: Tensor) -> Tensor:

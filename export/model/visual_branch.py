@@ -77,7 +77,7 @@ def _rows(x: Tensor, places: Tensor) -> Tensor:
 
 
 def visual_key(name: str) -> str:
-    """The official checkpoint's key of a parameter of `VisualBranch`.
+    """Return the official checkpoint's key of a parameter of `VisualBranch`.
 
     >>> visual_key("layers.0.self_attn.q_proj.weight")
     'vision_language_model.model.layers.0.self_attn.vision_branch_q_proj.weight'

@@ -29,7 +29,7 @@ class Answers:
     cache: int
 
     def read(self, stored: int, storage: Format | None) -> int:
-        """Bytes that a token reads.
+        """Return bytes that a token reads.
 
         Args:
             stored: of all weights.
@@ -47,7 +47,7 @@ def of(
     """None of an engine that gives no answers.
 
     Args:
-        sizes: a number for every symbol of its doors.
+        sizes: a number for every symbol of its inputs and outputs.
     """
     if not dims.reads_pieces(spec):
         return None

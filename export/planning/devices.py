@@ -6,7 +6,7 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bifrost_rt import files, residency, strict
+from bifrost_rt import files, memory_plan, serialization
 from export.errors import RecipeError
 from export.formats import FORMATS
 
@@ -44,7 +44,7 @@ class Device:
     figures: dict[str, Figure] = field(default_factory=dict)
 
     def value(self, name: str) -> float | None:
-        """A figure's number, or None."""
+        """Return a figure's number, or None."""
         return self.figures[name].value if name in self.figures else None
 
     @property
@@ -54,13 +54,13 @@ class Device:
 
 
 def find(name: str) -> Device:
-    """A device of the table by its name, or `here`.
+    """Return a device of the table by its name, or `here`.
 
     Raises:
         RecipeError: no such device, or the table is damaged.
     """
     if name == HERE:
-        free = residency.available()
+        free = memory_plan.available()
         if free is None:
             raise RecipeError(
                 "this machine does not say how much memory it has available",
@@ -70,14 +70,14 @@ def find(name: str) -> Device:
     devices = read(TABLE)
     if name not in devices:
         raise RecipeError(
-            f"unknown device {name!r}{strict.nearest(name, devices)}",
+            f"unknown device {name!r}{serialization.nearest(name, devices)}",
             hint=f"known: {', '.join([HERE, *devices])}",
         )
     return devices[name]
 
 
 def of_machine(title: str, memory: int | None = None) -> Device | None:
-    """The device of the table that a machine's own name means, or None.
+    """Return the device of the table that a machine's own name means, or None.
 
     A laptop's card of the same number is another, slower one, and none of the table's.
 
@@ -109,14 +109,14 @@ def read(path: Path) -> dict[str, Device]:
         figures = {key: _figure(f"{path.name}: {name}.{key}", key, v) for key, v in entry.items()}
         if "memory_gib" not in figures:
             raise RecipeError(f"{path.name}: {name} has no memory_gib")
-        usable = figures["memory_gib"].value * GIB * (1 - residency.MARGIN)
+        usable = figures["memory_gib"].value * GIB * (1 - memory_plan.MARGIN)
         found[name] = Device(name, title, int(usable), figures)
     return found
 
 
 def _figure(where: str, key: str, entry: object) -> Figure:
     if key not in FIGURES:
-        raise RecipeError(f"{where}: unknown figure{strict.nearest(key, FIGURES)}")
+        raise RecipeError(f"{where}: unknown figure{serialization.nearest(key, FIGURES)}")
     match entry:
         case [int() | float() as value, str() as source, str() as certainty] if (
             value > 0 and source and certainty in CERTAINTY

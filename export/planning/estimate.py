@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from bifrost_rt import residency
+from bifrost_rt import memory_plan
 from bifrost_rt.errors import BudgetError
-from bifrost_rt.residency import Need, Step, size_text
+from bifrost_rt.memory_plan import Requirement, Step, size_text
 from export.formats import FORMATS, FULL, HALF
 from export.formats.base import Format
 from export.planning.devices import Device
@@ -89,9 +89,9 @@ def plan(
     Args:
         storage: the precision of the weights; None for that of a built set.
         budget: bytes, instead of the device's.
-        in_memory: (engine, stored bytes) -> bytes once a driver has opened it. Default: as stored,
+        in_memory: (engine, stored bytes) -> bytes once a backend has opened it. Default: as stored,
             which is what a compiled engine takes on a GPU.
-        ahead: whether the driver opens the next engine while one works.
+        ahead: whether the backend opens the next engine while one works.
         scratch_share: what it takes of the scratch memory that is counted.
         ideal: engine -> least seconds of a call and their limit, where its kernels are known; None
             counts a roofline at one rate for each engine.
@@ -101,11 +101,11 @@ def plan(
     # without a driver of its own, a device computes in 16 bit where weights have 16 bit or fewer
     scale = storage.activation_scale if storage and in_memory is None else scratch_share
     needs = [
-        Need(w.engine, keep(w, w.weights(storage)), round(w.scratch * scale), w.tensors)
+        Requirement(w.engine, keep(w, w.weights(storage)), round(w.scratch * scale), w.tensors)
         for w in works
     ]
     try:
-        steps, later = residency.schedules_of(needs, budget, ahead=ahead)
+        steps, later = memory_plan.schedules_of(needs, budget, ahead=ahead)
     except BudgetError:
         steps, later = (), ()
     supported = _supported(device, storage)
@@ -150,7 +150,7 @@ def _loaded(works: Sequence[Work], steps: Sequence[Step], storage: Format | None
 
 def _stage(
     work: Work,
-    need: Need,
+    need: Requirement,
     step: Step | None,
     storage: Format | None,
     device: Device,
@@ -234,7 +234,7 @@ def _main_limit(stages: Sequence[StagePlan]) -> str | None:
 def _changes(
     result: Plan,
     works: Sequence[Work],
-    needs: Sequence[Need],
+    needs: Sequence[Requirement],
     device: Device,
     storage: Format | None,
     budget: int,
@@ -279,18 +279,19 @@ def _smaller(
     budget: int,
     keep: InMemory,
 ) -> list[str]:
-    """The precisions that would fit, or, where it fits already, would keep everything in memory."""
+    """Return the precisions that would fit, or, where it fits already, would keep everything in
+    memory."""
     found = []
     for other in FORMATS.values():
         if other.linear_bits >= storage.linear_bits or not _supported(device, other):
             continue
         scale = other.activation_scale
         needs = [
-            Need(w.engine, keep(w, w.weights(other)), round(w.scratch * scale), w.tensors)
+            Requirement(w.engine, keep(w, w.weights(other)), round(w.scratch * scale), w.tensors)
             for w in works
         ]
         try:
-            steps = residency.schedule(needs, budget)
+            steps = memory_plan.schedule(needs, budget)
         except BudgetError:
             continue
         if not fits:
@@ -299,6 +300,6 @@ def _smaller(
                 f"{other.name} fits: its largest stage is `{worst.engine}` with "
                 f"{size_text(worst.total)}"
             )
-        elif residency.everything_fits(steps):
+        elif memory_plan.everything_fits(steps):
             found.append(f"at {other.name} everything stays in memory")
     return found

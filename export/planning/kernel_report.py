@@ -88,8 +88,8 @@ def _seconds(seconds: float) -> str:
 
 
 def draw(found: Estimate) -> Image.Image:
-    """A bar for each engine, of all its calls for an image, by what its kernels do; a mark at the
-    ideal roofline."""
+    """Return a bar for each engine, of all its calls for an image, by what its kernels do; a mark
+    at the ideal roofline."""
     products = [label for label in _labels(found) if label not in COLORS]
     colors = {label: PRODUCTS[i % len(PRODUCTS)] for i, label in enumerate(products)} | COLORS
     labels = [label for label in colors if label in _labels(found)]

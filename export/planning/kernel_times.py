@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bifrost_rt import dims, residency
+from bifrost_rt import dims, memory_plan
 from bifrost_rt.manifest import EngineSpec, Manifest
 from export import formats
 from export.compile import plan_report, plan_text
@@ -105,7 +105,7 @@ class Estimate:
     missing_rates: tuple[str, ...]
 
 
-def of_set(folder: Path, manifest: Manifest, at: residency.Sizes) -> list[Calls]:
+def of_set(folder: Path, manifest: Manifest, at: memory_plan.Sizes) -> list[Calls]:
     """Read the plans of the engines of a compiled set that draw, on the set's backend.
 
     Args:
@@ -131,7 +131,7 @@ def _calls(folder: Path, spec: EngineSpec, sizes: Mapping[str, int]) -> Calls:
 def of_plan(
     plan: EnginePlan, spec: EngineSpec, sizes: Mapping[str, int], weights: Collection[str], of: str
 ) -> Calls:
-    """What an engine's plan says of a call at sizes.
+    """Return what an engine's plan says of a call at sizes.
 
     Args:
         weights: inputs of the engine that are weights.
@@ -217,7 +217,7 @@ def _group(what: str, members: Sequence[tuple[float, str, Kernel]]) -> KernelTim
 
 
 def label(kernel: Kernel) -> str:
-    """What a kernel does, in a few words."""
+    """Return what a kernel does, in a few words."""
     if kernel.kind in ("product", "part of attention"):
         return f"{kernel.kind} {kernel.reads}"
     return {"weight": "weight moved", "other": "elementwise, norms, moves"}.get(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from PIL import Image, ImageDraw, ImageFont
 
-from bifrost_rt.residency import size_text
+from bifrost_rt.memory_plan import size_text
 from export.planning import kernel_report
 from export.planning.estimate import Plan, StagePlan
 from export.planning.kernel_times import Estimate
@@ -71,7 +71,7 @@ def _draw(plan: Plan) -> Image.Image:
 
 
 def _memory(plan: Plan) -> Iterator[list[tuple[str, int]]]:
-    """What is in memory at each stage, from the bottom up."""
+    """Yield what is in memory at each stage, from the bottom up."""
     here: dict[str, int] = {}
     for stage in plan.stages:
         here = {name: size for name, size in here.items() if name not in stage.evict}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bifrost_rt.dims import CONTEXT
-from bifrost_rt.residency import size_text
+from bifrost_rt.memory_plan import size_text
 from export.planning.estimate import Plan, StagePlan
 
 HEAD = (

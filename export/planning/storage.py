@@ -14,7 +14,7 @@ class Elements:
 
     Attributes:
         linear: weights of linear layers.
-        excepted: of further ones, which stay in 16 bit where others are quantised.
+        excepted: of further ones, which stay in 16 bit where others are quantized.
         channels: output channels of `linear`.
         other: weights of embeddings and convolutions.
         kept: bytes of what stays in float32 at every precision: norms, biases, tables, and whatever
@@ -28,7 +28,7 @@ class Elements:
     kept: int
 
     def bytes_at(self, storage: Format | None) -> int:
-        """Bytes of all of them; None is float32."""
+        """Return bytes of all of them; None is float32."""
         s = storage or FULL
         scales = self.channels * s.channel_bytes
         return (

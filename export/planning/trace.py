@@ -25,8 +25,8 @@ class Trace:
 
     Attributes:
         flops: a multiply-add counts two.
-        scratch: most bytes alive at once between the doors. Attention runs in its plain form, with
-            its scores in memory: an upper bound for drivers that fuse it.
+        scratch: most bytes alive at once between inputs and outputs. Attention runs in its plain
+            form, with its scores in memory: an upper bound for backends that fuse it.
         weights: storages of the parameters and buffers that meet an input.
         folded: bytes of what is computed from weights alone and then meets an input; the exporter
             computes it beforehand and stores it in their place.

@@ -15,12 +15,12 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import nn
 
-from bifrost_rt import dims, residency
+from bifrost_rt import dims, memory_plan
 from bifrost_rt.dims import STEPS
 from bifrost_rt.manifest import EngineSpec, Manifest, stored_bytes
 from export import assemble, flops, memory
 from export.checkpoint import Checkpoint
-from export.compile import half
+from export.compile import mixed_precision
 from export.formats.base import Format
 from export.planning import answers
 from export.planning.answers import Answers
@@ -29,7 +29,7 @@ from export.planning.storage import Elements
 from export.planning.trace import Trace, run_without_values, storage_key
 from export.precision import ROUNDED, SMALL
 from export.stages import Stage
-from export.text import clip_length
+from export.tokenizer_files import clip_length
 
 KV = ("text_keys.", "text_values.")
 
@@ -43,8 +43,8 @@ class Work:
         calls: how often it runs for a picture.
         flops: of one call; a multiply-add counts two.
         cache: bytes of the K/V cache among its tensors.
-        tensors: bytes at its door.
-        scratch: bytes between its doors.
+        tensors: bytes of its inputs and outputs.
+        scratch: bytes between its inputs and outputs.
         linear: whether linear layers, which 8 bit and fewer apply to, do most of its arithmetic.
         all_in_16_bit: whether none of its layers is quantized, whatever is asked; False where the
             graphs themselves say it.
@@ -66,7 +66,7 @@ class Work:
 def of_checkpoint(
     checkpoint: Checkpoint, mllm_max_length: int, t5_length: int, steps: int
 ) -> list[Work]:
-    """The engines that draw, as `export.build` would make them of a checkpoint.
+    """Return the engines that draw, as `export.build` would make them of a checkpoint.
 
     Args:
         checkpoint: opened with `read=False`.
@@ -90,18 +90,18 @@ def of_set(
     manifest: Manifest,
     steps: int,
     decoding_steps: int | None = None,
-    at: residency.Sizes | None = None,
+    at: memory_plan.Sizes | None = None,
 ) -> list[Work]:
-    """The engines of a built set that draw, from its graphs; weights are not read.
+    """Return the engines of a built set that draw, from its graphs; weights are not read.
 
     Args:
         steps: denoising steps.
         decoding_steps: of the MLLM. Default: the set's.
-        at: engine -> a number for every symbol of its doors. Default: one picture of the longest
-            prompt, without guidance.
+        at: engine -> a number for every symbol of its inputs and outputs. Default: one picture of
+            the longest prompt, without guidance.
     """
     decoding_steps = decoding_steps or manifest.defaults.decoding_steps
-    at = at or residency.sizes(manifest, decoding_steps=decoding_steps, num_inference_steps=steps)
+    at = at or memory_plan.sizes(manifest, decoding_steps=decoding_steps, num_inference_steps=steps)
     found = []
     for spec in manifest.engines:
         if dims.looks(spec):
@@ -121,7 +121,7 @@ def of_set(
                 calls=dims.calls(spec, at(spec.name)),
                 flops=arithmetic,
                 cache=_cache(spec, at(spec.name)),
-                tensors=residency.tensor_bytes(spec, at(spec.name)),
+                tensors=memory_plan.tensor_bytes(spec, at(spec.name)),
                 scratch=memory.scratch_bytes(graph, at(spec.name)),
                 linear=2 * convolutions < arithmetic,
                 all_in_16_bit=False,
@@ -131,8 +131,9 @@ def of_set(
     return found
 
 
-def of_calls(manifest: Manifest, calls: Sequence[Calls], at: residency.Sizes) -> list[Work]:
-    """The engines of a compiled set, from the plans inside them and the builder's own figures.
+def of_calls(manifest: Manifest, calls: Sequence[Calls], at: memory_plan.Sizes) -> list[Work]:
+    """Return the engines of a compiled set, from the plans inside them and the builder's own
+    figures.
 
     Args:
         at: what the calls were read for.
@@ -148,7 +149,7 @@ def of_calls(manifest: Manifest, calls: Sequence[Calls], at: residency.Sizes) ->
                 calls=one.calls,
                 flops=one.operations,
                 cache=_cache(spec, at(one.engine)),
-                tensors=residency.tensor_bytes(spec, at(one.engine)),
+                tensors=memory_plan.tensor_bytes(spec, at(one.engine)),
                 scratch=spec.compiled.activation_bytes,
                 linear=True,
                 all_in_16_bit=False,
@@ -158,9 +159,9 @@ def of_calls(manifest: Manifest, calls: Sequence[Calls], at: residency.Sizes) ->
 
 
 def _table(graph: ir.Model) -> int:
-    """Bytes of the tables that rows are looked up in."""
+    """Return bytes of the tables that rows are looked up in."""
     looked_up = (node.inputs[0] for node in graph.graph if node.op_type == "Gather")
-    tables = {value for value in map(half.constant, looked_up) if value is not None}
+    tables = {value for value in map(mixed_precision.constant, looked_up) if value is not None}
     return max((v.const_value.nbytes for v in tables if v.const_value is not None), default=0)
 
 
@@ -186,7 +187,7 @@ def of_stage(stage: Stage, sizes: Mapping[str, int]) -> Work:
         calls=dims.calls(spec, sizes),
         flops=trace.flops,
         cache=_cache(spec, sizes),
-        tensors=residency.tensor_bytes(spec, sizes),
+        tensors=memory_plan.tensor_bytes(spec, sizes),
         scratch=trace.scratch,
         linear=elements.linear > elements.other,
         all_in_16_bit=stage.definition.all_in_16_bit,
@@ -203,8 +204,8 @@ def _cache(spec: EngineSpec, sizes: Mapping[str, int]) -> int:
 
 
 def count_elements(stage: Stage, trace: Trace) -> Elements:
-    """The numbers that an engine stores, by how a precision treats them: the weights that meet an
-    input, and what the exporter computes beforehand from those that do not."""
+    """Return the numbers that an engine stores, by how a precision treats them: the weights that
+    meet an input, and what the exporter computes beforehand from those that do not."""
     linear = excepted = channels = kept = 0
     other = trace.folded // 4
     seen: set[int] = set()

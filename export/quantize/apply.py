@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from bifrost_rt.backends.base import return_freed_memory
-from export import sources
+from export import lazy_tensors
 from export.quantize import scales
 from export.quantize.formats import FORMATS
 from export.quantize.linear import QuantizedLinear
 from export.quantize.policy import Choice
 from export.quantize.scales import Scales
-from export.quantize.statistics import Observed, Statistics
+from export.quantize.statistics import Observer, Statistics
 from export.stages import Stage
 
 # Below it, an int8 layer's own error is a quarter of its output: no picture survives that.
@@ -28,8 +28,8 @@ class Decision:
 
     Attributes:
         asked, given: formats; `given` differs where the data spoke against `asked`.
-        reason: of an exception, a migration or a difference; empty where there is none.
-        scales: None where it is not quantised.
+        reason: of an exception, a smoothing or a difference; empty where there is none.
+        scales: None where it is not quantized.
     """
 
     choice: Choice
@@ -56,7 +56,7 @@ def decide(
     rest: str,
     method: str,
 ) -> list[Decision]:
-    """What every layer becomes, from what was seen at its door."""
+    """Return what every layer becomes, from what was seen of its inputs and outputs."""
     seen = {} if statistics is None else statistics.layers
     decisions = []
     for choice in choices:
@@ -66,11 +66,11 @@ def decide(
 
 
 def _decide(
-    stage: Stage, choice: Choice, seen: Observed | None, rest: str, method: str
+    stage: Stage, choice: Choice, seen: Observer | None, rest: str, method: str
 ) -> Decision:
-    if not choice.quantised:
+    if not choice.quantized:
         return Decision(choice, choice.form, choice.reason)
-    weight = sources.read(stage.module.get_submodule(choice.path), "weight").float().T
+    weight = lazy_tensors.read(stage.module.get_submodule(choice.path), "weight").float().T
     if not torch.any(weight):
         return Decision(choice, rest, "all its weights are 0: there is nothing to scale")
     if not FORMATS[choice.form].calibrated:
@@ -92,7 +92,7 @@ def _decide(
 
 
 def replace(stages: Mapping[str, Stage], decisions: Sequence[Decision]) -> None:
-    """Put quantised layers where linear layers were."""
+    """Put quantized layers where linear layers were."""
     for decision in decisions:
         if decision.scales is not None:
             module = stages[decision.choice.stage].module
@@ -100,7 +100,7 @@ def replace(stages: Mapping[str, Stage], decisions: Sequence[Decision]) -> None:
                 module.get_submodule(decision.choice.path),
                 decision.given,
                 decision.scales.input_scale,
-                decision.scales.migration,
+                decision.scales.smoothing,
             )
             module.set_submodule(decision.choice.path, layer)
 

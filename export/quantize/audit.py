@@ -57,7 +57,7 @@ class Layer:
 
 
 def read(path: Path) -> dict[str, Layer]:
-    """The layers of an ONNX file, by the path of the module that the weight belongs to."""
+    """Return the layers of an ONNX file, by the path of the module that the weight belongs to."""
     graph = onnx.load(path, load_external_data=False).graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     makers = {name: node for node in graph.node for name in node.output}
@@ -92,13 +92,13 @@ def read(path: Path) -> dict[str, Layer]:
 
 
 def _stored(name: str, makers: Mapping[str, onnx.NodeProto]) -> str:
-    """The initializer behind a value, where only what keeps its numbers stands between."""
+    """Return the initializer behind a value, where only what keeps its numbers stands between."""
     steps = _chain(name, makers)
     return steps[-1].input[0] if steps else name
 
 
 def _chain(name: str, makers: Mapping[str, onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """The nodes between a layer and its stored weight."""
+    """Return the nodes between a layer and its stored weight."""
     steps: list[onnx.NodeProto] = []
     while (node := makers.get(name)) is not None and node.op_type in PASSED:
         steps.append(node)
@@ -109,7 +109,7 @@ def _chain(name: str, makers: Mapping[str, onnx.NodeProto]) -> list[onnx.NodePro
 def _rounded(
     name: str, makers: Mapping[str, onnx.NodeProto], weights: Mapping[str, TensorProto]
 ) -> str:
-    """The type that an input goes through, or nothing."""
+    """Return the type that an input goes through, or nothing."""
     node = makers.get(name)
     if node is not None and node.domain and any(node.op_type in f.inputs for f in FORMATS.values()):
         return node.op_type
@@ -134,7 +134,7 @@ def _bytes(tensor: TensorProto) -> int:
 
 
 def kernels(folder: Path, spec: EngineSpec) -> Counter[str] | None:
-    """How often onnxruntime uses each operator for an engine, after its own optimisation; None
+    """Say how often onnxruntime uses each operator for an engine, after its own optimisation; None
     where its weights are too many to be written again."""
     if sum((folder / name).stat().st_size for name in spec.files) > READABLE:
         return None
@@ -155,7 +155,7 @@ def kernels(folder: Path, spec: EngineSpec) -> Counter[str] | None:
 
 
 def _too_small(layer: Layer, form: str) -> bool:
-    """Whether it is stored in float32 because 16 bit is not worth a node."""
+    """Say whether it is stored in float32 because 16 bit is not worth a node."""
     sixteen_bit = form in (declared.name for declared in SIXTEEN_BIT)
     return sixteen_bit and layer.form == FULL.name and layer.bytes < SMALL
 
@@ -216,12 +216,12 @@ def _check_kernels(
 
 
 def formats(layers: Mapping[str, Layer]) -> dict[str, int]:
-    """How many layers have each format, the most frequent first."""
+    """Say how many layers have each format, the most frequent first."""
     return dict(Counter(layer.form for layer in layers.values()).most_common())
 
 
 def compute(layers: Mapping[str, Layer]) -> str:
-    """What the layers of an engine compute in on a CPU, for the manifest."""
+    """Return what the layers of an engine compute in on a CPU, for the manifest."""
     forms = {layer.form for layer in layers.values()}
     if computed := next((f.computes_in for f in of_layers(forms) if f.multiplies_bytes), None):
         return computed

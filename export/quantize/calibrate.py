@@ -19,11 +19,11 @@ from bifrost_rt import files, pipeline
 from bifrost_rt.dims import IMAGES
 from bifrost_rt.errors import TextFileError
 from bifrost_rt.manifest import Lora, SetSpec
-from export import chain, foreign
+from export import foreign, torch_pipeline
 from export.errors import CalibrationError
 from export.exercise import draw_look_answer
 from export.quantize.policy import linears
-from export.quantize.statistics import Observed, Statistics
+from export.quantize.statistics import Observer, Statistics
 from export.stages import Stage
 
 DEFAULT_PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -34,7 +34,8 @@ SAMPLE = 1 << 16
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """The prompts of a file, one per line; empty lines and lines that begin with # do not count.
+    """Return the prompts of a file, one per line; empty lines and lines that begin with # do not
+    count.
 
     Raises:
         CalibrationError: it cannot be read, or there is none in it.
@@ -53,8 +54,8 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def fingerprint(folders: Sequence[Path], loras: Sequence[Lora] = ()) -> str:
-    """What tells one checkpoint from another: names, headers and samples of all weight files; and
-    what is added to the weights.
+    """Return what tells one checkpoint from another: names, headers and samples of all weight
+    files; and what is added to the weights.
 
     Not a proof against tampering, which would mean to read everything.
     """
@@ -104,7 +105,7 @@ def calibrate(
             last = at + len(batch)
             progress(f"calibrating on prompts {at + 1} to {last} of {len(found.prompts)}")
             given = {"seed": at, "kept": kept, "generate": generate, **limits, **options}
-            chain.run(folder, manifest, stages, batch, **given)
+            torch_pipeline.run(folder, manifest, stages, batch, **given)
             found.runs += 1
             found.complete = found.runs == len(runs)
             keep(found)
@@ -122,10 +123,10 @@ def _runs(
 
 
 @contextlib.contextmanager
-def _watch(linear: nn.Linear, name: str, into: dict[str, Observed]) -> Iterator[None]:
+def _watch(linear: nn.Linear, name: str, into: dict[str, Observer]) -> Iterator[None]:
     def look(module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
         try:
-            into.setdefault(name, Observed.nothing(linear.in_features)).add(given[0], result)
+            into.setdefault(name, Observer.nothing(linear.in_features)).add(given[0], result)
         except ValueError as error:
             raise CalibrationError(
                 f"calibration: layer {name} got {error}",

@@ -6,24 +6,24 @@ from torch import Tensor
 
 from export.formats import FORMATS as ALL
 from export.formats.quantized import QuantizedFormat
-from export.quantize.rounding import Quantised
+from export.quantize.rounding import Quantized
 
 FORMATS = {name: form for name, form in ALL.items() if isinstance(form, QuantizedFormat)}
 
 
-def quantise(weight: Tensor, form: str) -> Quantised:
+def quantize(weight: Tensor, form: str) -> Quantized:
     """Round a float32 weight [K, N] to a format."""
-    return FORMATS[form].quantise(weight)
+    return FORMATS[form].quantize(weight)
 
 
-def dequantise(q: Quantised, form: str) -> Tensor:
+def dequantize(q: Quantized, form: str) -> Tensor:
     """Return what a stored weight stands for: float32 [K, N]."""
-    return FORMATS[form].dequantise(q.codes, q.scale, q.tensor_scale)
+    return FORMATS[form].dequantize(q.codes, q.scale, q.tensor_scale)
 
 
-def dequantised(codes: Tensor, scale: Tensor, tensor_scale: Tensor | None, form: str) -> Tensor:
-    """`dequantise` on loose tensors."""
-    return FORMATS[form].dequantise(codes, scale, tensor_scale)
+def dequantized(codes: Tensor, scale: Tensor, tensor_scale: Tensor | None, form: str) -> Tensor:
+    """`dequantize` on loose tensors."""
+    return FORMATS[form].dequantize(codes, scale, tensor_scale)
 
 
 def round_activations(x: Tensor, scale: Tensor, form: str) -> Tensor:

@@ -8,42 +8,42 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from export import sources
-from export.quantize.formats import FORMATS, dequantised, quantise, round_activations
-from export.quantize.rounding import Quantised
-from export.sources import Source
+from export import lazy_tensors
+from export.lazy_tensors import LazyTensor
+from export.quantize.formats import FORMATS, dequantized, quantize, round_activations
+from export.quantize.rounding import Quantized
 
-# Values that are quantised at once: a weight in float32, several times over, would be the most
+# Values that are quantized at once: a weight in float32, several times over, would be the most
 # memory of a build. Up to 32 MiB, freed memory is used again; beyond, the system clears new pages.
 AT_ONCE = 1 << 22
 PARTS = ("codes", "scale", "tensor_scale")
 
 
 class QuantizedLinear(nn.Module):
-    """y = round(x · migration) @ dequantise(weight) + bias.
+    """y = round(x · smoothing) @ dequantize(weight) + bias.
 
-    Run in torch, it is the reference that the engine is compared with. The weight is quantised when
+    Run in torch, it is the reference that the engine is compared with. The weight is quantized when
     it is read, from the source that the linear layer's weight has.
 
     Attributes:
         form: a name of `FORMATS`.
-        codes, scale, tensor_scale: the stored weight [K, N], see `formats.Quantised`.
-        input_scale: [] of the activations, or None where they are not quantised.
-        migration: [K] factors that move outliers of the inputs into the weights, or None.
+        codes, scale, tensor_scale: the stored weight [K, N], see `formats.Quantized`.
+        input_scale: [] of the activations, or None where they are not quantized.
+        smoothing: [K] factors that move outliers of the inputs into the weights, or None.
     """
 
     codes: Tensor
     scale: Tensor
     tensor_scale: Tensor | None
     input_scale: Tensor | None
-    migration: Tensor | None
+    smoothing: Tensor | None
 
     def __init__(
         self,
         linear: nn.Linear,
         form: str,
         input_scale: float | None = None,
-        migration: Tensor | None = None,
+        smoothing: Tensor | None = None,
     ) -> None:
         super().__init__()
         assert FORMATS[form].calibrated == (input_scale is not None)
@@ -51,20 +51,20 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         held = None if input_scale is None else torch.tensor(input_scale)
         self.register_buffer("input_scale", held)
-        self.register_buffer("migration", migration)
-        self._register_stored(sources.of(linear, "weight"))
+        self.register_buffer("smoothing", smoothing)
+        self._register_stored(lazy_tensors.of(linear, "weight"))
         self.bias = linear.bias
-        if linear.bias is not None and "bias" in sources.lazy(linear):
-            sources.attach(self, "bias", sources.of(linear, "bias"))
+        if linear.bias is not None and "bias" in lazy_tensors.lazy(linear):
+            lazy_tensors.attach(self, "bias", lazy_tensors.of(linear, "bias"))
 
-    def _register_stored(self, weight: Source) -> None:
+    def _register_stored(self, weight: LazyTensor) -> None:
         shape = (self.in_features, self.out_features)
         # shapes and dtypes, from a weight of zeros that takes no memory
-        outline = quantise(torch.zeros(shape, device="meta"), self.form)
+        outline = quantize(torch.zeros(shape, device="meta"), self.form)
         for name in PARTS:
             self.register_buffer(name, getattr(outline, name))
-        for name, source in _stored(weight, outline, self.form, self.migration).items():
-            sources.attach(self, name, source)
+        for name, source in _stored(weight, outline, self.form, self.smoothing).items():
+            lazy_tensors.attach(self, name, source)
 
     @property
     def weight(self) -> Tensor:
@@ -72,17 +72,17 @@ class QuantizedLinear(nn.Module):
         return self.scale if self.tensor_scale is None else self.tensor_scale
 
     def as_linear(self) -> nn.Linear:
-        """The layer that this one stands for, without values."""
+        """Return the layer that this one stands for, without values."""
         bias = self.bias is not None
         return nn.Linear(self.in_features, self.out_features, bias, device="meta").eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]"""
-        if self.migration is not None:
-            x = x * self.migration
+        if self.smoothing is not None:
+            x = x * self.smoothing
         if self.input_scale is not None:
             x = round_activations(x, self.input_scale, self.form)
-        weight = dequantised(self.codes, self.scale, self.tensor_scale, self.form)
+        weight = dequantized(self.codes, self.scale, self.tensor_scale, self.form)
         y = torch.matmul(x, weight)
         return y if self.bias is None else y + self.bias
 
@@ -93,28 +93,28 @@ _unread: dict[str, Tensor] = {}
 
 
 def _stored(
-    weight: Source, outline: Quantised, form: str, migration: Tensor | None
-) -> dict[str, Source]:
-    """The parts of a stored weight, from the source of the weight [N, K]."""
+    weight: LazyTensor, outline: Quantized, form: str, smoothing: Tensor | None
+) -> dict[str, LazyTensor]:
+    """Return the parts of a stored weight, from the source of the weight [N, K]."""
     what = form
-    if migration is not None:
-        what += f" after {hashlib.sha256(migration.numpy().tobytes()).hexdigest()}"
+    if smoothing is not None:
+        what += f" after {hashlib.sha256(smoothing.numpy().tobytes()).hexdigest()}"
     empty = {name: getattr(outline, name) for name in PARTS}
     keys = {n: f"{n} of {what}({weight.identity})" for n, part in empty.items() if part is not None}
 
-    def quantised(rows: Tensor) -> Quantised:
+    def quantized(rows: Tensor) -> Quantized:
         values = rows.float().T.contiguous()
-        return quantise(values if migration is None else values / migration[:, None], form)
+        return quantize(values if smoothing is None else values / smoothing[:, None], form)
 
     def compute() -> dict[str, Tensor]:
         values = weight.read()
         if FORMATS[form].scaled_whole:
-            whole = quantised(values)
+            whole = quantized(values)
             return {name: getattr(whole, name) for name in keys}
         found = {name: torch.empty_like(empty[name], device="cpu") for name in keys}
         count = max(1, AT_ONCE // values.shape[1])
         for start in range(0, len(values), count):
-            part = quantised(values[start : start + count])
+            part = quantized(values[start : start + count])
             for name, into in found.items():
                 into[..., start : start + count] = getattr(part, name)
         return found
@@ -128,7 +128,7 @@ def _stored(
         return found[name]
 
     return {
-        name: Source(
+        name: LazyTensor(
             tuple(empty[name].shape), empty[name].dtype, key, functools.partial(read, name)
         )
         for name, key in keys.items()

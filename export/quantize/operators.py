@@ -21,7 +21,7 @@ import onnxscript
 from onnx_ir.tensor_adapters import TorchTensor
 from onnxscript import opset23 as op
 
-from export import sources
+from export import lazy_tensors
 from export.errors import ExportError
 from export.initializers import Weight
 from export.quantize.formats import FORMATS
@@ -149,8 +149,8 @@ class _Writer:
         )
 
     def _round(self, x: ir.Value) -> ir.Value:
-        """The activations, after their format."""
-        key = (x, self.form, self._identity("migration"), self._identity("input_scale"))
+        """Return the activations, after their format."""
+        key = (x, self.form, self._identity("smoothing"), self._identity("input_scale"))
         if key not in self._rounded:
             into: list[ir.Node] = []
             self._rounded[key] = self._round_into(into, x)
@@ -163,8 +163,8 @@ class _Writer:
 
     def _round_into(self, into: list[ir.Node], x: ir.Value) -> ir.Value:
         layer, name = self.layer, f"{x.name}.for.{self.path}"
-        if layer.migration is not None:
-            x = self._add(into, "Mul", [x, self._initializer("migration")], f"{name}.moved", x)
+        if layer.smoothing is not None:
+            x = self._add(into, "Mul", [x, self._initializer("smoothing")], f"{name}.moved", x)
         if layer.input_scale is None:
             return x
         scale = self._initializer("input_scale")
@@ -181,7 +181,7 @@ class _Writer:
         return self._add(into, "DequantizeLinear", [stored, scale, *point], name, x)
 
     def _dequantized(self, into: list[ir.Node]) -> ir.Value:
-        """The weight [K, N] in float32."""
+        """Return the weight [K, N] in float32."""
         codes, scale = self._initializer("codes"), self._initializer("scale")
         block, name = FORMATS[self.form].block, f"{self.path}.dequantized"
         if (function := FORMATS[self.form].weight_function) is not None:
@@ -210,7 +210,7 @@ class _Writer:
         attributes: Mapping[str, Any] | None = None,
         domain: str = "",
     ) -> ir.Value:
-        """A node, whose output has the shape of `like`."""
+        """Return a node, whose output has the shape of `like`."""
         node = ir.node(operator, inputs, attributes, domain=domain)
         found = node.outputs[0]
         found.name, found.shape, found.type = name, like.shape, ir.TensorType(dtype)
@@ -219,14 +219,14 @@ class _Writer:
 
     def _identity(self, part: str) -> str | None:
         absent = getattr(self.layer, part) is None
-        return None if absent else sources.of(self.layer, part).identity
+        return None if absent else lazy_tensors.of(self.layer, part).identity
 
     def _initializer(self, part: str) -> ir.Value:
         name = f"{self.path}.{part}"
         if name in self.graph.initializers:
             return self.graph.initializers[name]
-        source = sources.of(self.layer, part)
-        stored = TorchTensor(sources.get(self.layer, part)).dtype
+        source = lazy_tensors.of(self.layer, part)
+        stored = TorchTensor(lazy_tensors.get(self.layer, part)).dtype
         tensor: ir.TensorProtocol = Weight(source, stored, name)
         if part == "codes" and FORMATS[self.form].packed:
             stored = ir.DataType[FORMATS[self.form].stored.upper()]
@@ -252,7 +252,7 @@ class _Writer:
 
 
 def _is_plain(gemm: ir.Node) -> bool:
-    """Whether it is x @ weight.T + bias."""
+    """Say whether it is x @ weight.T + bias."""
     plain = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
     given = {name: gemm.attributes[name].value for name in plain if name in gemm.attributes}
     return {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0, **given} == plain

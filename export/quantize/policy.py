@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from bifrost_rt import strict
+from bifrost_rt import serialization
 from export.errors import RecipeError
 from export.quantize.formats import FORMATS
 from export.stages import Stage
@@ -33,13 +33,13 @@ class Choice:
         return f"{self.stage}:{self.path}"
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         """Whether it leaves 16 bit."""
         return self.form in FORMATS
 
 
 def linears(stage: Stage) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers of a stage, by path."""
+    """Yield the linear layers of a stage, by path."""
     for path, module in stage.module.named_modules():
         if type(module) is nn.Linear:
             yield path, module
@@ -52,11 +52,11 @@ def choose(
     of_stages: Mapping[str, str],
     of_layers: Mapping[str, str],
 ) -> list[Choice]:
-    """A choice for every linear layer.
+    """Return a choice for every linear layer.
 
     Args:
         precision: what the set was asked for.
-        rest: what layers that are not quantised are stored in.
+        rest: what layers that are not quantized are stored in.
         of_stages: stage -> precision, from the recipe.
         of_layers: pattern of `stage:path` -> precision, from the recipe; the last that fits counts.
 
@@ -67,7 +67,7 @@ def choose(
     for name in of_stages:
         if name not in known:
             raise RecipeError(
-                f"stages: there is no stage {name!r}{strict.nearest(name, known)}",
+                f"stages: there is no stage {name!r}{serialization.nearest(name, known)}",
                 hint="the stages are " + ", ".join(known),
             )
     used: set[str] = set()

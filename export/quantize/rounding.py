@@ -20,7 +20,7 @@ SMALLEST = 2.0**-126  # below it a scale is no normal float32
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """A weight as it is stored.
 
     Attributes:
@@ -35,30 +35,30 @@ class Quantised:
 
 
 def largest_of_outputs(weight: Tensor) -> Tensor:
-    """The largest magnitude of each output, without a copy of the weight."""
+    """Return the largest magnitude of each output, without a copy of the weight."""
     return torch.maximum(weight.amax(0), -weight.amin(0))
 
 
 def to_e4m3(x: Tensor) -> Tensor:
-    """Rounded to E4M3, saturated: torch's own cast makes what is too large NaN."""
+    """Round to E4M3, saturated: torch's own cast makes what is too large NaN."""
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def to_e2m1(x: Tensor) -> Tensor:
-    """The nearest E2M1 value, ties to even, saturated."""
+    """Return the nearest E2M1 value, ties to even, saturated."""
     magnitude = x.abs().clamp(max=E2M1_MAX)
     step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
     return torch.copysign((magnitude / step).round() * step, x)
 
 
 def e2m1_codes(x: Tensor) -> Tensor:
-    """The four bits of the nearest E2M1 value, as uint8."""
+    """Return the four bits of the nearest E2M1 value, as uint8."""
     rounded = to_e2m1(x)
     codes = torch.bucketize(rounded.abs(), torch.tensor(E2M1_VALUES, device=x.device))
     return torch.where(torch.signbit(rounded), codes + 8, codes).to(torch.uint8)
 
 
 def e2m1_values(codes: Tensor) -> Tensor:
-    """What such bits stand for, in float32."""
+    """Return what such bits stand for, in float32."""
     magnitude = torch.tensor(E2M1_VALUES)[(codes & 7).long()]
     return torch.where(codes >= 8, -magnitude, magnitude)

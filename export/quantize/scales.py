@@ -1,4 +1,4 @@
-"""Statistics -> the numbers of a quantised layer: its input's scale, and its migration.
+"""Statistics -> the numbers of a quantized layer: its input's scale, and its smoothing.
 
 Errors are predicted, not measured, from what calibration recorded: a value rounded to steps of s
 is off by s²/12 in the mean square, and such errors add up along a row of the weight. The sweep
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from export.quantize.formats import FORMATS, activation_scale
 from export.quantize.rounding import SMALLEST
-from export.quantize.statistics import Observed
+from export.quantize.statistics import Observer
 
 PERCENTILE = 0.9999
 OUTPUTS = 512  # of a weight that are computed with at once
@@ -30,19 +30,19 @@ GAIN = 4.0
 class Scales:
     """Attributes:
     input_scale: of the activations; None where they stay as they are.
-    migration: [K] factors of the inputs, or None.
+    smoothing: [K] factors of the inputs, or None.
     signal_to_noise: predicted, of the layer's output, in dB; None where it is not predicted.
-    note: why there is a migration; empty where there is none.
+    note: why there is a smoothing; empty where there is none.
     """
 
     input_scale: float | None
-    migration: Tensor | None = None
+    smoothing: Tensor | None = None
     signal_to_noise: float | None = None
     note: str = ""
 
 
-def clip(seen: Observed, method: str, form: str) -> float:
-    """The largest magnitude that the input's scale holds, by "mse", "percentile" or "max".
+def clip(seen: Observer, method: str, form: str) -> float:
+    """Return the largest magnitude that the input's scale holds, by "mse", "percentile" or "max".
 
     Formats of floating point keep their relative precision however large their range is, so they
     take the maximum: clipping can only lose.
@@ -63,8 +63,8 @@ def clip(seen: Observed, method: str, form: str) -> float:
     return float(candidates[errors.argmin()])
 
 
-def choose(seen: Observed, weight: Tensor, form: str, method: str) -> Scales:
-    """The scales of one layer.
+def choose(seen: Observer, weight: Tensor, form: str, method: str) -> Scales:
+    """Return the scales of one layer.
 
     Args:
         weight: float32 [K, N].
@@ -79,9 +79,9 @@ def choose(seen: Observed, weight: Tensor, form: str, method: str) -> Scales:
     energy, magnitude = of_inputs(weight)
     lost = clipped(seen, largest) * float(energy.sum()) / weight.shape[0]
     plain = input_noise(energy, largest, steps) + weight_noise(weight, squares, steps) + lost
-    best, migration, note = plain, None, ""
+    best, smoothing, note = plain, None, ""
     for strength in STRENGTHS:
-        factors = migration_factors(seen.channel_max, magnitude, strength)
+        factors = smoothing_factors(seen.channel_max, magnitude, strength)
         moved = seen.channel_max * factors
         wide = factors.double().square()
         noise = input_noise(energy / wide, float(moved.max()), steps)
@@ -89,19 +89,19 @@ def choose(seen: Observed, weight: Tensor, form: str, method: str) -> Scales:
             continue  # the weight's own error comes on top, and costs a pass over the weight
         noise += weight_noise(weight, squares * wide, steps, factors)
         if noise * GAIN < plain and noise < best:
-            best, migration, largest = noise, factors, float(moved.max())
+            best, smoothing, largest = noise, factors, float(moved.max())
             gained = 10 * math.log10(plain / noise)
             note = f"outliers migrate into the weights, strength {strength}: {gained:.0f} dB"
     power = seen.output_square / max(1, seen.rows)
     return Scales(
         activation_scale(largest, form),
-        migration,
+        smoothing,
         10 * math.log10(max(power, SMALLEST) / max(best, SMALLEST)),
         note,
     )
 
 
-def clipped(seen: Observed, largest: float) -> float:
+def clipped(seen: Observer, largest: float) -> float:
     """Mean over the input's values of the squared part beyond `largest`, summed over a row."""
     width = seen.top / len(seen.counts)
     middles = (torch.arange(len(seen.counts), dtype=torch.float64) + 0.5) * width
@@ -133,7 +133,7 @@ def input_noise(energy: Tensor, largest: float, levels: float) -> float:
 def weight_noise(
     weight: Tensor, squares: Tensor, levels: float, factors: Tensor | None = None
 ) -> float:
-    """The same from a rounded weight [K, N].
+    """Return the same from a rounded weight [K, N].
 
     Args:
         squares: [K] mean squares of the inputs; with `factors`, of the inputs times these.
@@ -152,7 +152,7 @@ def _parts(weight: Tensor) -> tuple[Tensor, ...]:
     return weight.split(OUTPUTS, dim=1)
 
 
-def migration_factors(channel_max: Tensor, magnitude: Tensor, strength: float) -> Tensor:
+def smoothing_factors(channel_max: Tensor, magnitude: Tensor, strength: float) -> Tensor:
     """Factors [K] of the inputs; the weights take their inverse. Their geometric mean is 1, and
     channels that are always 0 keep theirs.
 

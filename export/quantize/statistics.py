@@ -1,7 +1,7 @@
 """What calibration records of a layer's input, and the file that keeps it.
 
 Per layer: the largest magnitude and the mean square of every channel, and a histogram of
-magnitudes. That is enough for every scale and for the migration of outliers, and it takes a few
+magnitudes. That is enough for every scale and for the smoothing of outliers, and it takes a few
 kilobytes per layer however many prompts and steps there were.
 """
 
@@ -26,8 +26,8 @@ AGAIN = "calibrate again: leave --statistics out"
 
 
 @dataclass
-class Observed:
-    """Everything that was seen at one layer's door.
+class Observer:
+    """Everything that was seen at one layer.
 
     Attributes:
         rows: vectors seen.
@@ -46,7 +46,7 @@ class Observed:
     output_square: float = 0.0
 
     @classmethod
-    def nothing(cls, channels: int) -> Observed:
+    def nothing(cls, channels: int) -> Observer:
         """Before the first call."""
         zeros = torch.zeros(channels, dtype=torch.float64)
         return cls(0, zeros.float(), zeros, torch.zeros(BINS, dtype=torch.float64), 2.0**-20)
@@ -94,7 +94,7 @@ class Statistics:
 
     checkpoint: str
     prompts: tuple[str, ...]
-    layers: dict[str, Observed] = field(default_factory=dict)
+    layers: dict[str, Observer] = field(default_factory=dict)
     key: str = ""
     runs: int = 0
     complete: bool = False
@@ -139,8 +139,8 @@ class Statistics:
 
     @classmethod
     def unfinished(cls, path: Path, key: str) -> Statistics | None:
-        """What an earlier build has seen so far, or all of it; None where there is nothing that
-        was made from the same."""
+        """Return what an earlier build has seen so far, or all of it; None where there is nothing
+        that was made from the same."""
         try:
             found = cls._read(path)
         except CalibrationError:
@@ -165,7 +165,7 @@ class Statistics:
                         for part in ("channel_max", "channel_square", "counts", "totals")
                     }
                     rows, top, output_square = read.pop("totals").tolist()
-                    layers[name] = Observed(
+                    layers[name] = Observer(
                         rows=int(rows), top=top, output_square=output_square, **read
                     )
             prompts = tuple(about["prompts"])

@@ -1,6 +1,6 @@
 """What each group of layers costs, measured; and a set that keeps to a quality budget.
 
-One group at a time is quantised, everything else stays as it was trained, and the chain draws the
+One group at a time is quantized, everything else stays as it was trained, and the chain draws the
 same pictures as in float32. Three figures say where an error is and what becomes of it:
 
     tokens      cosine of the CLIP latents that the MLLM hands over
@@ -26,12 +26,12 @@ from torch import Tensor
 
 from bifrost_rt.dims import IMAGES
 from bifrost_rt.manifest import SetSpec
-from export import chain
+from export import torch_pipeline
 from export.errors import PrecisionError
 from export.quantize import apply
 from export.quantize.apply import Decision
 from export.stages import Stage
-from export.streaming import streamed
+from export.weight_offloading import streamed
 
 PROMPTS = 4
 SEED = 20
@@ -50,7 +50,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Cost:
-    """What quantising costs, against float32.
+    """What quantizing costs, against float32.
 
     Attributes:
         output: relative error of the stage's first output on its inputs in float32; None for
@@ -86,7 +86,7 @@ class Sweep:
 
 
 class Bench:
-    """The chain on a few prompts, in float32 and with some of its layers quantised."""
+    """The chain on a few prompts, in float32 and with some of its layers quantized."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class Bench:
             self._exact = self._draw()
 
     def cost(self, decisions: Sequence[Decision]) -> Cost:
-        """Of quantising as decided, and nothing else."""
+        """Of quantizing as decided, and nothing else."""
         touched = {d.choice.stage for d in decisions if d.scales is not None}
         with apply.replaced(self._stages, decisions):
             found = self._draw()
@@ -125,7 +125,7 @@ class Bench:
                 for name, module in stage.module.named_modules():
                     if name.rpartition(".")[0] in stage.definition.residuals:
                         open_.enter_context(_first_output(module, name, first))
-            made = chain.run(
+            made = torch_pipeline.run(
                 self._folder,
                 self._manifest,
                 self._stages,
@@ -157,12 +157,12 @@ class Bench:
         stage = self._stages[name]
         inputs, exact = self._calls[name]
         with streamed(stage.module, self._kept):
-            found = tuple(chain.evaluate(stage, inputs).values())
+            found = tuple(torch_pipeline.evaluate(stage, inputs).values())
         return _relative(_compared(stage, found), exact)
 
 
 def _compared(stage: Stage, result: Any) -> Tensor:
-    """The outputs that say most, joined."""
+    """Return the outputs that say most, joined."""
     outputs = result if isinstance(result, tuple) else (result,)
     named = dict(zip((spec.name for spec in stage.outputs), outputs, strict=True))
     chosen = stage.compared or (stage.outputs[0].name,)
@@ -203,12 +203,12 @@ def sweep(
         members.setdefault(group_of(decision), []).append(decision)
     stages = {}
     for name in dict.fromkeys(d.choice.stage for d in active):
-        say(f"measuring {name}, quantised alone")
+        say(f"measuring {name}, quantized alone")
         stages[name] = bench.cost([d for d in active if d.choice.stage == name])
     stages["all"] = bench.cost(active)
     groups = {}
     for name, layers in members.items():
-        say(f"measuring {name}, quantised alone")
+        say(f"measuring {name}, quantized alone")
         groups[name] = bench.cost(layers)
     worst_first = sorted(groups, key=lambda name: groups[name].psnr)
 
@@ -235,7 +235,7 @@ def sweep(
 
 
 def keep(decisions: Sequence[Decision], kept: Sequence[str], rest: str) -> list[Decision]:
-    """The decisions with some groups in 16 bit, for the budget's sake."""
+    """Return the decisions with some groups in 16 bit, for the budget's sake."""
     return [
         Decision(d.choice, rest, "quality budget: its group costs the picture most")
         if d.scales is not None and group_of(d) in kept

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # By the arithmetic of a graph, its largest difference to the float32 graph on real inputs. Three
-# or four times what the model in the box and the golden one show: their networks have three to
+# or four times what the demo model and the golden one show: their networks have three to
 # nine blocks, and errors of more blocks add up as a square root.
 HALF_TOLERANCE = {"float32": 1e-6, "bfloat16": 0.04, "float16": 0.008}
 
@@ -47,7 +47,7 @@ class Definition:
     residuals: tuple[str, ...] = ()
 
     def exception(self, path: str) -> str:
-        """Why a layer stays in 16 bit where others are quantized; empty where it does not."""
+        """Say why a layer stays in 16 bit where others are quantized; empty where it does not."""
         fitting = (why for like, why in self.not_quantized.items() if fnmatchcase(path, like))
         return next(fitting, "")
 
@@ -91,7 +91,7 @@ class Stage:
         return self.definition.tolerance
 
     def outline(self, precision: Precision | None = None) -> EngineSpec:
-        """The engine before there is a file: its inputs, outputs and loop state."""
+        """Return the engine before there is a file: its inputs, outputs and loop state."""
         unknown = Precision(requested="", weights="", compute="")
         return EngineSpec(
             name=self.name,

@@ -24,7 +24,7 @@ DEFINITION = Definition(
 
 
 def output_specs(inner: int, text_tokens: int, modulation: int) -> tuple[TensorSpec, ...]:
-    """What every denoising step reads of the prompt."""
+    """Return what every denoising step reads of the prompt."""
     return (
         TensorSpec("controlnet_context", "float32", (IMAGES, text_tokens, inner)),
         TensorSpec("transformer_context", "float32", (IMAGES, text_tokens, inner)),

@@ -21,7 +21,7 @@ DEFINITION = Definition(
 
 
 def output_specs(inner: int, image_tokens: int) -> tuple[TensorSpec, ...]:
-    """What every denoising step reads of the tokens."""
+    """Return what every denoising step reads of the tokens."""
     return (TensorSpec("control_condition", "float32", (IMAGES, image_tokens, inner)),)
 
 

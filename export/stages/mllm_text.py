@@ -21,7 +21,7 @@ DEFINITION = Definition(
 
 
 def cache_specs(c: DecoderConfig, prefix: str, capacity: Size) -> tuple[TensorSpec, ...]:
-    """A K/V cache: two tensors per layer, one row per token of a text."""
+    """Return a K/V cache: two tensors per layer, one row per token of a text."""
     shape = (TEXTS, c.num_key_value_heads, capacity, c.head_dim)
     return tuple(
         TensorSpec(f"{prefix}_{kind}.{layer}", "float32", shape)

@@ -64,7 +64,7 @@ def vision(shapes: Shapes) -> dict[str, Any]:
 
 
 def bifrost(shapes: Shapes) -> dict[str, Any]:
-    """The variant of the release."""
+    """Return the variant of the release."""
     return {
         **SUPPORTED_VARIANT,
         "architectures": ["MultiModalityCausalLM"],
@@ -103,7 +103,7 @@ def controlnet_file(shapes: Shapes) -> dict[str, Any]:
 
 
 def transformer_file(shapes: Shapes) -> dict[str, Any]:
-    """The FLUX transformer's."""
+    """Return the FLUX transformer's."""
     return {"_class_name": "FluxTransformer2DModel", **flux(shapes, shapes.transformer)}
 
 
@@ -127,7 +127,7 @@ def vae(shapes: Shapes) -> dict[str, Any]:
 
 
 def vae_file(shapes: Shapes) -> dict[str, Any]:
-    """The VAE's."""
+    """Return the VAE's."""
     return {"_class_name": "AutoencoderKL", **vae(shapes)}
 
 

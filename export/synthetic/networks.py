@@ -32,7 +32,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def mllm(shapes: Shapes) -> list[Planned]:
-    """The complete Qwen2.5-VL: text branch, head, vision tower."""
+    """Return the complete Qwen2.5-VL: text branch, head, vision tower."""
     newer = shapes.layout.newer_keys
     text, visual = ("model.language_model.", "model.visual.") if newer else ("model.", "visual.")
     tower = _on_meta(
@@ -56,20 +56,20 @@ def bifrost(shapes: Shapes) -> list[Planned]:
 
 
 def controlnet(shapes: Shapes) -> list[Planned]:
-    """The latent ControlNet. Its output projections are not zero, as before training."""
+    """Return the latent ControlNet. Its output projections are not zero, as before training."""
     width = shapes.decoder.hidden_size
     config = configs.flux(shapes, shapes.controlnet)
     return list(_plan(_on_meta(lambda: LatentControlNet(width, **config))))
 
 
 def transformer(shapes: Shapes) -> list[Planned]:
-    """The FLUX transformer."""
+    """Return the FLUX transformer."""
     config = configs.flux(shapes, shapes.transformer)
     return list(_plan(_on_meta(lambda: FluxTransformer2DModel(**config))))
 
 
 def vae(shapes: Shapes) -> list[Planned]:
-    """The VAE with its encoder, as it is published."""
+    """Return the VAE with its encoder, as it is published."""
     return list(_plan(_on_meta(lambda: AutoencoderKL(**configs.vae(shapes)))))
 
 

@@ -184,7 +184,8 @@ class Shapes:
                 raise RecipeError(message)
 
     def cut(self, layers: int) -> Shapes:
-        """The same widths with at most `layers` layers, or blocks of a kind, in every network.
+        """Return the same widths with at most `layers` layers, or blocks of a kind, in every
+        network.
 
         Raises:
             RecipeError: layers below 1.

@@ -55,7 +55,7 @@ cat cats dog dogs bird birds horse cow sheep fish tree trees flower flowers hous
 river lake sea boat boats mountain mountains sky cloud clouds sun moon stars road street town city
 harbour garden field forest beach island tower castle window door wall roof table chair lamp clock
 book cup plate bowl apple apples bread bicycle car cars train bus umbrella bench fence market shop
-man woman child children people painter sailor baker photo picture image drawing painting scene
+man woman child children people worker sailor baker photo picture image drawing painting scene
 sitting standing sleeping walking running playing reading looking flying leaning covered surrounded
 full left right day night dawn dusk sunrise sunset morning evening winter summer snow rain mist
 light shadow shows features generate system user assistant you are helpful describe
@@ -145,7 +145,7 @@ def _id_of(tokenizer: Tokenizer, token: str) -> int:
 
 
 def write(mllm: Path, flux: Path, layout: Layout) -> None:
-    """The tokenizer files of the mllm folder and of both text encoders."""
+    """Return the tokenizer files of the mllm folder and of both text encoders."""
     _write_bpe(qwen(), mllm, layout.mllm_tokenizer, QWEN_SPECIAL, layout)
     config = {
         "added_tokens_decoder": _added(qwen(), QWEN_SPECIAL),

@@ -1,4 +1,4 @@
-"""The bare run is an honest opponent: our pictures, on the driver's own settings."""
+"""The bare run is an honest opponent: our pictures, on the backend's own settings."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_openvino_computes_as_in_the_driver(alpha_set: Path, backend: str) -> No
     ov = pytest.importorskip("openvino")
     facts = manifest.read(alpha_set)
     spec = facts.engine("vae_decode")
-    driver: Any = backends.load(backend)
-    driven = driver.open(alpha_set, spec, facts.dimensions)._request.get_compiled_model()
+    started: Any = backends.load(backend)
+    driven = started.open(alpha_set, spec, facts.dimensions)._request.get_compiled_model()
     options = openvino_options(backend)
     bare = ov.Core().compile_model(alpha_set / spec.graph, "CPU", options)
     for name in driven.get_property("SUPPORTED_PROPERTIES"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cpu as benchmark
-from benchmarks import turns
+from benchmarks import interleaving
 from bifrost_rt import backends, dims
 from bifrost_rt import processor as processors
 from bifrost_rt.backends.base import Backend
@@ -38,7 +38,7 @@ def test_a_stage_and_its_largest_layer_on_every_driver(
     assert about["machine"]["cpu"]["cores"] > 0
     assert about["like"] == "tiny"
     assert {(row["stage"], row["layers"]) for row in about["rows"]} == {("visual_decode", 2)}
-    cases = [(form, driver) for form in ("fp32", "int8") for driver in benchmark.DRIVERS]
+    cases = [(form, backend) for form in ("fp32", "int8") for backend in benchmark.BACKENDS]
     refused = [case for case in cases if case in REFUSED and processor.saturates]
     there = [case for case in cases if case not in refused]
     # the gate of an MLP: 16 places of 32 numbers to 48
@@ -65,7 +65,7 @@ def test_a_stage_and_its_largest_layer_on_every_driver(
 def test_what_a_driver_cannot_do_is_its_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """OpenVINO refuses fp8, and one of the drivers is not installed."""
+    """OpenVINO refuses fp8, and one of the backends is not installed."""
     whole = backends.load
 
     def load(name: str) -> Backend:
@@ -102,7 +102,7 @@ def test_without_the_driver_to_compare_with_nothing_is_measured(
 
 
 def test_turns_go_to_and_fro(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "SETTLE", 0.0)
+    monkeypatch.setattr(interleaving, "SETTLE", 0.0)
     order: list[str] = []
     times = benchmark.turns([lambda: order.append("a"), lambda: order.append("b")], 3)
     assert order == list("abbaab")

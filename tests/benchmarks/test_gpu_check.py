@@ -1,4 +1,4 @@
-"""The one command for a card: its own logic, on the drivers that a machine without one has."""
+"""The one command for a card: its own logic, on the backends that a machine without one has."""
 
 from __future__ import annotations
 
@@ -77,10 +77,10 @@ def test_other_bits_and_failures_show(subject: Subject, monkeypatch: pytest.Monk
     """The way that fails does not take the others' figures with it."""
     whole = OnnxRuntimeCuda.open
 
-    def refused(driver: OnnxRuntimeCuda, *arguments: Any) -> Any:
-        if driver.graphs:
+    def refused(backend: OnnxRuntimeCuda, *arguments: Any) -> Any:
+        if backend.graphs:
             raise BackendError("a recording failed")
-        return whole(driver, *arguments)
+        return whole(backend, *arguments)
 
     monkeypatch.setattr(OnnxRuntimeCuda, "open", refused)
     found = gpu_trials.repeats(subject)
@@ -170,7 +170,7 @@ def test_sets_go_to_the_backends_that_run_them(
             raise BackendError("this GPU has no such arithmetic")
         return work / f"{folder.name}-{backend}"
 
-    monkeypatch.setattr(backends.Driver, "unavailable", lambda driver: None)
+    monkeypatch.setattr(backends.BackendInfo, "unavailable", lambda backend: None)
     monkeypatch.setattr(gpu_check, "compiled", refused)
     found, why = gpu_check.subjects([alpha_set], [], None, tmp_path)
     assert [(subject.folder, subject.backend) for subject in found] == [

@@ -1,4 +1,4 @@
-"""The benchmarks of true widths: their own logic, on a driver that this machine has."""
+"""The benchmarks of true widths: their own logic, on a backend that this machine has."""
 
 from __future__ import annotations
 
@@ -48,31 +48,31 @@ def test_every_case_has_a_row(
     stage, architecture = "visual_decode", "sm86"
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     pytest.importorskip("cuda.bindings", reason="tensorrt-rtx is not installed")
-    driver = OnTheHost()
+    backend = OnTheHost()
     monkeypatch.setattr(gpu, "find", lambda: gpu.Gpu("NVIDIA GeForce RTX 4090", architecture))
     monkeypatch.setattr(bound, "SMALLEST", 1 << 10)  # the networks are tiny
     monkeypatch.setattr(nvidia, "bus_id", lambda: None)
-    monkeypatch.setattr(backends, "load", lambda name: driver)
+    monkeypatch.setattr(backends, "load", lambda name: backend)
     monkeypatch.setattr(benchmark, "SIZES", {**benchmark.SIZES, "text_tokens": 20})
     record = tmp_path / "gpu.json"
     arguments = ["--like", "tiny", "--layers", "1", "--steps", "2", "--json", str(record)]
     assert benchmark.main([*arguments, "--stages", stage]) == 0
     rows = json.loads(record.read_text())["rows"]
-    keys = ("driver", "compute", "weights", "cuda_graphs")
+    keys = ("backend", "compute", "weights", "cuda_graphs")
     assert {row["stage"] for row in rows} == {stage}
     assert sorted(tuple(row[key] for key in keys) for row in rows) == sorted(benchmark.CASES)
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert printed == rows
     for row in rows:
-        if row["driver"] != "tensorrt-rtx":
+        if row["backend"] != "tensorrt-rtx":
             assert "Provider" in row["unavailable"] or "not installed" in row["unavailable"]
         elif row["compute"] == "fp8":
             assert "has no fp8 arithmetic" in row["failed"]
         else:
             assert row["step_ms"] >= row["host_ms"] > 0
             assert 0 <= row["of_peak"] < 1
-    assert {targets for targets, _ in driver.opened} == {(architecture,)}
-    assert {bool(outside) for _, outside in driver.opened} == {True, False}
+    assert {targets for targets, _ in backend.opened} == {(architecture,)}
+    assert {bool(outside) for _, outside in backend.opened} == {True, False}
 
 
 def test_the_builders_memory_is_measured_without_torch() -> None:
@@ -82,11 +82,11 @@ def test_the_builders_memory_is_measured_without_torch() -> None:
 
 def test_steps_are_timed_on_any_driver(alpha_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "SIZES", {**benchmark.SIZES, "text_tokens": 20})
-    driver = OnnxRuntimeCuda(provider=CPU, device="cpu")
+    backend = OnnxRuntimeCuda(provider=CPU, device="cpu")
     for stage in ("visual_decode", "denoise"):
         ranges = {symbol: Range(1, high) for symbol, high in benchmark.SIZES.items()}
-        engine = driver.open(alpha_set, manifest.read(alpha_set).engine(stage), ranges)
-        found = benchmark.time_steps(driver, engine, 3)
+        engine = backend.open(alpha_set, manifest.read(alpha_set).engine(stage), ranges)
+        found = benchmark.time_steps(backend, engine, 3)
         assert found["step_ms"] >= found["host_ms"] > 0
 
 
@@ -106,10 +106,10 @@ def test_graphs_that_nothing_runs_are_not_written(monkeypatch: pytest.MonkeyPatc
     """A card with onnxruntime alone: its float32 case is written, and every other case has its row
     with the reason."""
 
-    def reason(driver: backends.Driver) -> str | None:
-        return None if driver.extra == "cuda" else "not installed"
+    def reason(backend: backends.BackendInfo) -> str | None:
+        return None if backend.extra == "cuda" else "not installed"
 
-    monkeypatch.setattr(backends.Driver, "unavailable", reason)
+    monkeypatch.setattr(backends.BackendInfo, "unavailable", reason)
     assert benchmark.forms() == ("bf16",)
     rows = list(benchmark.unavailable("denoise"))
     assert {row["compute"] for row in rows} == {"int8", "fp8"}

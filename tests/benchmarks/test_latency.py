@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import chart, contenders, figures, latency, table
-from benchmarks.contenders import Spec
+from benchmarks import candidates, chart, figures, latency, table
+from benchmarks.candidates import Spec
 from benchmarks.metering import Meter
 
 
@@ -26,8 +26,8 @@ def test_the_record_holds_what_the_figures_need(
     outputs = ["--json", str(path), "--plot", str(picture)]
     assert latency.main([*arguments, *cut, *outputs]) == 0
     record = json.loads(path.read_text())
-    ours, reference, bare, _ = record["contenders"]
-    assert [c["images"] for c in record["contenders"]] == [2, 2, 2, 2]
+    ours, reference, bare, _ = record["candidates"]
+    assert [c["images"] for c in record["candidates"]] == [2, 2, 2, 2]
     assert record["ratio"].keys() == {"mllm", "image"}
     assert record["ratio"] == record["ratio_by_contender"]["reference"]
     assert {"visual_decode", "denoise", "mllm", "total"} <= ours["seconds"].keys()
@@ -35,24 +35,24 @@ def test_the_record_holds_what_the_figures_need(
     assert 0 < ours["host_overhead"] < 1
     assert 0 < bare["host_overhead"] < 1
     assert "host_overhead" not in reference
-    for contender in record["contenders"]:
-        assert contender["peak_memory_bytes"] > 50e6
-        assert contender["load_seconds"] > 0
-        assert contender["images_per_second"]["2"] > 0
-        assert contender["seconds"]["total"]["min"] <= contender["seconds"]["total"]["p50"]
-        assert contender["picture_difference"] <= 1
-        cold = contender["cold_start"]
+    for candidate in record["candidates"]:
+        assert candidate["peak_memory_bytes"] > 50e6
+        assert candidate["load_seconds"] > 0
+        assert candidate["images_per_second"]["2"] > 0
+        assert candidate["seconds"]["total"]["min"] <= candidate["seconds"]["total"]["p50"]
+        assert candidate["picture_difference"] <= 1
+        cold = candidate["cold_start"]
         assert cold["cpu_seconds"] > 0
-        assert cold["seconds"] > contender["load_seconds"] + contender["first_image_seconds"]
+        assert cold["seconds"] > candidate["load_seconds"] + candidate["first_image_seconds"]
     assert bare["picture_difference"] == 0
-    found = [contender["backend"] for contender in record["contenders"]]
+    found = [candidate["backend"] for candidate in record["candidates"]]
     assert found == ["onnxruntime", "torch", "onnxruntime", "openvino"]
-    for contender in (ours, bare):
-        cold = contender["cold_start"]
+    for candidate in (ours, bare):
+        cold = candidate["cold_start"]
         apart = cold["engines_cpu_seconds"] + cold["beyond_engines_cpu_seconds"]
         assert apart == pytest.approx(cold["cpu_seconds"])
         assert 0 < cold["engines_cpu_seconds"] < cold["cpu_seconds"]
-        assert contender["roofline"]["total"]["percent"] > 0
+        assert candidate["roofline"]["total"]["percent"] > 0
     assert "engines_cpu_seconds" not in reference["cold_start"]
     assert "roofline" not in reference
     assert "measured" in record["ceilings"]["cpu"]["fp32"]["source"]
@@ -97,7 +97,7 @@ def record(*rows: dict[str, Any]) -> dict[str, Any]:
     machine = {"cpu": {"name": "a processor", "cores": 2}}
     heat = {"before": 40.0, "after": 71.0}
     return {
-        **{"machine": machine, "request": {}, "ceilings": {}, "contenders": list(rows)},
+        **{"machine": machine, "request": {}, "ceilings": {}, "candidates": list(rows)},
         **{"temperature_c": heat, "ratio_by_contender": {}},
     }
 
@@ -165,14 +165,14 @@ def test_a_meter_counts_what_overlaps_once_and_stops() -> None:
 
 def test_names_of_contenders(alpha_set: Path) -> None:
     first = f"{alpha_set}@openvino"
-    assert contenders.parse(first, first) == Spec(first, str(alpha_set), "openvino")
+    assert candidates.parse(first, first) == Spec(first, str(alpha_set), "openvino")
     plain = str(alpha_set)
-    assert contenders.parse(f"{plain}/", first).backend == "onnxruntime"
-    assert contenders.parse("bare", first) == Spec("bare", plain, "openvino", "bare")
-    assert contenders.parse("bare@onnxruntime", first).backend == "onnxruntime"
-    assert contenders.parse("reference-compiled", plain).kind == "reference-compiled"
-    assert contenders.parse("reference", plain).device == "cpu"
-    on_gpu = contenders.parse("reference@cuda", first)
+    assert candidates.parse(f"{plain}/", first).backend == "onnxruntime"
+    assert candidates.parse("bare", first) == Spec("bare", plain, "openvino", "bare")
+    assert candidates.parse("bare@onnxruntime", first).backend == "onnxruntime"
+    assert candidates.parse("reference-compiled", plain).kind == "reference-compiled"
+    assert candidates.parse("reference", plain).device == "cpu"
+    on_gpu = candidates.parse("reference@cuda", first)
     assert (on_gpu.kind, on_gpu.device, on_gpu.backend) == ("reference", "cuda", "openvino")
 
 

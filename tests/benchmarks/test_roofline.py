@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import ceilings, roofline
+from benchmarks.candidates import Spec, parse
 from benchmarks.ceilings import Ceilings
-from benchmarks.contenders import Spec, parse
 from bifrost_rt import dims, manifest
 from bifrost_rt.manifest import Compiled, EngineSpec
 from export.planning import devices, work

@@ -1,4 +1,4 @@
-"""What every driver must do: one suite, run against each that is installed here."""
+"""What every backend must do: one suite, run against each that is installed here."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from bifrost_rt.errors import BackendError
 from tests.conftest import difference, load_case
 
 
-@pytest.fixture(params=sorted(backends.DRIVERS))
+@pytest.fixture(params=sorted(backends.BACKENDS))
 def backend(request: pytest.FixtureRequest) -> Backend:
-    if reason := backends.DRIVERS[request.param].unavailable():
+    if reason := backends.BACKENDS[request.param].unavailable():
         pytest.skip(f"{request.param}: {reason}")
     return backends.load(request.param)
 

@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 from safetensors.numpy import save_file
 
 from benchmarks import machine
-from bifrost_rt import Generator, backends, cache, doctor, generator, handover
+from bifrost_rt import Generator, backends, cache, doctor, generator, latents_file
 from bifrost_rt import processor as processors
 from bifrost_rt.cli import generate, main
 from bifrost_rt.params import OPTIONS
@@ -181,7 +181,7 @@ def test_an_image_is_drawn_again(
     with Generator(alpha_set) as opened:
         said = opened.describe(image).text
         expected = opened.run(image=image, seed=1, num_inference_steps=2).images[0].tobytes()
-    assert handover.load(tokens).parameters["prompt"] == said
+    assert latents_file.load(tokens).parameters["prompt"] == said
     assert draw("again", "--image", str(image)) == expected
     assert draw("by_file", "--tokens", tokens) == expected
     assert main(["encode", str(image), *common, "-o", tokens, "--prompt", "a cow"]) == 0
@@ -258,7 +258,7 @@ def test_hand_over_refuses_what_it_cannot_draw(
     made = {"prompt": "a", "num_images_per_prompt": 1, "seed": 1}
     for name, seed in (("a", 0), ("b", 1)):
         values = np.random.default_rng(seed).standard_normal((1, 16, 64), np.float32)
-        handover.save(f"{name}.st", values, made)
+        latents_file.save(f"{name}.st", values, made)
     save_file({"tokens": values, "a": values}, "two.st")
     save_file({"tokens": values[0]}, "wide.st")
     save_file({"tokens": values}, "bare.st")
@@ -266,7 +266,7 @@ def test_hand_over_refuses_what_it_cannot_draw(
     with Generator(alpha_set) as generator:
         few = {"seed": 1, "num_inference_steps": 1}
         generator.run("a", **few).save("plain.png")
-        generator.run("a", **few, tokens=handover.load("a.st").tokens).save("drawn.png")
+        generator.run("a", **few, tokens=latents_file.load("a.st").tokens).save("drawn.png")
     command = ["generate", "--engines", str(alpha_set), "-o", "out.png", *arguments]
     assert main(command) == 1
     assert message in capsys.readouterr().err
@@ -391,7 +391,7 @@ def test_help_loads_no_backend_and_no_server() -> None:
     assert "COMMAND" in done.stdout
     loaded = {name.partition(".")[0] for name in done.stderr.split()}
     libraries = {
-        name.partition(".")[0] for d in backends.DRIVERS.values() for name in (d.library, *d.also)
+        name.partition(".")[0] for d in backends.BACKENDS.values() for name in (d.library, *d.also)
     }
     assert not loaded & {*libraries, "fastapi", "uvicorn", "torch", "onnx", "safetensors", "ftfy"}
 
@@ -401,14 +401,14 @@ def test_no_prompt_at_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.startswith("error: no prompt\nhint:")
 
 
-EXACT = sorted(name for name, driver in backends.DRIVERS.items() if driver.exact)
+EXACT = sorted(name for name, backend in backends.BACKENDS.items() if backend.exact)
 
 
 @pytest.mark.parametrize("backend", EXACT)
 def test_verify_draws_what_the_builder_drew(
     set_for: Callable[[str], Path], backend: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if reason := backends.DRIVERS[backend].unavailable():
+    if reason := backends.BACKENDS[backend].unavailable():
         pytest.skip(reason)
     assert main(["verify", str(set_for(backend)), "--backend", backend]) == 0
     assert "9 engines load, self-test picture within" in capsys.readouterr().out
@@ -417,7 +417,7 @@ def test_verify_draws_what_the_builder_drew(
 def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in backends.DRIVERS)
+    assert all(name in text for name in backends.BACKENDS)
     assert all(f"\n{task}\n  " in text for task in doctor.TASKS)
 
 

@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from benchmarks import gpu_device
-from bifrost_rt import residency
+from bifrost_rt import memory_plan
 from bifrost_rt.backends.cuda import Cuda
 from bifrost_rt.errors import BackendError
 from tests import cuda_double as double
@@ -39,10 +39,10 @@ def test_a_stream_that_waits_for_the_default_one_would_show() -> None:
 
 
 def test_memory_that_the_machine_shares_is_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residency, "host_memory", lambda: 123)
+    monkeypatch.setattr(memory_plan, "host_memory", lambda: 123)
     assert Cuda(double.Runtime(integrated=True)).free_bytes() == 123
     assert Cuda(double.Runtime()).free_bytes() == double.MEMORY
-    monkeypatch.setattr(residency, "host_memory", lambda: None)  # it does not say
+    monkeypatch.setattr(memory_plan, "host_memory", lambda: None)  # it does not say
     assert Cuda(double.Runtime(integrated=True)).free_bytes() == double.MEMORY
 
 

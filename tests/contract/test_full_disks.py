@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bifrost_rt import Generator, handover
+from bifrost_rt import Generator, latents_file
 from bifrost_rt.cli import generate, main
 from bifrost_rt.errors import RequestError
 from bifrost_rt.result import Result
@@ -64,7 +64,7 @@ def test_an_image_that_its_place_refuses_is_kept_in_another(
             "a", seed=3, num_inference_steps=1, decoding_steps=1, output_type="np"
         )
     assert np.array_equal(drawn, again.images[0])
-    assert np.array_equal(handover.load(kept / "a.safetensors").tokens, again.tokens)
+    assert np.array_equal(latents_file.load(kept / "a.safetensors").tokens, again.tokens)
 
 
 def test_other_images_that_are_drawn_keep_their_place(

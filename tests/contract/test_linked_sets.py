@@ -37,8 +37,8 @@ def test_a_linked_set_draws_what_the_set_draws(
 def test_a_linked_set_opens_with_onnxruntime_for_gpus(
     alpha_set: Path, generator: Generator, layout: Layout, tmp_path: Path
 ) -> None:
-    driver = OnnxRuntimeCuda(provider="CPUExecutionProvider", device="cpu")
-    with Generator(layout(alpha_set, tmp_path), backend=driver) as opened:
+    backend = OnnxRuntimeCuda(provider="CPUExecutionProvider", device="cpu")
+    with Generator(layout(alpha_set, tmp_path), backend=backend) as opened:
         found = opened.run(**REQUEST).images.astype(int)
     assert abs(found - generator.run(**REQUEST).images).max() <= 1
 

@@ -55,14 +55,14 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "kept"))
 
 
-def driver_on(library: double.Library) -> TensorRtRtx:
+def backend_on(library: double.Library) -> TensorRtRtx:
     return TensorRtRtx(library, library.device, "sm89")
 
 
 def test_engines_on_the_cpu_beside_a_gpu_draw_the_golden_image(mixed_set: Path) -> None:
     library = double.Library(double.HostDevice())
     case = load_case("case_04")
-    with Generator(mixed_set, backend=driver_on(library)) as generator:
+    with Generator(mixed_set, backend=backend_on(library)) as generator:
         assert "t5_text runs on onnxruntime" in generator.backend.reason
         result = generator.run(**case.request(), output_type="np")
     assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
@@ -73,7 +73,7 @@ def test_engines_on_the_cpu_beside_a_gpu_draw_the_golden_image(mixed_set: Path) 
 
 
 def test_two_cpu_backends_draw_the_golden_image(alpha_set: Path) -> None:
-    if reason := backends.DRIVERS["openvino"].unavailable():
+    if reason := backends.BACKENDS["openvino"].unavailable():
         pytest.skip(reason)
     case = load_case("case_04")
     named = "onnxruntime,t5_text=openvino, denoise=openvino"
@@ -90,7 +90,7 @@ def test_what_is_asked_for_comes_before_what_the_set_names(mixed_set: Path) -> N
     library = double.Library(double.HostDevice())
     facts = manifest.read(mixed_set)
     assert facts.engine("t5_text").backend == "onnxruntime"
-    assert isinstance(backends.beside(driver_on(library), {"t5_text": "onnxruntime"}), Mixed)
+    assert isinstance(backends.beside(backend_on(library), {"t5_text": "onnxruntime"}), Mixed)
     host = OnnxRuntime()
     assert backends.beside(host, {"t5_text": "onnxruntime"}) is host
 
@@ -103,10 +103,10 @@ def test_the_budget_of_a_gpu_counts_the_engines_in_its_memory(
     device.unified = unified
     library = double.Library(device)
     facts = manifest.read(mixed_set)
-    driver, host = driver_on(library), OnnxRuntime()
-    mixed = Mixed(driver, {"t5_text": host})
+    backend, host = backend_on(library), OnnxRuntime()
+    mixed = Mixed(backend, {"t5_text": host})
     there, gone = facts.engine("clip_text"), facts.engine("t5_text")
-    assert mixed.weights_in_memory(there, 1000) == driver.weights_in_memory(there, 1000)
+    assert mixed.weights_in_memory(there, 1000) == backend.weights_in_memory(there, 1000)
     expected = host.weights_in_memory(gone, 1000) if unified else 0
     assert mixed.weights_in_memory(gone, 1000) == expected
 
@@ -130,8 +130,8 @@ def test_what_cannot_be_read_is_refused(alpha_set: Path, asked: str, said: str) 
 def test_a_copy_is_made_at_every_call(mixed_set: Path) -> None:
     """What the caller writes to its buffers between two calls is what is computed."""
     library = double.Library(double.HostDevice())
-    driver = driver_on(library)
-    mixed = Mixed(driver, {"t5_text": OnnxRuntime()})
+    backend = backend_on(library)
+    mixed = Mixed(backend, {"t5_text": OnnxRuntime()})
     facts = manifest.read(mixed_set)
     engine = mixed.open(mixed_set, facts.engine("t5_text"), facts.dimensions)
     case = load_case("case_04")

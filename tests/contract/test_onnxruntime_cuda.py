@@ -23,13 +23,13 @@ from tests.conftest import difference, load_case
 
 
 @pytest.fixture(params=[True, False], ids=["graphs", "eager"])
-def driver(request: pytest.FixtureRequest) -> OnnxRuntimeCuda:
+def backend(request: pytest.FixtureRequest) -> OnnxRuntimeCuda:
     return OnnxRuntimeCuda(graphs=request.param, provider=CPU, device="cpu")
 
 
-def test_a_whole_picture_through_the_driver(alpha_set: Path, driver: OnnxRuntimeCuda) -> None:
+def test_a_whole_picture_through_the_driver(alpha_set: Path, backend: OnnxRuntimeCuda) -> None:
     case = load_case("case_04")
-    with Generator(alpha_set, backend=driver) as generator:
+    with Generator(alpha_set, backend=backend) as generator:
         for _ in range(2):
             result = generator.run(**case.request(), output_type="np")
             assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
@@ -37,7 +37,7 @@ def test_a_whole_picture_through_the_driver(alpha_set: Path, driver: OnnxRuntime
 
 
 def test_steps_are_queued_and_waited_for_where_the_loop_ends(
-    alpha_set: Path, driver: OnnxRuntimeCuda, monkeypatch: pytest.MonkeyPatch
+    alpha_set: Path, backend: OnnxRuntimeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits = []
     whole = ort.IOBinding.synchronize_outputs
@@ -47,28 +47,28 @@ def test_steps_are_queued_and_waited_for_where_the_loop_ends(
         whole(binding)
 
     monkeypatch.setattr(ort.IOBinding, "synchronize_outputs", counted)
-    with Generator(alpha_set, backend=driver) as generator:
+    with Generator(alpha_set, backend=backend) as generator:
         generator.run("a", seed=0, decoding_steps=9, num_inference_steps=7)  # checks the graphs
         waits.clear()
         generator.run("a", seed=0, decoding_steps=9, num_inference_steps=7)
     assert len(waits) == 2  # two loops
 
 
-def test_buffers_are_the_devices_own(alpha_set: Path, driver: OnnxRuntimeCuda) -> None:
+def test_buffers_are_the_devices_own(alpha_set: Path, backend: OnnxRuntimeCuda) -> None:
     facts = manifest.read(alpha_set)
-    engine = driver.open(alpha_set, facts.engine("t5_text"), facts.dimensions)
-    ids = driver.upload(np.zeros((1, 32), np.int64))
-    out = driver.empty((1, 32, 48), np.float32)
+    engine = backend.open(alpha_set, facts.engine("t5_text"), facts.dimensions)
+    ids = backend.upload(np.zeros((1, 32), np.int64))
+    out = backend.empty((1, 32, 48), np.float32)
     with pytest.raises(BackendError, match="`input_ids`: is in host memory; upload it first"):
         engine.bind({"input_ids": np.zeros((1, 32), np.int64)}, {"prompt_embeds": out})
     with pytest.raises(BackendError, match="cannot write float64"):
-        driver.write(out, np.zeros((1, 32, 48)))
+        backend.write(out, np.zeros((1, 32, 48)))
     call = engine.bind({"input_ids": ids}, {"prompt_embeds": out})
     call()
-    before = driver.download(out)
-    driver.write(ids, np.ones((1, 32), np.int64))
+    before = backend.download(out)
+    backend.write(ids, np.ones((1, 32), np.int64))
     call()
-    assert not np.array_equal(driver.download(out), before)  # and `before` is a copy
+    assert not np.array_equal(backend.download(out), before)  # and `before` is a copy
     engine.close()
     with pytest.raises(BackendError, match="`t5_text` is closed"):
         engine.bind({"input_ids": ids}, {"prompt_embeds": out})
@@ -148,14 +148,14 @@ def test_onnxruntimes_own_loader_takes_these_arguments() -> None:
 
 
 def test_what_fails_on_the_way_is_an_error_of_ours(
-    alpha_set: Path, driver: OnnxRuntimeCuda, monkeypatch: pytest.MonkeyPatch
+    alpha_set: Path, backend: OnnxRuntimeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """onnxruntime raises types of its own: of a run, of a wait, and of memory."""
     facts = manifest.read(alpha_set)
     spec = facts.engine("t5_text")
-    engine = driver.open(alpha_set, spec, facts.dimensions)
-    ids = driver.upload(np.zeros((1, 32), np.int64))
-    out = driver.empty((1, 32, 48), np.float32)
+    engine = backend.open(alpha_set, spec, facts.dimensions)
+    ids = backend.upload(np.zeros((1, 32), np.int64))
+    out = backend.empty((1, 32, 48), np.float32)
     call = engine.bind({"input_ids": ids}, {"prompt_embeds": out})
 
     def full(*arguments: Any) -> None:
@@ -165,20 +165,20 @@ def test_what_fails_on_the_way_is_an_error_of_ours(
     with pytest.raises(BackendError, match="stage `t5_text`: onnxruntime .*: Failed to allocate m"):
         call()
     monkeypatch.setattr(ort.IOBinding, "synchronize_outputs", full)
-    driver.queued(ort.IOBinding(engine._session))
+    backend.queued(ort.IOBinding(engine._session))
     with pytest.raises(BackendError, match="a queued step: "):
-        driver.wait()
-    driver.wait()  # it was reported, and is over
+        backend.wait()
+    backend.wait()  # it was reported, and is over
     monkeypatch.setattr(ort.OrtValue, "ortvalue_from_numpy", full)
     monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", full)
-    for ask in (lambda: driver.upload(np.zeros(3)), lambda: driver.empty((3,), np.float64)):
+    for ask in (lambda: backend.upload(np.zeros(3)), lambda: backend.empty((3,), np.float64)):
         with pytest.raises(BackendError, match=r"memory for float64\[3\]: ") as error:
             ask()
         assert "--memory-budget" in str(error.value.hint)
 
 
 def test_of_a_failure_of_cuda_its_own_words_are_kept(
-    alpha_set: Path, driver: OnnxRuntimeCuda, monkeypatch: pytest.MonkeyPatch
+    alpha_set: Path, backend: OnnxRuntimeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """onnxruntime puts a function's signature of 400 characters before them."""
 
@@ -192,7 +192,7 @@ def test_of_a_failure_of_cuda_its_own_words_are_kept(
 
     monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", fails)
     with pytest.raises(BackendError) as error:
-        driver.empty((3,), np.float64)
+        backend.empty((3,), np.float64)
     assert error.value.message.endswith(
         "failed: CUDA failure 900: operation not permitted when stream is capturing"
     )
@@ -206,12 +206,12 @@ def test_engines_open_in_threads_unless_steps_are_recorded() -> None:
 
 def test_replayed_steps_draw_the_same_picture(alpha_set: Path) -> None:
     case = load_case("case_04")
-    driver = OnnxRuntimeCuda(graphs=True, provider=CPU, device="cpu")
-    with Generator(alpha_set, backend=driver) as generator:
+    backend = OnnxRuntimeCuda(graphs=True, provider=CPU, device="cpu")
+    with Generator(alpha_set, backend=backend) as generator:
         for _ in range(2):
             result = generator.run(**case.request(), output_type="np")
             assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
-    assert driver.eager == {}
+    assert backend.eager == {}
 
 
 def test_a_replay_that_differs_is_not_used_and_says_so(
@@ -226,11 +226,11 @@ def test_a_replay_that_differs_is_not_used_and_says_so(
 
     monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", lost)
     case = load_case("case_04")
-    driver = OnnxRuntimeCuda(graphs=True, provider=CPU, device="cpu")
-    with Generator(alpha_set, backend=driver) as generator:
+    backend = OnnxRuntimeCuda(graphs=True, provider=CPU, device="cpu")
+    with Generator(alpha_set, backend=backend) as generator:
         result = generator.run(**case.request(), output_type="np")
     assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
-    assert driver.eager.keys() == {"mllm_text", "visual_decode", "denoise"}
+    assert backend.eager.keys() == {"mllm_text", "visual_decode", "denoise"}
     assert "denoise: runs without a CUDA graph: its first replay differs" in caplog.text
 
 
@@ -239,14 +239,14 @@ def test_another_thread_does_not_replay_and_does_not_record(
 ) -> None:
     """onnxruntime keeps recordings for each thread: a second one failed on a GPU."""
     case = load_case("case_04")
-    driver = OnnxRuntimeCuda(graphs=True, provider=CPU, device="cpu")
-    with Generator(alpha_set, backend=driver) as generator:
+    backend = OnnxRuntimeCuda(graphs=True, provider=CPU, device="cpu")
+    with Generator(alpha_set, backend=backend) as generator:
         generator.run(**case.request(), output_type="np")
-        assert driver.eager == {}
+        assert backend.eager == {}
         with ThreadPoolExecutor(1) as pool:
             result = pool.submit(generator.run, **case.request(), output_type="np").result()
     assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
-    assert driver.eager.keys() == {"visual_decode", "denoise"}  # the text is kept
+    assert backend.eager.keys() == {"visual_decode", "denoise"}  # the text is kept
     assert "denoise: runs without a CUDA graph: its steps were recorded in another" in caplog.text
 
 
@@ -254,19 +254,19 @@ def test_an_engine_that_cannot_be_recorded_runs_without(
     alpha_set: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """onnxruntime refuses to open it where not every node is on the GPU."""
-    driver = OnnxRuntimeCuda(graphs=True, provider=CPU, device="cpu")
-    whole = driver._session
+    backend = OnnxRuntimeCuda(graphs=True, provider=CPU, device="cpu")
+    whole = backend._session
 
     def refused(folder: Path, spec: manifest.EngineSpec, *, graphs: bool) -> Any:
         if graphs:
             raise BackendError("This session cannot use the graph capture feature")
         return whole(folder, spec, graphs=False)
 
-    monkeypatch.setattr(driver, "_session", refused)
+    monkeypatch.setattr(backend, "_session", refused)
     facts = manifest.read(alpha_set)
-    engine = driver.open(alpha_set, facts.engine("denoise"), facts.dimensions)
+    engine = backend.open(alpha_set, facts.engine("denoise"), facts.dimensions)
     assert not engine.graphs
-    assert driver.eager == {"denoise": "This session cannot use the graph capture feature"}
+    assert backend.eager == {"denoise": "This session cannot use the graph capture feature"}
     assert "denoise: runs without a CUDA graph: This session cannot" in caplog.text
 
 
@@ -291,18 +291,18 @@ def test_the_sessions_own_word_on_its_nodes_is_read(alpha_set: Path) -> None:
 
 
 def test_availability_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = backends.DRIVERS["onnxruntime-cuda"]
+    backend = backends.BACKENDS["onnxruntime-cuda"]
     if isinstance(gpu.find(), str):
-        assert driver.unavailable() == gpu.find()
-        assert driver.remedy() is None
+        assert backend.unavailable() == gpu.find()
+        assert backend.remedy() is None
     monkeypatch.setattr(gpu, "find", lambda: gpu.Gpu("NVIDIA H200", "sm90"))
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CPU])
-    assert driver.unavailable() == (
+    assert backend.unavailable() == (
         "the installed onnxruntime was built without CUDAExecutionProvider"
     )
-    assert str(driver.remedy()).startswith("pip uninstall onnxruntime, then pip install")
+    assert str(backend.remedy()).startswith("pip uninstall onnxruntime, then pip install")
     monkeypatch.setattr(ort, "get_available_providers", lambda: [PROVIDER, CPU])
-    assert driver.unavailable() is None
-    absent = dataclasses.replace(driver, library="not_there")
+    assert backend.unavailable() is None
+    absent = dataclasses.replace(backend, library="not_there")
     assert absent.unavailable() == "the Python package `not_there` is not installed"
     assert absent.remedy() == "pip install 'bifrost-rt[cuda]'"

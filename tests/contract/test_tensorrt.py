@@ -1,4 +1,4 @@
-"""The TensorRT driver's own logic, without a GPU: what it binds, refuses and frees.
+"""The TensorRT backend's own logic, without a GPU: what it binds, refuses and frees.
 
 A double stands in for library and GPU; its names are held to those of the real bindings where they
 are installed. That an engine computes the right thing on a GPU is for `test_backends` on a machine
@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from bifrost_rt import Generator, cache, manifest, residency
+from bifrost_rt import Generator, cache, manifest, memory_plan
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.cuda import Cuda
 from bifrost_rt.backends.kernels import Kernels
@@ -70,20 +70,20 @@ def library() -> double.Library:
     return double.Library(double.HostDevice())
 
 
-def driver_on(library: double.Library, architecture: str = "sm89") -> TensorRtRtx:
+def backend_on(library: double.Library, architecture: str = "sm89") -> TensorRtRtx:
     return TensorRtRtx(library, library.device, architecture)
 
 
-def opened(folder: Path, driver: TensorRtRtx, **changes: Any) -> Any:
+def opened(folder: Path, backend: TensorRtRtx, **changes: Any) -> Any:
     facts = manifest.read(folder)
     spec = dataclasses.replace(facts.engine("t5_text"), **changes)
-    return driver.open(folder, spec, facts.dimensions)
+    return backend.open(folder, spec, facts.dimensions)
 
 
 def test_a_whole_picture_through_the_driver(compiled_set: Path, library: double.Library) -> None:
     """Every binding, shape and loop of a run, guided and with two prompts."""
     case = load_case("case_04")
-    with Generator(compiled_set, backend=driver_on(library)) as generator:
+    with Generator(compiled_set, backend=backend_on(library)) as generator:
         result = generator.run(**case.request(), output_type="np")
     assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
     assert difference(result.images, case.tensors["flux.image_u8"]) <= 1
@@ -98,7 +98,7 @@ def test_engines_behind_links_are_opened(
     whole = Path(shutil.copytree(compiled_set, tmp_path / "whole"))
     drawn = []
     for folder in (whole, as_a_hub(whole, tmp_path / "hub")):
-        with Generator(folder, backend=driver_on(library)) as generator:
+        with Generator(folder, backend=backend_on(library)) as generator:
             drawn.append(generator.run(**SHORT, num_inference_steps=1).images)
     assert np.array_equal(*drawn)
 
@@ -116,7 +116,7 @@ def test_steps_change_nothing_and_wait_for_nothing(
     compiled_set: Path, either: double.Library
 ) -> None:
     """The loop's own cost on the host: the same for any number of steps."""
-    with Generator(compiled_set, backend=driver_on(either), prompt_cache=0) as generator:
+    with Generator(compiled_set, backend=backend_on(either), prompt_cache=0) as generator:
         found = []
         for steps in (4, 5, 9, 9):
             before = either.device.waits, sum(len(c.calls) for c in either.contexts)
@@ -136,13 +136,13 @@ def test_replayed_steps_draw_the_same_picture(compiled_set: Path, either: double
     with Generator(compiled_set, backend=off) as generator:
         expected = generator.run(**SHORT, **steps)
     assert either.device.captures == 0
-    driver = driver_on(either)
-    with Generator(compiled_set, backend=driver) as generator:
+    backend = backend_on(either)
+    with Generator(compiled_set, backend=backend) as generator:
         for _ in range(2):
             found = generator.run(**SHORT, **steps)
             assert np.array_equal(found.latents, expected.latents)
             assert np.array_equal(found.images, expected.images)
-    assert driver.eager == {}
+    assert backend.eager == {}
     if not hasattr(either, "CudaGraphStrategy"):
         # per loop two recordings, and all but the two first steps of the first picture replayed;
         # one of the text engine, which read the prompt once
@@ -165,12 +165,12 @@ def test_steps_that_cannot_be_replayed_run_eagerly_and_say_why(
     if fault == "different":
         library.device.spoils = lambda: spoil(library)
     case = load_case("case_04")
-    driver = driver_on(library)
-    with Generator(compiled_set, backend=driver) as generator:
+    backend = backend_on(library)
+    with Generator(compiled_set, backend=backend) as generator:
         result = generator.run(**case.request(), output_type="np")
     spoilt = {"visual_decode", "denoise"}  # the only ones that `spoil` changes
-    assert driver.eager.keys() == (spoilt if fault == "different" else {*spoilt, "mllm_text"})
-    assert all(reason in why for why in driver.eager.values())
+    assert backend.eager.keys() == (spoilt if fault == "different" else {*spoilt, "mllm_text"})
+    assert all(reason in why for why in backend.eager.values())
     assert "denoise: runs without a CUDA graph: " in caplog.text
     assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
 
@@ -187,10 +187,10 @@ def test_the_librarys_own_graphs_are_checked_too(compiled_set: Path) -> None:
     library = double.Library(double.HostDevice())
     library.device.spoils = lambda: spoil(library)
     case = load_case("case_04")
-    driver = driver_on(library)
-    with Generator(compiled_set, backend=driver) as generator:
+    backend = backend_on(library)
+    with Generator(compiled_set, backend=backend) as generator:
         result = generator.run(**case.request(), output_type="np")
-    assert driver.eager.keys() == {"visual_decode", "denoise"}
+    assert backend.eager.keys() == {"visual_decode", "denoise"}
     assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
 
 
@@ -198,11 +198,11 @@ def test_what_the_library_warns_of_is_the_reason(compiled_set: Path) -> None:
     """It computes the right thing then, kernel by kernel, and says nothing else."""
     library = double.Library(double.HostDevice())
     library.warns = "CUDA graph capture failed:\n falling back"
-    driver = driver_on(library)
-    with Generator(compiled_set, backend=driver) as generator:
+    backend = backend_on(library)
+    with Generator(compiled_set, backend=backend) as generator:
         generator.run(**SHORT, decoding_steps=4, num_inference_steps=4)
     for name in ("visual_decode", "denoise"):
-        assert driver.eager[name] == (
+        assert backend.eager[name] == (
             "the library could not record it (the library warned: CUDA graph capture failed: "
             "falling back)"
         )
@@ -211,10 +211,10 @@ def test_what_the_library_warns_of_is_the_reason(compiled_set: Path) -> None:
 def test_a_warning_of_something_else_is_no_reason(compiled_set: Path) -> None:
     library = double.Library(double.HostDevice())
     library.warns = "The profile is not the best."
-    driver = driver_on(library)
-    with Generator(compiled_set, backend=driver) as generator:
+    backend = backend_on(library)
+    with Generator(compiled_set, backend=backend) as generator:
         generator.run(**SHORT, decoding_steps=4, num_inference_steps=4)
-    assert driver.eager == {}
+    assert backend.eager == {}
 
 
 def test_the_second_context_is_checked_as_the_first_is(compiled_set: Path) -> None:
@@ -225,10 +225,10 @@ def test_the_second_context_is_checked_as_the_first_is(compiled_set: Path) -> No
         return "denoise" in context.file and twins.index(context) == 1
 
     library.faulty = second
-    case, driver = load_case("case_04"), driver_on(library)
-    with Generator(compiled_set, backend=driver) as generator:
+    case, backend = load_case("case_04"), backend_on(library)
+    with Generator(compiled_set, backend=backend) as generator:
         result = generator.run(**case.request(), output_type="np")
-    assert driver.eager == {"denoise": "its first replay differs from the eager run"}
+    assert backend.eager == {"denoise": "its first replay differs from the eager run"}
     assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
 
 
@@ -237,10 +237,10 @@ STAGES = (*TEXT_STAGES, "visual_decode", "control_embed", "denoise")
 
 
 def one_picture(folder: Path, version: str = COMPILED.version, budget: str | None = None) -> Any:
-    """Draw with a new driver, and return its library."""
+    """Draw with a new backend, and return its library."""
     library = double.Library(double.HostDevice())
     library.__version__ = version  # type: ignore[misc]
-    with Generator(folder, backend=driver_on(library), memory_budget=budget) as generator:
+    with Generator(folder, backend=backend_on(library), memory_budget=budget) as generator:
         generator.run(**SHORT, decoding_steps=2, num_inference_steps=1)
         assert len(library.caches) == 1  # all contexts share it
     return library
@@ -297,8 +297,8 @@ def test_the_builders_word_on_memory_counts_whatever_is_drawn(compiled_set: Path
     engines = tuple(dataclasses.replace(spec, compiled=told) for spec in facts.engines)
     facts = dataclasses.replace(facts, engines=engines)
     for images in (1, 3):
-        sizes = residency.sizes(facts, images=images)
-        needs = residency.needs(facts, STAGES, sizes, lambda spec, stored: stored)
+        sizes = memory_plan.sizes(facts, images=images)
+        needs = memory_plan.needs(facts, STAGES, sizes, lambda spec, stored: stored)
         assert [need.scratch for need in needs] == [12345] * len(STAGES)
 
 
@@ -306,14 +306,14 @@ def test_a_call_outlives_another_binding_but_not_its_engine(
     compiled_set: Path, either: double.Library
 ) -> None:
     """Recorded work is dropped with the context that it was recorded in."""
-    facts, driver = manifest.read(compiled_set), driver_on(either)
+    facts, backend = manifest.read(compiled_set), backend_on(either)
     spec = facts.engine("denoise")
-    engine = driver.open(compiled_set, spec, facts.dimensions)
+    engine = backend.open(compiled_set, spec, facts.dimensions)
     sizes = {"images": 1, "steps": 3}
 
     def empty(tensor: Any) -> Any:
         shape = [sizes[d] if isinstance(d, str) else d for d in tensor.shape]
-        return driver.upload(np.zeros(shape, tensor.dtype))
+        return backend.upload(np.zeros(shape, tensor.dtype))
 
     inputs = {t.name: empty(t) for t in spec.inputs}
     outputs = [{t.name: empty(t) for t in spec.outputs} for _ in range(4)]
@@ -321,7 +321,7 @@ def test_a_call_outlives_another_binding_but_not_its_engine(
     for _ in range(3):
         for call in calls:
             call()
-    values = [driver.download(out["next_latents"]) for out in outputs]
+    values = [backend.download(out["next_latents"]) for out in outputs]
     assert all(np.array_equal(value, values[0]) for value in values[1:])
     engine.close()
     with pytest.raises(BackendError, match="stage `denoise` is closed"):
@@ -345,41 +345,41 @@ def test_weights_are_uploaded_once_and_bound_by_address(
     compiled = dataclasses.replace(COMPILED, weights=weights)
     files = ("t5_text.engine", "t5_text.weights")
     spec = dataclasses.replace(spec, compiled=compiled, files=files)
-    driver, case = driver_on(library), load_case("case_04")
-    engine = driver.open(tmp_path, spec, facts.dimensions)
-    ids = driver.upload(case.tensors["flux.t5_input_ids"].astype(np.int64))
+    backend, case = backend_on(library), load_case("case_04")
+    engine = backend.open(tmp_path, spec, facts.dimensions)
+    ids = backend.upload(case.tensors["flux.t5_input_ids"].astype(np.int64))
     expected = case.tensors["flux.prompt_embeds"]
-    out = driver.empty(expected.shape, np.float32)
+    out = backend.empty(expected.shape, np.float32)
     engine.bind({"input_ids": ids}, {"prompt_embeds": out})()
-    assert difference(driver.download(out), expected) < 1e-4
+    assert difference(backend.download(out), expected) < 1e-4
     held = sum(block.nbytes for block in library.device.blocks.values())
     size = (tmp_path / "t5_text.weights").stat().st_size
     assert held == size + ids.nbytes + out.nbytes + double.SCRATCH
     # a second engine on the same file, and one that reads a part of it as another's
     part = dataclasses.replace(spec, files=files[:1], shared={files[1]: weights[0].size})
-    others = [driver.open(tmp_path, one, facts.dimensions) for one in (spec, part)]
+    others = [backend.open(tmp_path, one, facts.dimensions) for one in (spec, part)]
     held = sum(block.nbytes for block in library.device.blocks.values())
     assert held == size + ids.nbytes + out.nbytes + 3 * double.SCRATCH
     for one in others:
-        driver.write(out, np.zeros(expected.shape, np.float32))
+        backend.write(out, np.zeros(expected.shape, np.float32))
         one.bind({"input_ids": ids}, {"prompt_embeds": out})()
-        assert difference(driver.download(out), expected) < 1e-4
+        assert difference(backend.download(out), expected) < 1e-4
         one.close()
     engine.close()
     del engine, others, one
-    alone = driver.open(tmp_path, part, facts.dimensions)  # the file's own engine is not there
+    alone = backend.open(tmp_path, part, facts.dimensions)  # the file's own engine is not there
     held = sum(block.nbytes for block in library.device.blocks.values())
     assert held == sum(w.size for w in weights) + ids.nbytes + out.nbytes + double.SCRATCH
-    driver.write(out, np.zeros(expected.shape, np.float32))
+    backend.write(out, np.zeros(expected.shape, np.float32))
     alone.bind({"input_ids": ids}, {"prompt_embeds": out})()
-    assert difference(driver.download(out), expected) < 1e-4
+    assert difference(backend.download(out), expected) < 1e-4
     alone.close()
     del alone
     assert sum(b.nbytes for b in library.device.blocks.values()) == ids.nbytes + out.nbytes
     path = tmp_path / "t5_text.weights"
     path.write_bytes(path.read_bytes()[: size // 2])
     with pytest.raises(BackendError, match=r"t5_text\.weights: ends before the weight "):
-        driver.open(tmp_path, spec, facts.dimensions)
+        backend.open(tmp_path, spec, facts.dimensions)
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_an_engine_for_something_else_is_refused_with_the_command(
 ) -> None:
     other = dataclasses.replace(COMPILED, **changes)  # type: ignore[arg-type]
     with pytest.raises(BackendError, match=message) as error:
-        opened(compiled_set, driver_on(library, architecture), compiled=other)
+        opened(compiled_set, backend_on(library, architecture), compiled=other)
     assert f"python -m export.compile ONNX_SET --backend tensorrt-rtx --target {architecture}" in (
         str(error.value.hint)
     )
@@ -439,7 +439,7 @@ def test_a_tensorrt_that_is_too_old_is_refused_before_anything(
 
 def test_an_onnx_set_must_be_compiled_first(alpha_set: Path, library: double.Library) -> None:
     with pytest.raises(BackendError, match=r"t5_text\.onnx: this engine is an ONNX graph") as error:
-        opened(alpha_set, driver_on(library))
+        opened(alpha_set, backend_on(library))
     assert "python -m export.compile" in str(error.value.hint)
 
 
@@ -450,15 +450,17 @@ def test_a_foreign_or_truncated_file_is_one_clear_error(
     facts = manifest.read(compiled_set)
     (tmp_path / "t5_text.engine").write_bytes(content)
     with pytest.raises(BackendError, match=r"t5_text\.engine: ") as error:
-        driver_on(library).open(tmp_path, facts.engine("t5_text"), facts.dimensions)
+        backend_on(library).open(tmp_path, facts.engine("t5_text"), facts.dimensions)
     assert "what follows" not in error.value.message
 
 
 def test_what_the_library_refuses_is_named(compiled_set: Path, library: double.Library) -> None:
-    driver = driver_on(library)
-    engine = opened(compiled_set, driver)
-    ids = driver.upload(np.zeros((1, 32), np.int64))
-    call = engine.bind({"input_ids": ids}, {"prompt_embeds": driver.empty((1, 32, 48), np.float32)})
+    backend = backend_on(library)
+    engine = opened(compiled_set, backend)
+    ids = backend.upload(np.zeros((1, 32), np.int64))
+    call = engine.bind(
+        {"input_ids": ids}, {"prompt_embeds": backend.empty((1, 32, 48), np.float32)}
+    )
     library.accepts = False
     with pytest.raises(BackendError, match=r"stage `t5_text`, `input_ids` int64\[1, 32\]"):
         call()
@@ -469,10 +471,10 @@ def test_what_the_library_refuses_is_named(compiled_set: Path, library: double.L
     call()  # a failure leaves the engine usable
     library.full = True
     with pytest.raises(BackendError, match="cannot load this engine: OutOfMemory"):
-        opened(compiled_set, driver)
+        opened(compiled_set, backend)
     library.full, library.on_host = False, ("input_ids",)
     with pytest.raises(BackendError, match="wants input_ids in host memory"):
-        opened(compiled_set, driver)
+        opened(compiled_set, backend)
 
 
 def test_a_missing_shared_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -488,14 +490,14 @@ def test_a_missing_shared_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_host_arrays_must_be_uploaded(compiled_set: Path, library: double.Library) -> None:
-    driver = driver_on(library)
-    out = driver.empty((1, 32, 48), np.float32)
+    backend = backend_on(library)
+    out = backend.empty((1, 32, 48), np.float32)
     with pytest.raises(BackendError, match="`input_ids`: is in host memory; upload it first"):
-        opened(compiled_set, driver).bind(
+        opened(compiled_set, backend).bind(
             {"input_ids": np.zeros((1, 32), np.int64)}, {"prompt_embeds": out}
         )
     with pytest.raises(BackendError, match="cannot write"):
-        driver.write(out, np.zeros(3, np.float32))
+        backend.write(out, np.zeros(3, np.float32))
 
 
 def test_the_doubles_names_are_the_librarys() -> None:
@@ -533,9 +535,9 @@ def test_the_real_library_refuses_a_foreign_file_in_our_words(
     real = SimpleNamespace(
         __version__=COMPILED.version, Runtime=trt.Runtime, logger=logger("tensorrt_rtx")
     )
-    driver = TensorRtRtx(real, double.HostDevice(), "sm89")
+    backend = TensorRtRtx(real, double.HostDevice(), "sm89")
     with pytest.raises(BackendError, match=r"t5_text\.engine: .* cannot load .*Serial"):
-        opened(compiled_set, driver)
+        opened(compiled_set, backend)
 
 
 def test_cudas_names_are_the_bindings() -> None:
@@ -616,9 +618,9 @@ def test_the_gpu_is_asked_of_its_driver() -> None:
     assert "there is no NVIDIA driver" in str(gpu.find(missing))
     assert gpu.driver_version(lambda name: FakeDriver()) == "13000"
     assert gpu.driver_version(missing) == ""
-    driver = FakeDriver()
-    assert gpu.free_bytes(lambda name: driver) == 20 << 30
-    assert (driver.held, driver.current) == (0, 0)  # everything is given back
+    backend = FakeDriver()
+    assert gpu.free_bytes(lambda name: backend) == 20 << 30
+    assert (backend.held, backend.current) == (0, 0)  # everything is given back
     assert gpu.free_bytes(missing) is None
 
 

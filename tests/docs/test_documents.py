@@ -38,7 +38,7 @@ import pytest
 import yaml
 
 import bifrost_rt
-from bifrost_rt import strict
+from bifrost_rt import serialization
 from bifrost_rt.cli import reference
 from bifrost_rt.cli.options import MODULES, parser
 from export.recipe import Recipe
@@ -71,7 +71,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def workspace(alpha_set: Path, tmp_path: Path) -> Path:
+def buffer_pool(alpha_set: Path, tmp_path: Path) -> Path:
     """A folder as a reader has it: `engines/` with the default model's set."""
     (tmp_path / "engines" / "sets").mkdir(parents=True)
     (tmp_path / "engines" / "sets" / "default").symlink_to(alpha_set)
@@ -79,7 +79,7 @@ def workspace(alpha_set: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("path", [README, *GUIDES], ids=lambda path: path.stem)
-def test_every_command_of_a_guide(path: Path, workspace: Path) -> None:
+def test_every_command_of_a_guide(path: Path, buffer_pool: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -96,7 +96,7 @@ def test_every_command_of_a_guide(path: Path, workspace: Path) -> None:
                 assert yaml.safe_load(block.text)["applications"]
                 continue
             if language == "toml":
-                strict.load(Recipe, tomllib.loads(block.text))
+                serialization.load(Recipe, tomllib.loads(block.text))
                 continue
             if how == "toy":
                 assert path.name == "add-a-stage.md"  # the one guide that such a test follows
@@ -106,7 +106,7 @@ def test_every_command_of_a_guide(path: Path, workspace: Path) -> None:
                 for command in commands(block.text):
                     understood(command)
             elif how == "server":
-                servers.enter_context(serving(text, port, workspace, environment))
+                servers.enter_context(serving(text, port, buffer_pool, environment))
             else:
                 assert how in ("", "checkout", "tests", "tensorrt-rtx"), block.kind
                 if how == "tests":
@@ -114,7 +114,7 @@ def test_every_command_of_a_guide(path: Path, workspace: Path) -> None:
                 run = ["bash", "-euc", text] if language == "sh" else [sys.executable, "-c", text]
                 done = subprocess.run(
                     run,
-                    cwd=ROOT if how in ("checkout", "tests") else workspace,
+                    cwd=ROOT if how in ("checkout", "tests") else buffer_pool,
                     env=environment,
                     capture_output=True,
                     text=True,
@@ -124,16 +124,16 @@ def test_every_command_of_a_guide(path: Path, workspace: Path) -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_every_example(path: Path, workspace: Path) -> None:
+def test_every_example(path: Path, buffer_pool: Path) -> None:
     done = subprocess.run(
-        [sys.executable, path], cwd=workspace, capture_output=True, text=True, timeout=300
+        [sys.executable, path], cwd=buffer_pool, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
         if line.startswith("equal"):
             assert line.endswith("True")
         for word in line.split():
-            assert not word.startswith("out/") or (workspace / word).stat().st_size > 0
+            assert not word.startswith("out/") or (buffer_pool / word).stat().st_size > 0
     assert done.stdout
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bifrost_rt import backends, manifest, residency
+from bifrost_rt import backends, manifest, memory_plan
 from bifrost_rt.answering import Answering, Conversation, Sampling
 from bifrost_rt.backends.onnxruntime import OnnxRuntime
 from bifrost_rt.engines import Engines
@@ -36,7 +36,7 @@ def facts(alpha_set: Path) -> Manifest:
 
 @pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
 def engines(request: pytest.FixtureRequest, alpha_set: Path, facts: Manifest) -> Iterator[Engines]:
-    if reason := backends.DRIVERS[request.param].unavailable():
+    if reason := backends.BACKENDS[request.param].unavailable():
         pytest.skip(reason)
     only = dataclasses.replace(facts, engines=(facts.engine("mllm_text"),))
     opened = Engines(alpha_set, only, backends.load(request.param))
@@ -138,13 +138,13 @@ def test_what_is_kept_leaves_when_a_run_needs_its_memory(
     room: int, alpha_set: Path, facts: Manifest, cases: dict[str, Case]
 ) -> None:
     first = cases["text"].asked.conversation
-    driver = backends.load("onnxruntime")
-    order, at = [spec.name for spec in facts.engines], residency.sizes(facts)
-    needs = residency.needs(facts, order, at, driver.weights_in_memory, driver.scratch_share)
+    backend = backends.load("onnxruntime")
+    order, at = [spec.name for spec in facts.engines], memory_plan.sizes(facts)
+    needs = memory_plan.needs(facts, order, at, backend.weights_in_memory, backend.scratch_share)
     picture = sum(need.held for need in needs) + max(need.tensors for need in needs)
     layers = sum(t.name.startswith("past_keys.") for t in facts.engine("mllm_text").inputs)
     cache = 256 * layers * 2 * 2 * 16 * 4  # places, keys and values, heads, width, bytes
-    opened = Engines(alpha_set, facts, driver, budget=picture + cache + room)
+    opened = Engines(alpha_set, facts, backend, budget=picture + cache + room)
     try:
         answering = Answering(opened, facts)
         ask(answering, first, 4)
@@ -157,7 +157,7 @@ def test_what_is_kept_leaves_when_a_run_needs_its_memory(
 
 
 class Apart(OnnxRuntime):
-    """Reads one buffer and writes another, as drivers do that compare replays."""
+    """Reads one buffer and writes another, as backends do that compare replays."""
 
     writes_in_place = False
 

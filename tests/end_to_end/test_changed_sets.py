@@ -15,7 +15,15 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from bifrost_rt import EngineSetError, Generator, IntegrityError, dims, manifest, opened, residency
+from bifrost_rt import (
+    EngineSetError,
+    Generator,
+    IntegrityError,
+    dims,
+    manifest,
+    memory_plan,
+    opened,
+)
 from bifrost_rt.backends.onnxruntime import OnnxRuntime, OnnxRuntimeEngine
 from bifrost_rt.manifest import BoundWeight, Compiled, EngineSpec, Manifest, Range
 from bifrost_rt.opened import OpenedFiles
@@ -75,7 +83,9 @@ def replace(folder: Path, by: Path) -> None:
 def half(folder: Path) -> int:
     facts = manifest.read(folder)
     order = dims.drawing(facts.engines)
-    needs = residency.needs(facts, order, residency.sizes(facts), OnnxRuntime().weights_in_memory)
+    needs = memory_plan.needs(
+        facts, order, memory_plan.sizes(facts), OnnxRuntime().weights_in_memory
+    )
     return sum(need.held for need in needs) // 2
 
 
@@ -206,9 +216,9 @@ class Swaps(OnnxRuntime):
 def test_a_file_that_changes_between_its_check_and_its_library(
     folder: Path, other_set: Path, name: str, fails: bool
 ) -> None:
-    driver = Swaps(folder / name, other_set, fails=fails)
+    backend = Swaps(folder / name, other_set, fails=fails)
     with pytest.raises(EngineSetError, match=rf"{name}: the set changed after it was opened"):
-        Generator(folder, backend=driver)
+        Generator(folder, backend=backend)
 
 
 def test_a_set_that_is_replaced_before_its_files_are_hashed(folder: Path, other_set: Path) -> None:

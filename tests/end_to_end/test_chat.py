@@ -66,7 +66,7 @@ class Reference:
             Qwen2VLImageProcessorPil,
         )
 
-        from export.text import chat_template
+        from export.tokenizer_files import chat_template
 
         self.tokenizer = Tokenizer.from_file(str(ALPHA / "mllm" / "tokenizer.json"))
         self.shell = PreTrainedTokenizerFast(tokenizer_object=self.tokenizer)
@@ -115,7 +115,7 @@ def expected() -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
 def opened(request: pytest.FixtureRequest, alpha_set: Path) -> Any:
-    if reason := backends.DRIVERS[request.param].unavailable():
+    if reason := backends.BACKENDS[request.param].unavailable():
         pytest.skip(reason)
     with Generator(alpha_set, backend=request.param) as generator:
         yield generator

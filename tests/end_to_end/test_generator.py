@@ -19,8 +19,8 @@ from bifrost_rt import (
     RequestError,
     RequestTypeError,
     dims,
-    handover,
-    residency,
+    latents_file,
+    memory_plan,
 )
 from bifrost_rt.backends.choice import choose
 
@@ -253,10 +253,10 @@ def test_previews_that_nobody_sees_or_that_do_not_fit(generator: Generator) -> N
 
 def test_previews_need_engines_that_stay(generator: Generator) -> None:
     largest = max(
-        residency.needs(
+        memory_plan.needs(
             generator.manifest,
             dims.drawing(generator.manifest.engines),
-            residency.sizes(generator.manifest),
+            memory_plan.sizes(generator.manifest),
             generator._engines.backend.weights_in_memory,
         ),
         key=lambda need: need.total,
@@ -290,7 +290,7 @@ def test_tokens_of_an_earlier_run_are_drawn_without_the_mllm(generator: Generato
     again = run(generator, ["a cow", "a dog"], num_images_per_prompt=2, tokens=first.tokens)
     assert np.array_equal(again.latents, first.latents)
     assert not {"mllm_text", "visual_decode"} & again.timings.keys()
-    assert again.parameters["injected"] == {"tokens": handover.digest(first.tokens)}
+    assert again.parameters["injected"] == {"tokens": latents_file.digest(first.tokens)}
     with pytest.raises(RequestError, match=r"tokens must have the shape \[1, 16, 64\]"):
         run(generator, tokens=first.tokens)
 
@@ -298,10 +298,10 @@ def test_tokens_of_an_earlier_run_are_drawn_without_the_mllm(generator: Generato
 def test_tokens_travel_in_a_file(generator: Generator, tmp_path: Path) -> None:
     first = run(generator, ["a cow", "a dog"], num_images_per_prompt=2)
     path = first.save_tokens(tmp_path / "deep" / "t.safetensors")
-    request = handover.load(path).request()
+    request = latents_file.load(path).request()
     again = generator.run(**request)
     assert np.array_equal(again.latents, first.latents)
-    assert again.parameters["injected"] == {"tokens": handover.digest(first.tokens)}
+    assert again.parameters["injected"] == {"tokens": latents_file.digest(first.tokens)}
     assert not np.array_equal(generator.run(**{**request, "seed": 9}).latents, first.latents)
 
 

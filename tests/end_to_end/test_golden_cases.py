@@ -14,7 +14,7 @@ from tests.conftest import Case, difference, load_case
 TOLERANCE = 1e-4
 
 
-EXACT = sorted(name for name, driver in backends.DRIVERS.items() if driver.exact)
+EXACT = sorted(name for name, backend in backends.BACKENDS.items() if backend.exact)
 
 
 @pytest.mark.parametrize("backend", EXACT)

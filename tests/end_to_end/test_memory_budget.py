@@ -18,8 +18,8 @@ from bifrost_rt import (
     Generator,
     dims,
     manifest,
+    memory_plan,
     pipeline,
-    residency,
     schedules,
 )
 from bifrost_rt.backends.onnxruntime import OnnxRuntime, OnnxRuntimeEngine
@@ -55,10 +55,10 @@ def facts(alpha_set: Path) -> Manifest:
     return manifest.read(alpha_set)
 
 
-def needs(facts: Manifest, **sizes: Any) -> list[residency.Need]:
+def needs(facts: Manifest, **sizes: Any) -> list[memory_plan.Requirement]:
     order = dims.drawing(facts.engines)
-    return residency.needs(
-        facts, order, residency.sizes(facts, **sizes), OnnxRuntime().weights_in_memory
+    return memory_plan.needs(
+        facts, order, memory_plan.sizes(facts, **sizes), OnnxRuntime().weights_in_memory
     )
 
 
@@ -69,10 +69,10 @@ def half(facts: Manifest) -> int:
 def test_half_the_memory_gives_the_same_bits(
     generator: Generator, alpha_set: Path, facts: Manifest
 ) -> None:
-    driver = Watched()
+    backend = Watched()
     expected = [generator.run(p, seed=5, cfg_weight=2.0, **FEW) for p in ("a cow", "a blue van")]
-    with Generator(alpha_set, backend=driver, memory_budget=half(facts)) as small:
-        assert driver.opened == []
+    with Generator(alpha_set, backend=backend, memory_budget=half(facts)) as small:
+        assert backend.opened == []
         found = [small.run(p, seed=5, cfg_weight=2.0, **FEW) for p in ("a cow", "a blue van")]
     for a, b in zip(found, expected, strict=True):
         assert np.array_equal(a.images, b.images)
@@ -80,28 +80,30 @@ def test_half_the_memory_gives_the_same_bits(
         assert np.array_equal(a.latents, b.latents)
     # the second picture found some engines where the first had left them
     assert (
-        len(dims.drawing(facts.engines)) < len(driver.opened) < 2 * len(dims.drawing(facts.engines))
+        len(dims.drawing(facts.engines))
+        < len(backend.opened)
+        < 2 * len(dims.drawing(facts.engines))
     )
 
 
 def test_an_engine_that_left_is_gone(alpha_set: Path, facts: Manifest) -> None:
     """Its session is freed: nothing of the loops or of the run holds on to it."""
-    driver, most = Watched(), 0
+    backend, most = Watched(), 0
     weight = {need.engine: need.held for need in needs(facts)}
 
     def count(*_: Any) -> None:
         nonlocal most
-        alive = driver.alive()
+        alive = backend.alive()
         resident, arriving = set(small._engines.resident), set(small._engines.arriving)
         assert resident <= alive <= resident | arriving
         most = max(most, sum(weight[name] for name in resident | arriving))
 
-    with Generator(alpha_set, backend=driver, memory_budget=half(facts)) as small:
+    with Generator(alpha_set, backend=backend, memory_budget=half(facts)) as small:
         for _ in range(2):
             small.run("a cow", seed=1, callback_on_step_end=count, **FEW)
-        assert driver.alive() == set(small._engines.resident)
+        assert backend.alive() == set(small._engines.resident)
     assert 0 < most <= half(facts)
-    assert driver.alive() == set()
+    assert backend.alive() == set()
 
 
 def test_modulation_leaves_before_the_loop(alpha_set: Path, facts: Manifest) -> None:
@@ -147,11 +149,11 @@ def test_an_engine_that_fails_on_its_way_fails_at_its_stage(
                 raise BackendError("stage `vae_decode`: no room")
             return super().open(folder, spec, dimensions)
 
-    driver = Broken()
-    with Generator(alpha_set, backend=driver, memory_budget=half(facts)) as small:
+    backend = Broken()
+    with Generator(alpha_set, backend=backend, memory_budget=half(facts)) as small:
         with pytest.raises(BackendError, match="vae_decode"):
             small.run("a cow", seed=1, **FEW)
-        driver.broken = False
+        backend.broken = False
         small.run("a cow", seed=1, **FEW)
 
 
@@ -196,14 +198,14 @@ class Counted(OnnxRuntime):
 
 
 def test_the_next_picture_uses_the_same_buffers(alpha_set: Path) -> None:
-    driver = Counted()
-    with Generator(alpha_set, backend=driver) as whole:
+    backend = Counted()
+    with Generator(alpha_set, backend=backend) as whole:
         first = whole.run("a red cow", seed=1, **FEW)
         kept = first.images.copy(), first.tokens.copy(), first.latents.copy()
-        before = driver.allocated, driver.bound
+        before = backend.allocated, backend.bound
         assert min(before) > 0
         again = whole.run("a red cow", seed=2, **FEW)
-        assert (driver.allocated, driver.bound) == before
+        assert (backend.allocated, backend.bound) == before
         assert not np.array_equal(again.images, first.images)
         # what a result holds is its own
         assert np.array_equal(first.images, kept[0])
@@ -211,44 +213,44 @@ def test_the_next_picture_uses_the_same_buffers(alpha_set: Path) -> None:
         assert np.array_equal(first.latents, kept[2])
         # other sizes get buffers of their own, and the first ones' pictures come back the same
         two = whole.run(["a red cow", "a cow by the sea"], seed=1, **FEW)
-        assert driver.allocated > before[0]
+        assert backend.allocated > before[0]
         assert np.array_equal(whole.run("a red cow", seed=1, **FEW).images, kept[0])
     np.testing.assert_allclose(two.images[0].astype(int), kept[0][0], atol=1)
 
 
 def test_within_a_budget_buffers_go_with_their_stage(alpha_set: Path, facts: Manifest) -> None:
-    driver = Counted()
+    backend = Counted()
     options: dict[str, Any] = {"memory_budget": half(facts), "prompt_cache": 0}
-    with Generator(alpha_set, backend=driver, **options) as small:
+    with Generator(alpha_set, backend=backend, **options) as small:
         small.run("a cow", seed=1, **FEW)
-        before = driver.allocated
+        before = backend.allocated
         small.run("a cow", seed=1, **FEW)
-        assert driver.allocated == 2 * before
+        assert backend.allocated == 2 * before
 
 
 def test_without_a_budget_everything_stays(alpha_set: Path, facts: Manifest) -> None:
-    driver = Watched()
-    with Generator(alpha_set, backend=driver) as whole:
-        assert set(driver.opened) == set(dims.drawing(facts.engines))
+    backend = Watched()
+    with Generator(alpha_set, backend=backend) as whole:
+        assert set(backend.opened) == set(dims.drawing(facts.engines))
         whole.run("a cow", **FEW)
         whole.run("a cow", **FEW)
-    assert len(driver.opened) == len(dims.drawing(facts.engines))
+    assert len(backend.opened) == len(dims.drawing(facts.engines))
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_opened(alpha_set: Path) -> None:
-    driver = Watched()
+    backend = Watched()
     with pytest.raises(BudgetError, match="memory budget 1 MiB: stage `.*` needs .* by itself"):
-        Generator(alpha_set, backend=driver, memory_budget="1MiB")
-    assert driver.opened == []
+        Generator(alpha_set, backend=backend, memory_budget="1MiB")
+    assert backend.opened == []
 
 
 def test_too_many_pictures_are_refused_before_the_run(alpha_set: Path, facts: Manifest) -> None:
-    driver = Watched()
+    backend = Watched()
     most = max(need.total for need in needs(facts, num_inference_steps=2))
-    with Generator(alpha_set, backend=driver, memory_budget=max(most, half(facts))) as small:
+    with Generator(alpha_set, backend=backend, memory_budget=max(most, half(facts))) as small:
         with pytest.raises(BudgetError, match="hint: draw one picture at a time"):
             small.run("a cow", num_images_per_prompt=500, **FEW)
-        assert driver.opened == []
+        assert backend.opened == []
         small.run("a cow", **FEW)
 
 
@@ -257,10 +259,10 @@ def test_a_driver_that_keeps_16_bit_is_told_to_build_it(alpha_set: Path, facts: 
         def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
             return stored
 
-    sized = residency.needs(
+    sized = memory_plan.needs(
         facts,
         dims.drawing(facts.engines),
-        residency.sizes(facts),
+        memory_plan.sizes(facts),
         Compact().weights_in_memory,
     )
     budget = max(need.total for need in sized) - 1000
@@ -315,11 +317,11 @@ def test_the_default_is_what_the_device_has_free_less_a_tenth(
 ) -> None:
     class Small(Watched):
         def free_memory(self) -> int:
-            return int(half(facts) / (1 - residency.MARGIN)) + 1
+            return int(half(facts) / (1 - memory_plan.MARGIN)) + 1
 
-    driver = Small()
-    with Generator(alpha_set, backend=driver) as small:
-        assert driver.opened == []
+    backend = Small()
+    with Generator(alpha_set, backend=backend) as small:
+        assert backend.opened == []
         small.run("a cow", **FEW)
         assert small._engines.budget == pytest.approx(half(facts), abs=2)
 
@@ -329,6 +331,6 @@ def test_where_a_device_does_not_say_everything_is_opened(alpha_set: Path, facts
         def free_memory(self) -> None:
             return None
 
-    driver = Silent()
-    with Generator(alpha_set, backend=driver):
-        assert len(driver.opened) == len(dims.drawing(facts.engines))
+    backend = Silent()
+    with Generator(alpha_set, backend=backend):
+        assert len(backend.opened) == len(dims.drawing(facts.engines))

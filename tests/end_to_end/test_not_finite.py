@@ -193,9 +193,9 @@ def test_a_build_still_names_the_engine_that_differs(alpha_set: Path, stage: str
     from export.errors import ParityError
     from export.stages.catalog import DEFINITIONS
 
-    facts, driver = manifest.read(alpha_set), OnnxRuntime()
+    facts, backend = manifest.read(alpha_set), OnnxRuntime()
     right = {
-        spec.name: error._float32(alpha_set, facts, spec, driver, DEFINITIONS[spec.name])
+        spec.name: error._float32(alpha_set, facts, spec, backend, DEFINITIONS[spec.name])
         for spec in facts.engines
     }
     with pytest.raises(ParityError, match=f"engine `{stage}`: differs from torch by inf"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bifrost_rt import Generator, manifest
-from bifrost_rt.text import Tokenizers
+from bifrost_rt.tokenizers import Tokenizers
 from tests.conftest import ALPHA, Case
 
 FEW: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "decoding_steps": 2}

@@ -16,9 +16,9 @@ from bifrost_rt import (
     RequestError,
     dims,
     manifest,
+    memory_plan,
     pipeline,
     request,
-    residency,
 )
 from bifrost_rt.backends.onnxruntime import OnnxRuntime, OnnxRuntimeEngine
 from bifrost_rt.cli import main
@@ -52,7 +52,7 @@ def small_budget(facts: Manifest) -> int:
     """Half of what the open engines hold."""
     order = dims.drawing(facts.engines)
     in_memory = OnnxRuntime().weights_in_memory
-    needs = residency.needs(facts, order, residency.sizes(facts), in_memory)
+    needs = memory_plan.needs(facts, order, memory_plan.sizes(facts), in_memory)
     return sum(need.held for need in needs) // 2
 
 
@@ -138,29 +138,29 @@ def test_values_that_are_not_finite_are_not_kept(alpha_set: Path, uncached: Any)
 def test_within_a_budget_a_prompt_that_comes_again_loads_no_text_engine(
     alpha_set: Path, facts: Manifest, uncached: Any
 ) -> None:
-    driver = Watched()
-    with Generator(alpha_set, backend=driver, memory_budget=small_budget(facts)) as generator:
+    backend = Watched()
+    with Generator(alpha_set, backend=backend, memory_budget=small_budget(facts)) as generator:
         first = generator.run("a cow", seed=1, **FEW)
-        driver.opened.clear()
+        backend.opened.clear()
         again = generator.run("a cow", seed=2, **FEW)
-    assert not TEXT & set(driver.opened)
+    assert not TEXT & set(backend.opened)
     assert same(first, uncached.run("a cow", seed=1, **FEW))
     assert same(again, uncached.run("a cow", seed=2, **FEW))
 
 
 def test_no_engine_leaves_for_what_is_kept(alpha_set: Path, facts: Manifest) -> None:
     """At the budget at which all engines just stay, they stay, and nothing is kept."""
-    driver = Watched()
+    backend = Watched()
     order = dims.drawing(facts.engines)
-    at = residency.sizes(facts)
-    needs = residency.needs(facts, order, at, OnnxRuntime().weights_in_memory)
+    at = memory_plan.sizes(facts)
+    needs = memory_plan.needs(facts, order, at, OnnxRuntime().weights_in_memory)
     budget = sum(need.held for need in needs) + max(need.tensors for need in needs)
-    with Generator(alpha_set, backend=driver, memory_budget=budget) as generator:
+    with Generator(alpha_set, backend=backend, memory_budget=budget) as generator:
         assert not generator.reloads()
         generator.run("a cow", seed=1, **FEW)
         again = generator.run("a cow", seed=1, **FEW)
         assert again.timings.keys() >= TEXT
-    assert len(driver.opened) == len(dims.drawing(facts.engines))
+    assert len(backend.opened) == len(dims.drawing(facts.engines))
 
 
 def queue(facts: Manifest, **common: Any) -> list[request.Request]:
@@ -187,11 +187,11 @@ def queue(facts: Manifest, **common: Any) -> list[request.Request]:
 def test_a_queue_under_half_of_the_memory_opens_every_engine_once(
     alpha_set: Path, facts: Manifest, uncached: Any
 ) -> None:
-    driver, asked = Watched(), queue(facts)
-    with Generator(alpha_set, backend=driver, memory_budget=small_budget(facts)) as generator:
+    backend, asked = Watched(), queue(facts)
+    with Generator(alpha_set, backend=backend, memory_budget=small_budget(facts)) as generator:
         assert generator.reloads()
         found = generator.draw_several(asked)
-    assert sorted(driver.opened) == sorted(dims.drawing(facts.engines))
+    assert sorted(backend.opened) == sorted(dims.drawing(facts.engines))
     for one, of in zip(found, asked, strict=True):
         alone: Output = uncached.draw(of)
         assert np.array_equal(one.tokens, alone.tokens)
@@ -241,22 +241,22 @@ def test_what_memory_does_not_hold_together_is_drawn_in_parts(
     alpha_set: Path, facts: Manifest, uncached: Any
 ) -> None:
     """As many side by side as their tensors allow; never refused for being together."""
-    driver, images = Thrifty(), 60
+    backend, images = Thrifty(), 60
     few = {"num_images_per_prompt": images, "num_inference_steps": 1, "output_type": "latent"}
     asked = queue(facts, **few, cfg_weight=2.0, decoding_steps=1)[:4]
-    sizes = residency.largest([pipeline.sizes(facts, one) for one in asked])
+    sizes = memory_plan.largest([pipeline.sizes(facts, one) for one in asked])
     order = pipeline.stages(asked[0])
 
     def largest(waiting: int) -> int:
-        in_memory = driver.weights_in_memory
-        needs = residency.needs(facts, order, sizes, in_memory, driver.scratch_share, waiting)
+        in_memory = backend.weights_in_memory
+        needs = memory_plan.needs(facts, order, sizes, in_memory, backend.scratch_share, waiting)
         return max(need.total for need in needs)
 
     budget = (largest(2) + largest(4)) // 2
-    with Generator(alpha_set, backend=driver, memory_budget=budget, prompt_cache=0) as generator:
-        driver.opened.clear()
+    with Generator(alpha_set, backend=backend, memory_budget=budget, prompt_cache=0) as generator:
+        backend.opened.clear()
         found = generator.draw_several(asked)
-    assert driver.opened.count("denoise") == 2
+    assert backend.opened.count("denoise") == 2
     for one, of in zip(found, asked, strict=True):
         assert np.array_equal(one.latents, uncached.draw(of).latents)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bifrost_rt import EngineSetError, inspect, manifest
-from bifrost_rt.text import Tokenizers, strip_lead_in
+from bifrost_rt.tokenizers import Tokenizers, strip_lead_in
 from tests.conftest import ALPHA, Case
 
 TEXTS = json.loads((ALPHA / "tokenizer_cases.json").read_text())

@@ -15,7 +15,9 @@ from bifrost_rt import Generator, GeneratorStateError, backends
 from bifrost_rt.backends.onnxruntime import OnnxRuntime
 
 SETTINGS: dict[str, Any] = {"output_type": "np", "num_inference_steps": 6, "decoding_steps": 4}
-CPU = sorted(name for name, driver in backends.DRIVERS.items() if driver.exact and not driver.gpu)
+CPU = sorted(
+    name for name, backend in backends.BACKENDS.items() if backend.exact and not backend.gpu
+)
 
 
 def draw(generator: Generator, seed: int, **changes: Any) -> NDArray[np.uint8]:
@@ -170,7 +172,7 @@ def test_an_error_in_a_run_gives_the_turn_away(generator: Generator) -> None:
 
 
 class OneQueue(OnnxRuntime):
-    """A driver that, like a GPU's stream, cannot be used by two threads."""
+    """A backend that, like a GPU's stream, cannot be used by two threads."""
 
     opens_in_threads = False
 
@@ -201,14 +203,14 @@ class OneQueue(OnnxRuntime):
 def test_generators_that_share_a_gpus_driver_take_turns(
     alpha_set: Path, generator: Generator
 ) -> None:
-    driver = OneQueue()
+    backend = OneQueue()
     with (
-        Generator(alpha_set, backend=driver) as one,
-        Generator(alpha_set, backend=driver) as two,
+        Generator(alpha_set, backend=backend) as one,
+        Generator(alpha_set, backend=backend) as two,
         ThreadPoolExecutor(4) as pool,
     ):
         found = list(pool.map(lambda i: draw((one, two)[i % 2], i), range(6)))
-    assert driver.most == 1
+    assert backend.most == 1
     for i, picture in enumerate(found):
         assert np.array_equal(picture, draw(generator, i))
 

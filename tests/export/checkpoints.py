@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from export import assemble, sources, text
+from export import assemble, lazy_tensors, tokenizer_files
 from export.checkpoint import Checkpoint
 
 PARTS = ("mllm", "bifrost", "flux")
@@ -65,7 +65,7 @@ def outline(checkpoint: Checkpoint) -> dict[str, Any]:
     model = assemble.facts(checkpoint)
     length = checkpoint.max_seq_length
     with tempfile.TemporaryDirectory() as temporary:
-        written = text.write(checkpoint, Path(temporary), length, 16)
+        written = tokenizer_files.write(checkpoint, Path(temporary), length, 16)
         tokenizers = {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(Path(temporary).rglob("*.json"))
@@ -75,7 +75,7 @@ def outline(checkpoint: Checkpoint) -> dict[str, Any]:
     for stage in assemble.stages(checkpoint, model, length, written.clip.max_length, 16):
         found[stage.name] = (str(stage.module), stage.inputs, stage.outputs)
         found[f"{stage.name} tensors"] = {
-            name: sources.held(source.read()).identity
-            for name, source in sources.named(stage.module).items()
+            name: lazy_tensors.held(source.read()).identity
+            for name, source in lazy_tensors.named(stage.module).items()
         }
     return found

@@ -22,8 +22,8 @@ from bifrost_rt import cache, dims, request
 from bifrost_rt import manifest as manifests
 from bifrost_rt.backends.onnxruntime import OnnxRuntime
 from bifrost_rt.engines import Engines
-from bifrost_rt.text import Tokenizers
-from export import chain, parity
+from bifrost_rt.tokenizers import Tokenizers
+from export import parity, torch_pipeline
 from export.compile.compiled_set import compile_set
 from export.errors import CompileError, ParityError
 from export.formats import FORMATS
@@ -107,7 +107,7 @@ def test_it_is_built_compared_with_torch_and_run(
     folder, report = fp32
     assert report["max_error"] <= report["tolerance"] == guide.DEFINITION.tolerance
     assert report["calls"] == 6  # two outputs of three steps
-    exact = drawn(guide, folder, chain.Torch({"smooth": toy(guide, alpha_set)}))
+    exact = drawn(guide, folder, torch_pipeline.Torch({"smooth": toy(guide, alpha_set)}))
     assert np.abs(drawn(guide, folder, OnnxRuntime()) - exact).max() < 1e-5
 
 

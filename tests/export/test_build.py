@@ -92,14 +92,14 @@ def test_a_set_for_one_image_refuses_two(half_set: Path) -> None:
 def test_fp16_refuses_what_it_cannot_hold() -> None:
     import torch
 
-    from export import sources
+    from export import lazy_tensors
     from export.precision import round_weights
 
     layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
     layer[0].weight.data[0, 0] = 1e6
     round_weights(layer, "fp16")
     with pytest.raises(ExportError, match=r"0.weight reaches 1e\+06, beyond the range of fp16"):
-        sources.load(layer)
+        lazy_tensors.load(layer)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
@@ -309,8 +309,8 @@ def test_a_real_build_that_is_signalled_leaves_no_set(
 def test_tokenizers_of_other_dialects_give_the_same_ids(tmp_path: Path) -> None:
     """Vocabulary and merges alone, merges as strings, a tokenizer.json with padding of its own, the
     template in a file of its own."""
-    from bifrost_rt.text import Tokenizers
-    from export import text
+    from bifrost_rt.tokenizers import Tokenizers
+    from export import tokenizer_files
     from export.checkpoint import Checkpoint
 
     for name in ("mllm", "bifrost", "flux"):
@@ -341,7 +341,7 @@ def test_tokenizers_of_other_dialects_give_the_same_ids(tmp_path: Path) -> None:
     (tmp_path / "flux" / "tokenizer_2" / "tokenizer.json").unlink()  # leaves spiece.model
     checkpoint = Checkpoint(*(tmp_path / name for name in ("mllm", "bifrost", "flux")))
     (tmp_path / "set").mkdir()
-    facts = text.write(checkpoint, tmp_path / "set", 48, 32)
+    facts = tokenizer_files.write(checkpoint, tmp_path / "set", 48, 32)
     tokenizers = Tokenizers(tmp_path / "set", facts)
     for case in json.loads((ALPHA / "tokenizer_cases.json").read_text()):
         assert tokenizers.mllm_raw(case["text"]) == case["qwen"]

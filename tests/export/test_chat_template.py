@@ -15,10 +15,10 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from bifrost_rt import messages
 from bifrost_rt.manifest import Chat
-from bifrost_rt.text import Tokenizers
+from bifrost_rt.tokenizers import Tokenizers
 from export import chat as chats
 from export.errors import CheckpointError
-from export.text import chat_template
+from export.tokenizer_files import chat_template
 from tests.conftest import ALPHA
 
 PICTURE: dict[str, Any] = {"type": "image", "image": "here"}

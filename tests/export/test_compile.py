@@ -68,7 +68,7 @@ def test_a_compiled_set_says_how_and_for_what(compiled: Path, small_set: Path) -
 
 
 def test_opening_it_without_a_gpu_gives_the_reason(compiled: Path) -> None:
-    if backends.DRIVERS["tensorrt-rtx"].unavailable() is None:
+    if backends.BACKENDS["tensorrt-rtx"].unavailable() is None:
         pytest.skip("this machine has a GPU that runs it")
     with pytest.raises(BackendError, match="backend 'tensorrt-rtx' is not available: "):
         Generator(compiled)
@@ -132,7 +132,7 @@ def initializers(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
         yield tensor.name, numpy_helper.to_array(tensor)
 
 
-def test_quantised_layers_are_not_measured(
+def test_quantized_layers_are_not_measured(
     small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantized, "formats", lambda graph: {"int8"})

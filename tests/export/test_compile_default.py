@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 from PIL import Image
 
-from bifrost_rt import inspect, manifest, opened, residency
+from bifrost_rt import inspect, manifest, memory_plan, opened
 from bifrost_rt.manifest import Manifest
 from export import build, flops, plan, shipped
 from export.compile import __main__ as command
@@ -138,7 +138,7 @@ def test_the_set_that_they_are_compiled_from_is_untouched(compiled: Compiled) ->
 def test_as_many_layers_compute_in_the_format_as_the_source_says(compiled: Compiled) -> None:
     dtype, rest = DTYPES[compiled.precision], REST[compiled.precision]
     for spec in manifest.read(compiled.source).engines:
-        quantised = spec.precision.layers.get(compiled.precision, 0)
+        quantized = spec.precision.layers.get(compiled.precision, 0)
         products = compiled.report[spec.name]["products"]
         assert set(products) <= {dtype, rest, "float32"}, spec.name
         nodes = ir.load(compiled.source / spec.graph).graph
@@ -150,10 +150,10 @@ def test_as_many_layers_compute_in_the_format_as_the_source_says(compiled: Compi
             assert sum(products.values()) > sum(spec.precision.layers.values()) - 2
             assert products[dtype] > products.get("float32", 0)
         elif spec.name in IN_16_BIT:
-            assert quantised == 0
+            assert quantized == 0
             assert dtype not in products
         else:
-            assert products[dtype] == quantised > 10
+            assert products[dtype] == quantized > 10
             assert products[rest] > 0  # attention
 
 
@@ -168,7 +168,7 @@ def test_the_manifest_says_what_was_read_back(compiled: Compiled) -> None:
         assert spec.precision.weights == largest[0]
 
 
-def test_every_quantised_weight_is_held_in_its_bits(compiled: Compiled) -> None:
+def test_every_quantized_weight_is_held_in_its_bits(compiled: Compiled) -> None:
     """The network's constants in the format are the source graph's, to the byte."""
     dtype = DTYPES[compiled.precision]
     for spec in manifest.read(compiled.source).engines:
@@ -187,7 +187,7 @@ def test_every_quantised_weight_is_held_in_its_bits(compiled: Compiled) -> None:
 def test_every_plan_multiplies_what_the_graph_does(compiled: Compiled) -> None:
     """Not a number is left unknown, and the operations are those counted from the ONNX graph."""
     facts, source = compiled.facts, manifest.read(compiled.source)
-    at = residency.sizes(facts)
+    at = memory_plan.sizes(facts)
     shown = inspect.plan(compiled.folder, facts)
     assert "unknown" not in shown
     for spec in facts.engines:
@@ -256,7 +256,7 @@ def test_an_engine_without_a_plan_is_unknown(compiled: Compiled, tmp_path: Path)
         (compiled.folder / spec.graph).read_bytes().replace(b"header {", b"HEADER {")
     )
     asked = Arithmetic({}, {}, {}, {})
-    sizes = residency.sizes(compiled.facts)(spec.name)
+    sizes = memory_plan.sizes(compiled.facts)(spec.name)
     assert compiled_set.read_plan(tmp_path, spec, sizes, asked) == {"plan": "unknown"}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from onnx import load, save
 
-from bifrost_rt import Generator, manifest, opened, residency
+from bifrost_rt import Generator, manifest, memory_plan, opened
 from bifrost_rt.backends import gpu
 from bifrost_rt.backends.tensorrt import TensorRtRtx
 from bifrost_rt.errors import BackendError, IntegrityError
@@ -58,7 +58,7 @@ def untouched(folder: Path) -> Iterator[None]:
 
 
 def on(architecture: str = "sm89", version: str | None = None) -> TensorRtRtx:
-    """The driver with the real library on a GPU that is not there."""
+    """The backend with the real library on a GPU that is not there."""
     import tensorrt_rtx
 
     from bifrost_rt.backends.tensorrt_log import logger
@@ -94,19 +94,19 @@ def test_a_foreign_file_in_an_engines_place(older: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("driver", "message"),
+    ("backend", "message"),
     [
         ({"version": "1.6.0.1"}, r"was compiled by tensorrt-rtx 1\.\S+, this is 1\.6\.0\.1"),
         ({"architecture": "sm86"}, "was compiled for sm89, sm120, this GPU is sm86"),
     ],
 )
 def test_a_set_of_another_version_or_for_another_gpu_is_refused_at_load_with_the_command(
-    older: Path, driver: dict[str, str], message: str
+    older: Path, backend: dict[str, str], message: str
 ) -> None:
     with untouched(older), pytest.raises(BackendError, match=message) as error:
-        Generator(older, backend=on(**driver))
+        Generator(older, backend=on(**backend))
     assert error.value.message.startswith(str(older))
-    target = driver.get("architecture", "sm89")
+    target = backend.get("architecture", "sm89")
     assert error.value.hint == (
         f"python -m export.compile ONNX_SET --backend tensorrt-rtx --target {target} --output DIR"
     )
@@ -315,7 +315,7 @@ def test_a_broken_graph_names_stage_and_layer_and_leaves_the_old_set(
 def test_memory_that_is_not_there(
     small_set: Path, older: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(residency, "available", lambda: 1000)
+    monkeypatch.setattr(memory_plan, "available", lambda: 1000)
     with (
         untouched(older),
         pytest.raises(CompileError, match=r"`clip_text`: compiling its weights .* GiB") as error,

@@ -1,4 +1,4 @@
-"""Quantised layers, from the form that runs on a CPU to engines: rewritten without a changed
+"""Quantized layers, from the form that runs on a CPU to engines: rewritten without a changed
 number, refused where a card has no such arithmetic, and what they compute in read back."""
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
-from bifrost_rt import residency
+from bifrost_rt import memory_plan
 from bifrost_rt.manifest import EngineSpec, Precision, TensorSpec
-from export.compile import bound, capabilities, compiled_set, graphs, half, quantized
+from export.compile import bound, capabilities, compiled_set, graphs, mixed_precision, quantized
 from export.compile import builder as builders
 from export.compile.profiles import Sizes
 from export.errors import CompileError
@@ -39,12 +39,12 @@ FP8, UINT4, INT4 = ir.DataType.FLOAT8E4M3FN, ir.DataType.UINT4, ir.DataType.INT4
 
 
 class Layer:
-    """y = round(x) @ dequantise(weight) + bias, as `export.build` writes it."""
+    """y = round(x) @ dequantize(weight) + bias, as `export.build` writes it."""
 
     def __init__(self, form: str) -> None:
         shape = ir.Shape(["images", 16, K])
         self._numbers = np.random.default_rng(0)
-        x = ir.Value(name="x", shape=shape, type=ir.TensorType(half.FLOAT))
+        x = ir.Value(name="x", shape=shape, type=ir.TensorType(mixed_precision.FLOAT))
         self._graph = ir.Graph([x], [], nodes=[], opset_imports={"": 23, "bifrost": 1}, name="g")
         rounded = self._activations(form, x)
         weight = self._weight(form)
@@ -115,14 +115,14 @@ class Layer:
         self._graph.append(node)
         made = node.outputs[0]
         made.name, made.shape = f"{operator}.{len(self._graph)}", ir.Shape(shape)
-        made.type = ir.TensorType(half.FLOAT)
+        made.type = ir.TensorType(mixed_precision.FLOAT)
         return made
 
 
 def compiled(form: str, target: str, compute: str = "bfloat16", *, bind: bool = False) -> Any:
     model = Layer(form).model
     quantized.rewrite(model)
-    half.convert(model, DEFINITIONS["denoise"], compute)
+    mixed_precision.convert(model, DEFINITIONS["denoise"], compute)
     names = {str(tensor.name) for tensor in bound.bind(model)} if bind else set()
     sizes = Sizes({"images": (1, 2)})
     builder = builders.find(RTX_BUILDER)
@@ -130,7 +130,7 @@ def compiled(form: str, target: str, compute: str = "bfloat16", *, bind: bool = 
 
 
 @pytest.mark.parametrize("form", list(DTYPES))
-def test_what_a_graph_is_quantised_to(form: str) -> None:
+def test_what_a_graph_is_quantized_to(form: str) -> None:
     assert quantized.formats(Layer(form).model) == {form}
 
 
@@ -182,13 +182,13 @@ def test_it_compiles_with_16_bit_around_it(form: str, target: str) -> None:
 
 @pytest.mark.parametrize("form", list(DTYPES))
 def test_layers_compile_as_a_build_writes_them(form: str, tmp_path: Path) -> None:
-    """Traced, stored and read again; a layer in 16 bit behind the quantised one."""
+    """Traced, stored and read again; a layer in 16 bit behind the quantized one."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     stage, spec = built(tmp_path, form)
     graph = graphs.read(tmp_path / spec.graph, spec.name)
     assert quantized.formats(graph) == {form}
     quantized.rewrite(graph)
-    half.convert(graph, stage.definition, "bfloat16")
+    mixed_precision.convert(graph, stage.definition, "bfloat16")
     builder, sizes = builders.find(RTX_BUILDER), Sizes({"images": (1, 2)})
     found = builders.compile_graph(builder, graph, spec, sizes, ("sm120",)).arithmetic
     weight_only = form == "int4"
@@ -213,7 +213,7 @@ def test_weights_of_4_bits_stay_in_the_engine(form: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(bound, "SMALLEST", 64)
     model = Layer(form).model
     quantized.rewrite(model)
-    half.convert(model, DEFINITIONS["denoise"], "bfloat16")
+    mixed_precision.convert(model, DEFINITIONS["denoise"], "bfloat16")
     assert [tensor.name for tensor in bound.bind(model)] == ["bias.bfloat16"]
     built = compiled(form, "sm120", bind=True)
     assert built.arithmetic.stored == DTYPES[form]
@@ -224,7 +224,7 @@ def test_weights_of_4_bits_stay_in_the_engine(form: str, monkeypatch: pytest.Mon
 
 def test_memory_for_weights_that_cannot_be_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled_set, "BOUND_FROM", 1024)
-    monkeypatch.setattr(residency, "available", lambda: 1000)
+    monkeypatch.setattr(memory_plan, "available", lambda: 1000)
     monkeypatch.setattr(bound, "SMALLEST", 64)
     for asked in (None, "bound"):
         with pytest.raises(CompileError, match="`denoise`: compiling its weights") as error:

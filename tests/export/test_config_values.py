@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from export import sources, text
+from export import lazy_tensors, tokenizer_files
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError
 from tests.export.checkpoints import PARTS, edit_json, opened
@@ -27,7 +27,7 @@ def _mllm(checkpoint: Checkpoint) -> Any:
 
 
 def _network(module: Any) -> Any:
-    return str(module), {n: source.shape for n, source in sources.named(module).items()}
+    return str(module), {n: source.shape for n, source in lazy_tensors.named(module).items()}
 
 
 READ: dict[str, Callable[[Checkpoint], Any]] = {
@@ -43,7 +43,7 @@ READ: dict[str, Callable[[Checkpoint], Any]] = {
     "flux/text_encoder/config.json": lambda c: (_network(c.clip), c.clip.config.eos_token_id),
     "flux/text_encoder_2/config.json": lambda c: _network(c.t5),
     "flux/scheduler/scheduler_config.json": lambda c: c.scheduler,
-    "flux/tokenizer/tokenizer_config.json": text.clip_length,
+    "flux/tokenizer/tokenizer_config.json": tokenizer_files.clip_length,
     "flux/model_index.json": lambda c: None,
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bifrost_rt import Generator, manifest, selftest
 from bifrost_rt.manifest import EngineSpec, Precision, TensorSpec
 from export.compile import builder as builders
-from export.compile import error, graphs, half, simulate
+from export.compile import error, graphs, mixed_precision, simulate
 from export.compile.profiles import Sizes
 from export.engine_set import describe_files
 from export.errors import CompileError
@@ -32,7 +32,7 @@ TYPES = ("bfloat16", "float16")
 
 def converted(folder: Path, stage: str, compute: str) -> ir.Model:
     model = graphs.read(folder / f"{stage}.onnx", stage)
-    half.convert(model, DEFINITIONS[stage], compute)
+    mixed_precision.convert(model, DEFINITIONS[stage], compute)
     return model
 
 
@@ -97,7 +97,7 @@ def test_products_are_rounded_and_sums_and_doors_are_not(
     alpha_set: Path, tmp_path: Path, stage: str, compute: str
 ) -> None:
     model = converted(alpha_set, stage, compute)
-    name = half.TYPES[compute].name
+    name = mixed_precision.TYPES[compute].name
     assert types(model, "Attention", "MatMul", "Conv")[name] > 1
     assert set(types(model, "Attention")) <= {name}
     assert set(types(model, "RMSNormalization", "LayerNormalization", "Cos")) <= {"FLOAT"}
@@ -107,8 +107,10 @@ def test_products_are_rounded_and_sums_and_doors_are_not(
             assert value.dtype is not None
             assert (value.name, value.dtype.numpy().name) == (door.name, door.dtype)
     for node in model.graph:
-        if node.op_type == "Add" and node.outputs[0].dtype == half.TYPES[compute]:
-            assert any(half.constant(value) is not None for value in node.inputs)  # a bias
+        if node.op_type == "Add" and node.outputs[0].dtype == mixed_precision.TYPES[compute]:
+            assert any(
+                mixed_precision.constant(value) is not None for value in node.inputs
+            )  # a bias
     ir.save(model, tmp_path / "graph.onnx", external_data="graph.data")
     onnx.checker.check_model(str(tmp_path / "graph.onnx"), full_check=True)
 
@@ -138,9 +140,9 @@ def test_attention_is_scaled_in_float32_before_q_is_rounded(alpha_set: Path, com
                 continue
             assert maker.op_type == "Cast"  # of what was scaled
             scaled = maker.inputs[0].producer()
-            factor = half.constant(scaled.inputs[1])
-            assert (scaled.op_type, scaled.outputs[0].dtype) == ("Mul", half.FLOAT)
-            assert factor.dtype == half.FLOAT
+            factor = mixed_precision.constant(scaled.inputs[1])
+            assert (scaled.op_type, scaled.outputs[0].dtype) == ("Mul", mixed_precision.FLOAT)
+            assert factor.dtype == mixed_precision.FLOAT
             assert float(factor.const_value.numpy()) == pytest.approx(expected, rel=1e-7)
 
 
@@ -153,8 +155,8 @@ def test_an_engine_scales_q_alone_and_its_attention_is_one_kernel(compute: str) 
     """Read from the plan inside it."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     model = head()
-    half.convert(model, DEFINITIONS["denoise"], compute)
-    engine, other = engine_of(model), engine_of(head(half.TYPES[compute].value))
+    mixed_precision.convert(model, DEFINITIONS["denoise"], compute)
+    engine, other = engine_of(model), engine_of(head(mixed_precision.TYPES[compute].value))
     plan = plans.text(engine)
     (scaling,) = [kernel for kernel in plans.kernels(plan) if "Mul" in kernel.name]
     assert scaling.reads[0] == "q.1"
@@ -202,7 +204,7 @@ def test_the_layers_that_a_stage_names_stay_float32(alpha_set: Path) -> None:
     conditioning = converted(alpha_set, "conditioning", "bfloat16")
     embedders = [node for node in conditioning.graph if node.op_type == "Gemm"]
     assert embedders
-    assert all(node.outputs[0].dtype == half.FLOAT for node in embedders)
+    assert all(node.outputs[0].dtype == mixed_precision.FLOAT for node in embedders)
 
 
 def test_a_graph_of_16_bit_weights_uses_them_as_they_are(alpha_set: Path, tmp_path: Path) -> None:
@@ -211,14 +213,15 @@ def test_a_graph_of_16_bit_weights_uses_them_as_they_are(alpha_set: Path, tmp_pa
     for value in list(model.graph.initializers.values()):
         tensor = value.const_value
         assert tensor is not None
-        if tensor.dtype == half.FLOAT and len(tensor.shape) == 2:
+        if tensor.dtype == mixed_precision.FLOAT and len(tensor.shape) == 2:
             store_in_bfloat16(model.graph, value)
-    half.convert(model, DEFINITIONS["t5_text"], "bfloat16")
+    mixed_precision.convert(model, DEFINITIONS["t5_text"], "bfloat16")
     matrices = [v for v in model.graph.initializers.values() if len(v.shape or ()) == 2]
     tables = {ir.DataType.INT64}  # of T5's relative positions
     assert {v.dtype for v in matrices} - tables == {ir.DataType.BFLOAT16}
     assert not any(
-        node.op_type == "Cast" and half.constant(node.inputs[0]) is not None for node in model.graph
+        node.op_type == "Cast" and mixed_precision.constant(node.inputs[0]) is not None
+        for node in model.graph
     )
 
 
@@ -228,7 +231,7 @@ def test_weights_behind_a_cast_are_held_in_float32(alpha_set: Path, tmp_path: Pa
     model = graphs.read(alpha_set / "t5_text.onnx", "t5_text")
     whole = graphs.weight_bytes(model)
     for value in list(model.graph.initializers.values()):
-        if value.dtype == half.FLOAT and len(value.shape or ()) == 2:
+        if value.dtype == mixed_precision.FLOAT and len(value.shape or ()) == 2:
             store_in_bfloat16(model.graph, value)
     assert graphs.weight_bytes(model) == whole
     spec = manifest.read(alpha_set).engine("t5_text")
@@ -240,14 +243,16 @@ def test_weights_behind_a_cast_are_held_in_float32(alpha_set: Path, tmp_path: Pa
 
 
 def store_in_bfloat16(graph: ir.Graph, value: ir.Value) -> None:
-    wide = ir.node("Cast", [ir.Value(name=f"{value.name}.bf16")], {"to": half.FLOAT.value})
+    wide = ir.node(
+        "Cast", [ir.Value(name=f"{value.name}.bf16")], {"to": mixed_precision.FLOAT.value}
+    )
     stored, cast = wide.inputs[0], wide.outputs[0]
     assert stored is not None
     assert value.const_value is not None
     stored.dtype, stored.shape = ir.DataType.BFLOAT16, value.shape
     rounded = value.const_value.numpy().astype(ir.DataType.BFLOAT16.numpy())
     stored.const_value = ir.Tensor(rounded, dtype=ir.DataType.BFLOAT16)
-    cast.dtype, cast.shape, cast.name = half.FLOAT, value.shape, f"{value.name}.wide"
+    cast.dtype, cast.shape, cast.name = mixed_precision.FLOAT, value.shape, f"{value.name}.wide"
     value.replace_all_uses_with(cast)
     del graph.initializers[str(value.name)]
     graph.register_initializer(stored)
@@ -294,10 +299,10 @@ def gated(scale: float) -> ir.Model:
         value = next(v for n in model.graph for v in n.inputs if v is not None and v.name == name)
         matrix = numbers.normal(size=(8, 8)).astype(np.float32) * (1 if name == "down" else scale)
         value.const_value = ir.Tensor(matrix)
-        value.dtype, value.shape = half.FLOAT, ir.Shape((8, 8))
+        value.dtype, value.shape = mixed_precision.FLOAT, ir.Shape((8, 8))
         model.graph.register_initializer(value)
     for node in model.graph:
-        node.outputs[0].dtype, node.outputs[0].shape = half.FLOAT, ir.Shape((1, 8))
+        node.outputs[0].dtype, node.outputs[0].shape = mixed_precision.FLOAT, ir.Shape((1, 8))
     return model
 
 
@@ -306,7 +311,7 @@ def test_gated_products_may_go_beyond_float16(tmp_path: Path) -> None:
     exact = run(gated(60.0), tmp_path / "exact.onnx", {"x": x})[0]
     assert np.abs(exact).max() > np.finfo(np.float16).max
     model = gated(60.0)
-    half.convert(model, DEFINITIONS["mllm_text"], "float16")
+    mixed_precision.convert(model, DEFINITIONS["mllm_text"], "float16")
     simulate.simulate(model)
     found = run(model, tmp_path / "half.onnx", {"x": x})[0]
     assert np.isfinite(found).all()
@@ -315,7 +320,7 @@ def test_gated_products_may_go_beyond_float16(tmp_path: Path) -> None:
 
 def test_a_weight_beyond_float16_is_refused_by_name() -> None:
     model = gated(1e6)
-    half.convert(model, DEFINITIONS["mllm_text"], "float16")
+    mixed_precision.convert(model, DEFINITIONS["mllm_text"], "float16")
     where = r"stage `mllm_text`: (up|gate) reaches .*e\+06, beyond the range"
     with pytest.raises(CompileError, match=where) as told:
         graphs.feed(None, model)  # no parser is reached

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from bifrost_rt import inspect, manifest
 from bifrost_rt.errors import BifrostError
-from export import recipe, sources
+from export import lazy_tensors, recipe
 from export.build import build, main
 from export.checkpoint import Checkpoint
 from export.dialects import lora
@@ -251,7 +251,7 @@ def test_the_set_is_the_same_to_the_bit_and_says_what_was_added(root: Path, tmp_
 def test_identities_follow_content_and_scale(root: Path, tmp_path: Path) -> None:
     def identity(path: Path, scale: float) -> str:
         net = with_loras(root, LoraFile(path, scale)).transformer
-        return sources.of(net.transformer_blocks[0].attn.to_q, "weight").identity
+        return lazy_tensors.of(net.transformer_blocks[0].attn.to_q, "weight").identity
 
     diffusers(root, tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes())
@@ -449,7 +449,7 @@ def test_kohyas_names_mean_what_diffusers_says(tmp_path: Path) -> None:
     assert len(named) == 3 + 3 + 1 + 4 + 1
     for path in named:
         shape = tuple(net.get_parameter(f"{path}.weight").shape)
-        zero = sources.Source(shape, torch.float32, "0", partial(torch.zeros, shape))
+        zero = lazy_tensors.LazyTensor(shape, torch.float32, "0", partial(torch.zeros, shape))
         ours, wanted = (add_to(f"{path}.weight", zero).read() for add_to in adapted)
         assert torch.equal(ours, wanted)
         assert ours.any()

@@ -20,7 +20,7 @@ from benchmarks.reference import Reference
 from bifrost_rt import Generator, backends, manifest
 from bifrost_rt.answering import Answering, Sampling
 from bifrost_rt.engines import Engines
-from bifrost_rt.text import Tokenizers
+from bifrost_rt.tokenizers import Tokenizers
 from export.build import build
 from export.recipe import Recipe
 from export.synthesize import synthesize
@@ -224,7 +224,7 @@ def assert_close(found: NDArray[Any], expected: NDArray[Any]) -> None:
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_answers_are_those_of_transformers(built: Built, backend: str) -> None:
     """Greedy ids, and the logits of the answer that they make."""
-    if reason := backends.DRIVERS[backend].unavailable():
+    if reason := backends.BACKENDS[backend].unavailable():
         pytest.skip(reason)
     decoder = built.shapes.decoder
     if decoder.hidden_size % decoder.num_attention_heads:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from bifrost_rt import dims, manifest, residency
+from bifrost_rt import dims, manifest, memory_plan
 from export import assemble, graph, precision
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError, RecipeError
@@ -192,15 +192,15 @@ def test_the_schedule_is_the_runtimes(alpha_set: Path) -> None:
     facts = manifest.read(alpha_set)
     from bifrost_rt.backends.onnxruntime import OnnxRuntime
 
-    needs = residency.needs(
+    needs = memory_plan.needs(
         facts,
         dims.drawing(facts.engines),
-        residency.sizes(facts),
+        memory_plan.sizes(facts),
         OnnxRuntime().weights_in_memory,
     )
     budget = sum(need.held for need in needs) // 2
     plan = of_set(alpha_set, devices.find("rtx-4090"), budget)
-    steps = residency.schedule(needs, budget, ahead=OnnxRuntime.opens_in_threads)
+    steps = memory_plan.schedule(needs, budget, ahead=OnnxRuntime.opens_in_threads)
     assert any(step.ahead for step in steps)
     assert [(s.engine, s.evict, s.peak_bytes) for s in plan.stages] == [
         (s.engine, s.evict, s.peak) for s in steps

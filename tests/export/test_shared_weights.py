@@ -19,7 +19,7 @@ from export import build_steps as steps
 from export.build_plan import BuildPlan
 from export.compile import bound, graphs
 from export.engine_set import describe_files
-from export.quantize.quantise import quantise
+from export.quantize.quantize import quantize
 from export.stage_cache import StageCache
 from export.stages import Definition, Stage
 from tests.conftest import alpha_recipe
@@ -71,7 +71,7 @@ def write(request: pytest.FixtureRequest, tmp_path: Path) -> Write:
         made = made or stages()
         outlines = tuple(stage.outline() for stage in made.values())
         plan = dataclasses.replace(plan, stages=made, engines=outlines)
-        layers = quantise(recipe, folder, plan, plan.stages, said.append, None, folder)
+        layers = quantize(recipe, folder, plan, plan.stages, said.append, None, folder)
         built = steps.write_engines(plan, layers, checkpoint, cache, folder, said.append)
         return built, [line for line in said if "first" in line or "second" in line]
 
@@ -79,13 +79,13 @@ def write(request: pytest.FixtureRequest, tmp_path: Path) -> Write:
 
 
 def computed(folder: Path, spec: EngineSpec, backend: str = "onnxruntime") -> np.ndarray:
-    driver = backends.load(backend)
-    engine = driver.open(folder, spec, {})
+    started = backends.load(backend)
+    engine = started.open(folder, spec, {})
     x = np.linspace(-1, 1, ROWS * WIDTH, dtype=np.float32).reshape(ROWS, WIDTH)
-    out = driver.empty((ROWS, 8), np.float32)
-    engine.bind({"x": driver.upload(x)}, {"y": out})()
+    out = started.empty((ROWS, 8), np.float32)
+    engine.bind({"x": started.upload(x)}, {"y": out})()
     engine.close()
-    return np.array(driver.download(out))
+    return np.array(started.download(out))
 
 
 def expected(name: str) -> np.ndarray:
@@ -108,7 +108,7 @@ def test_the_second_engine_reads_the_firsts_file(write: Write, tmp_path: Path) -
     for spec in built.engines:
         found, exact = computed(tmp_path / "set", spec), expected(spec.name)
         assert np.abs(found - exact).max() < (1e-5 if built.recipe.precision == "fp32" else 0.02)
-    if backends.DRIVERS["openvino"].unavailable() is None:
+    if backends.BACKENDS["openvino"].unavailable() is None:
         assert np.allclose(computed(tmp_path / "set", second, "openvino"), found, atol=1e-5)
 
 

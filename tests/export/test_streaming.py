@@ -14,14 +14,23 @@ import pytest
 import torch
 
 from bifrost_rt import Generator, backends, manifest
-from bifrost_rt.backends import onnxruntime as driver
-from export import assemble, budget, graph, memory, pieces, sources, streaming, trace
+from bifrost_rt.backends import onnxruntime as backend
+from export import (
+    assemble,
+    budget,
+    graph,
+    graph_partitions,
+    lazy_tensors,
+    memory,
+    trace,
+    weight_offloading,
+)
 from export.checkpoint import Checkpoint
 from export.errors import BuildError
+from export.lazy_tensors import LazyTensor
 from export.precision import round_weights, store
 from export.quantize import linear
-from export.quantize.formats import FORMATS, quantise
-from export.sources import Source
+from export.quantize.formats import FORMATS, quantize
 from export.stages import Stage
 from tests.conftest import ALPHA, difference, load_case
 
@@ -51,10 +60,10 @@ class Meter:
 
     def watch(self, module: torch.nn.Module) -> None:
         for owner in module.modules():
-            for name, source in sources.lazy(owner).items():
-                sources.attach(owner, name, self.counted(source))
+            for name, source in lazy_tensors.lazy(owner).items():
+                lazy_tensors.attach(owner, name, self.counted(source))
 
-    def counted(self, source: Source) -> Source:
+    def counted(self, source: LazyTensor) -> LazyTensor:
         def read() -> torch.Tensor:
             values = source.read().clone()
             self.now += values.nbytes
@@ -70,14 +79,14 @@ class Meter:
 
 @pytest.fixture
 def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "SMALL", 0)
+    monkeypatch.setattr(weight_offloading, "SMALL", 0)
 
 
 @pytest.mark.usefixtures("nothing_is_small")
 def test_a_streamed_network_computes_the_same_bits() -> None:
     loaded = stages(read=True)
     for name, stage in stages().items():
-        with streaming.streamed(stage.module, 0) as kept:
+        with weight_offloading.streamed(stage.module, 0) as kept:
             found = call(stage)
         assert kept == 0
         pairs = zip(found, call(loaded[name]), strict=True)
@@ -88,24 +97,24 @@ def test_a_streamed_network_computes_the_same_bits() -> None:
 @pytest.mark.parametrize("allowed", [0, 100_000])
 def test_a_streamed_network_holds_its_budget_and_one_layer(allowed: int) -> None:
     stage = stages()["visual_decode"]
-    everything = sum(s.nbytes for s in sources.named(stage.module).values())
+    everything = sum(s.nbytes for s in lazy_tensors.named(stage.module).values())
     meter = Meter()
     meter.watch(stage.module)
-    with streaming.streamed(stage.module, allowed) as kept:
+    with weight_offloading.streamed(stage.module, allowed) as kept:
         call(stage)
         assert meter.now == kept <= allowed
     assert meter.now == 0
     sizes: dict[bool, list[int]] = {True: [], False: []}
     for owner in stage.module.modules():
         leaf = next(owner.children(), None) is None
-        sizes[leaf].append(sum(s.nbytes for s in sources.lazy(owner).values()))
+        sizes[leaf].append(sum(s.nbytes for s in lazy_tensors.lazy(owner).values()))
     around = sum(sizes[False])  # the branch's own mask and positions, while its layers run
     assert kept < meter.highest <= allowed + max(sizes[True]) + around < everything / 2
 
 
 def test_a_call_that_fails_leaves_nothing_in_memory() -> None:
     stage = stages()["visual_decode"]
-    with pytest.raises(IndexError), streaming.streamed(stage.module, 0):
+    with pytest.raises(IndexError), weight_offloading.streamed(stage.module, 0):
         stage.module(*(torch.zeros(1) for _ in stage.inputs))
     assert all(tensor.is_meta for tensor in stage.module.parameters())
 
@@ -144,7 +153,7 @@ def test_initializers_carry_the_names_of_their_parameters(
     for name, stage in stages().items():
         if name not in models:
             continue
-        shapes = {n: s.shape for n, s in sources.named(stage.module).items()}
+        shapes = {n: s.shape for n, s in lazy_tensors.named(stage.module).items()}
         initializers = models[name].graph.initializers
         matrices = {n for n, shape in shapes.items() if len(shape) == 2 and shape[0] > 32}
         assert {n for n in matrices if "shared" not in n and "mask" not in n} <= initializers.keys()
@@ -157,7 +166,7 @@ def test_initializers_carry_the_names_of_their_parameters(
 
 def test_16_bit_is_what_the_checkpoint_holds_rounded() -> None:
     stage = stages()["t5_text"]
-    exact = sources.named(stage.module)
+    exact = lazy_tensors.named(stage.module)
     round_weights(stage.module, "bf16")
     model = graph.to_graph(stage)
     store(model, "bf16")
@@ -173,12 +182,12 @@ def test_16_bit_is_what_the_checkpoint_holds_rounded() -> None:
 def test_engines_in_pieces_draw_the_same_picture(
     alpha_set: Path, monkeypatch: pytest.MonkeyPatch, limit: int, fewest: int
 ) -> None:
-    monkeypatch.setattr(driver, "FIXED", 0)
+    monkeypatch.setattr(backend, "FIXED", 0)
     case = load_case("case_01")
-    bounded = pieces.Bounded(backends.load("onnxruntime"), limit)
+    bounded = graph_partitions.Bounded(backends.load("onnxruntime"), limit)
     with Generator(alpha_set, backend=bounded) as generator:
         result = generator.run(**case.request(), output_type="np")
-    assert sum(bounded.pieces.values()) >= fewest
+    assert sum(bounded.partitions.values()) >= fewest
     assert difference(result.tokens, case.tensors["mllm.tokens_final"]) < 1e-4
     assert difference(result.latents, case.tensors["flux.latents_steps"][-1]) < 1e-4
     assert np.abs(result.images.astype(int) - case.tensors["flux.image_u8"]).max() <= 1
@@ -221,7 +230,7 @@ def test_a_disk_without_room_is_said_before_anything_is_written(
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("migrated", [False, True])
-def test_a_weight_is_quantised_in_parts_as_it_would_be_as_a_whole(
+def test_a_weight_is_quantized_in_parts_as_it_would_be_as_a_whole(
     monkeypatch: pytest.MonkeyPatch, form: str, migrated: bool
 ) -> None:
     monkeypatch.setattr(linear, "AT_ONCE", 64 * 16)
@@ -231,8 +240,8 @@ def test_a_weight_is_quantised_in_parts_as_it_would_be_as_a_whole(
     factors = torch.rand(64) + 0.5 if migrated else None
     scale = 0.1 if FORMATS[form].calibrated else None
     found = linear.QuantizedLinear(layer, form, scale, factors)
-    sources.load(found)
-    expected = quantise(weight if factors is None else weight / factors[:, None], form)
+    lazy_tensors.load(found)
+    expected = quantize(weight if factors is None else weight / factors[:, None], form)
     assert torch.equal(found.codes.view(torch.uint8), expected.codes.view(torch.uint8))
     assert torch.equal(found.scale.float(), expected.scale.float())
 
@@ -246,7 +255,9 @@ def counted(name: str, reads: list[str]) -> torch.nn.Linear:
         reads.append(name)
         return values
 
-    sources.attach(layer, "weight", sources.Source((50, 64), torch.float32, name, read))
+    lazy_tensors.attach(
+        layer, "weight", lazy_tensors.LazyTensor((50, 64), torch.float32, name, read)
+    )
     return layer
 
 
@@ -256,7 +267,7 @@ def test_all_parts_of_a_weight_come_from_one_reading(form: str) -> None:
     scale = 0.1 if FORMATS[form].calibrated else None
     layers = [linear.QuantizedLinear(counted(n, reads), form, scale) for n in ("a", "b")]
     for layer in layers:
-        sources.load(layer)
+        lazy_tensors.load(layer)
     assert reads == ["a", "b"]
     assert not linear._unread
 
@@ -264,12 +275,12 @@ def test_all_parts_of_a_weight_come_from_one_reading(form: str) -> None:
 def test_what_is_not_asked_for_is_kept_of_one_weight_at_most() -> None:
     reads: list[str] = []
     a, b = (linear.QuantizedLinear(counted(n, reads), "int8", 0.1) for n in ("a", "b"))
-    first = sources.read(a, "scale")
-    assert torch.equal(sources.read(a, "scale"), first)  # read again, computed again
-    sources.read(b, "scale")
+    first = lazy_tensors.read(a, "scale")
+    assert torch.equal(lazy_tensors.read(a, "scale"), first)  # read again, computed again
+    lazy_tensors.read(b, "scale")
     assert reads == ["a", "a", "b"]
     assert [key.split("(")[1] for key in linear._unread] == ["b)"]
-    kept = sources.read(b, "codes")
+    kept = lazy_tensors.read(b, "codes")
     assert reads == ["a", "a", "b"]
-    assert torch.equal(kept, sources.read(b, "codes"))
+    assert torch.equal(kept, lazy_tensors.read(b, "codes"))
     assert reads == ["a", "a", "b", "b"]

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 import export
 from bifrost_rt import cache
 from bifrost_rt.manifest import TensorSpec
-from export import fingerprint, graph, sources, trace
+from export import fingerprint, graph, lazy_tensors, trace
 from export.errors import ExportError
+from export.lazy_tensors import LazyTensor
 from export.quantize.formats import activation_scale
 from export.quantize.linear import QuantizedLinear
-from export.sources import Source
 from export.stages import Definition, Stage
 
 WIDTH = 32
@@ -129,7 +129,9 @@ def test_no_weight_is_read(place: Path) -> None:
     for owner in (net.norm, net.first, net.last):
         for name, value in list(owner.named_parameters()):
             whose = f"{id(owner)}.{name}"
-            sources.attach(owner, name, Source(tuple(value.shape), value.dtype, whose, refuse))
+            lazy_tensors.attach(
+                owner, name, LazyTensor(tuple(value.shape), value.dtype, whose, refuse)
+            )
     model = graph.to_graph(stage_of(net))
     names = {"norm.weight", "first.weight", "first.bias", "last.weight"}
     assert names <= model.graph.initializers.keys()

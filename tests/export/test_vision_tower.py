@@ -185,7 +185,7 @@ def engine(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Any]:
     """The engine by itself, as a build writes it."""
-    if reason := backends.DRIVERS[request.param].unavailable():
+    if reason := backends.BACKENDS[request.param].unavailable():
         pytest.skip(reason)
     output = tmp_path_factory.mktemp("vision")
     largest = image_processor.limits(facts)

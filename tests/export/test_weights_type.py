@@ -41,7 +41,7 @@ def test_tables_of_whole_numbers_come_last_however_large() -> None:
     assert Arithmetic({}, found).stored == "float16"
 
 
-def test_quantised_weights_are_no_table() -> None:
+def test_quantized_weights_are_no_table() -> None:
     model = model_of(weight=np.zeros(900, np.int8), bias=np.zeros(10, np.float32))
     assert next(iter(precision.weight_bytes(model))) == "int8"
 

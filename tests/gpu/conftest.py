@@ -1,4 +1,4 @@
-"""Checks that need a GPU; on a machine without one each is skipped with the driver's reason."""
+"""Checks that need a GPU; on a machine without one each is skipped with the backend's reason."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 
 from bifrost_rt import backends
 
-GPU_DRIVERS = [name for name, driver in backends.DRIVERS.items() if driver.gpu]
+GPU_BACKENDS = [name for name, backend in backends.BACKENDS.items() if backend.gpu]
 
 
-@pytest.fixture(params=GPU_DRIVERS)
+@pytest.fixture(params=GPU_BACKENDS)
 def name(request: pytest.FixtureRequest) -> str:
-    if reason := backends.DRIVERS[request.param].unavailable():
+    if reason := backends.BACKENDS[request.param].unavailable():
         pytest.skip(f"{request.param}: {reason}")
     return str(request.param)
 

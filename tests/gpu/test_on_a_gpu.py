@@ -1,7 +1,7 @@
 """What only a GPU can show: graphs against none, steps without the host, 16 bit, weights outside.
 
-Parity with the recordings on every GPU driver is `tests/end_to_end/test_golden_cases.py`, the
-drivers' contract `tests/contract/test_backends.py`; `make gpu-checks` runs them all, and times
+Parity with the recordings on every GPU backend is `tests/end_to_end/test_golden_cases.py`, the
+backends' contract `tests/contract/test_backends.py`; `make gpu-checks` runs them all, and times
 steps at true widths (`benchmarks.gpu`).
 """
 
@@ -27,12 +27,12 @@ REQUEST: dict[str, Any] = {"prompt": "a red square", "seed": 0, "output_type": "
 def test_graphs_change_nothing_in_the_picture(name: str, folder: Path) -> None:
     pictures = []
     for replayed in (True, False):
-        driver: Any = backends.load(name)
-        driver.graphs = replayed
-        with Generator(folder, backend=driver) as generator:
+        backend: Any = backends.load(name)
+        backend.graphs = replayed
+        with Generator(folder, backend=backend) as generator:
             for _ in range(2):  # the second picture replays what the first one recorded
                 pictures.append(generator.run(**REQUEST, num_inference_steps=8))
-        assert getattr(driver, "eager", {}) == {}, "steps could not be replayed"
+        assert getattr(backend, "eager", {}) == {}, "steps could not be replayed"
     for picture in pictures[1:]:
         assert np.array_equal(picture.latents, pictures[0].latents)
         assert np.array_equal(picture.images, pictures[0].images)
@@ -43,7 +43,7 @@ def test_a_step_calls_nothing_but_its_launch(
 ) -> None:
     """A trace of every call to CUDA that this process makes itself: for twelve more steps, twelve
     launches more and not one wait, copy or allocation."""
-    if not backends.DRIVERS[name].compiled:
+    if not backends.BACKENDS[name].compiled:
         pytest.skip(f"{name} calls CUDA itself")
     calls: collections.Counter[str] = collections.Counter()
     whole = Cuda._call
@@ -71,7 +71,7 @@ def test_16_bit_stays_near_the_recordings(
     name: str, alpha_set: Path, tmp_path: Path, compute: str, allowed: float
 ) -> None:
     """Through both loops; three times what the simulation on a CPU differs."""
-    if not backends.DRIVERS[name].compiled:
+    if not backends.BACKENDS[name].compiled:
         pytest.skip(f"{name} runs float32 graphs")
     output = compile_set(alpha_set, tmp_path / "rtx", backend=name, max_images=4, compute=compute)
     case = load_case("case_04")
@@ -83,7 +83,7 @@ def test_16_bit_stays_near_the_recordings(
 def test_weights_outside_the_engine_are_the_same_weights(
     name: str, alpha_set: Path, folder: Path, tmp_path: Path
 ) -> None:
-    if not backends.DRIVERS[name].compiled:
+    if not backends.BACKENDS[name].compiled:
         pytest.skip(f"{name} runs ONNX graphs")
     output = compile_set(
         alpha_set, tmp_path / "rtx", backend=name, max_images=4, max_steps=64, weights="bound"

@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from bifrost_rt.cli import main
-from bifrost_rt.serve.gate import Gate
 from bifrost_rt.serve.metrics import Metrics
+from bifrost_rt.serve.middleware import Gate
 from bifrost_rt.serve.settings import Settings
 from tests.serve.conftest import FEW, Server
 

@@ -42,7 +42,7 @@ class Scaled(Server):
             "http_options": {"host": "127.0.0.1", "port": port},
             "applications": [
                 {
-                    "import_path": "bifrost_rt.serve.scaled:app",
+                    "import_path": "bifrost_rt.serve.ray_app:app",
                     "args": {"engines": str(engines), "replicas": 2, "cpus": 0.5, **ARGUMENTS},
                 }
             ],
@@ -179,7 +179,7 @@ def test_hosts_and_origins_are_the_same(scaled: Scaled) -> None:
 
 def test_arguments_are_the_settings_of_the_command() -> None:
     from bifrost_rt.cli.options import parser
-    from bifrost_rt.serve.scaled import Arguments
+    from bifrost_rt.serve.ray_app import Arguments
 
     ours = {name.replace("-", "_") for name in vars(parser().parse_args(["serve"]))}
     of_the_process = {"command", "debug", "port", "grace"}

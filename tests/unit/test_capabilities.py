@@ -80,7 +80,7 @@ def test_arithmetic_that_is_not_there(target: str, dtype: str, message: str, ins
         (["bfloat16", "float8_e4m3fn"], "bf16, fp8", "--precision int8"),
     ],
 )
-def test_what_else_a_quantised_set_holds(dtypes: list[str], missing: str, instead: str) -> None:
+def test_what_else_a_quantized_set_holds(dtypes: list[str], missing: str, instead: str) -> None:
     with pytest.raises(CompileError, match=f"sm75 .* has no {missing} arithmetic") as error:
         check("tensorrt", ["sm75"], dtypes)
     assert instead in str(error.value.hint)

@@ -1,4 +1,4 @@
-"""Which driver runs a set where nobody names one."""
+"""Which backend runs a set where nobody names one."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def a_set(form: str, backend: str = "onnxruntime") -> Manifest:
 def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """As if these packages were not installed."""
     for name in names:
-        driver = dataclasses.replace(backends.DRIVERS[name], library=f"{name}_that_is_not_there")
-        monkeypatch.setitem(backends.DRIVERS, name, driver)
+        backend = dataclasses.replace(backends.BACKENDS[name], library=f"{name}_that_is_not_there")
+        monkeypatch.setitem(backends.BACKENDS, name, backend)
 
 
 def test_int8_on_a_matrix_unit_is_openvinos() -> None:

@@ -16,13 +16,13 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("bifrost_rt", "export", "benchmarks")
 # What else has these names, and is no format: file -> why.
 ALLOWED = {
-    "benchmarks/bare.py": "the driver openvino-bf16, and OpenVINO's own word",
+    "benchmarks/bare.py": "the backend openvino-bf16, and OpenVINO's own word",
     "benchmarks/ceilings.py": "a figure of the table of devices",
     "benchmarks/compiling.py": "the cases of an experiment",
     "benchmarks/cpu.py": "the cases of an experiment",
     "benchmarks/gpu.py": "the cases of an experiment",
-    "bifrost_rt/backends/__init__.py": "the driver openvino-bf16",
-    "bifrost_rt/backends/openvino.py": "the driver openvino-bf16, and OpenVINO's own word",
+    "bifrost_rt/backends/__init__.py": "the backend openvino-bf16",
+    "bifrost_rt/backends/openvino.py": "the backend openvino-bf16, and OpenVINO's own word",
     "bifrost_rt/processor.py": "features of processors as Linux calls them, and products of bytes",
     "export/compile/plan_text.py": "types of whole numbers that plans may have",
     "export/compile/quantized.py": "operators of TensorRT for layers of each format",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bifrost_rt import RequestError, handover
+from bifrost_rt import RequestError, latents_file
 from bifrost_rt.files import written_aside
 from bifrost_rt.result import Result, picture_path, picture_paths
 
@@ -33,7 +33,7 @@ def test_a_name_as_long_as_names_can_be(tmp_path: Path, stem: str) -> None:
         assert result().save(path) == [path]
         assert names(tmp_path) == [path.name]
     long = tmp_path / f"{stem}.tok"
-    handover.save(long, np.zeros((1, 2, 3), np.float32), {"prompt": "a"})
+    latents_file.save(long, np.zeros((1, 2, 3), np.float32), {"prompt": "a"})
     assert names(tmp_path) == sorted([path.name, long.name])
 
 
@@ -91,7 +91,7 @@ def test_a_picture_that_has_the_place_of_a_folder_is_found_before(tmp_path: Path
     with pytest.raises(RequestError, match=r"a-1\.png: cannot be written: it is a folder"):
         picture_paths(tmp_path / "a.png", 2)
     with pytest.raises(RequestError, match="it is a folder"):
-        handover.save(tmp_path, np.zeros((1, 2, 3), np.float32), {"prompt": "a"})
+        latents_file.save(tmp_path, np.zeros((1, 2, 3), np.float32), {"prompt": "a"})
     assert names(tmp_path) == ["a-1.png"]
 
 
@@ -101,7 +101,7 @@ def test_a_device_or_a_pipe_stays_what_it_is(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     for place in (pipe, Path("/dev/null")):
         with pytest.raises(RequestError, match="it is a device or a pipe"):
-            handover.save(place, np.zeros((1, 2, 3), np.float32), {"prompt": "a"})
+            latents_file.save(place, np.zeros((1, 2, 3), np.float32), {"prompt": "a"})
     assert pipe.is_fifo()
     assert Path("/dev/null").is_char_device()
 

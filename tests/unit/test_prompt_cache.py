@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bifrost_rt import RequestError, RequestTypeError, prompt_cache, residency
+from bifrost_rt import RequestError, RequestTypeError, memory_plan, prompt_cache
 from bifrost_rt.prompt_cache import PromptCache, key
 
 
@@ -83,11 +83,11 @@ def test_the_default_is_a_sixteenth_of_the_budget_at_most() -> None:
 
 
 def test_its_size_may_be_zero_and_must_be_a_size() -> None:
-    assert residency.parse("0", "prompt_cache", 0) == residency.parse(0, "prompt_cache", 0) == 0
-    assert residency.parse("1KiB", "prompt_cache", 0) == 1024
+    assert memory_plan.parse("0", "prompt_cache", 0) == memory_plan.parse(0, "prompt_cache", 0) == 0
+    assert memory_plan.parse("1KiB", "prompt_cache", 0) == 1024
     with pytest.raises(RequestError, match="^prompt_cache 'much' is not a size"):
-        residency.parse("much", "prompt_cache", 0)
+        memory_plan.parse("much", "prompt_cache", 0)
     with pytest.raises(RequestError, match="^prompt_cache must be at least 0 bytes, got -1"):
-        residency.parse(-1, "prompt_cache", 0)
+        memory_plan.parse(-1, "prompt_cache", 0)
     with pytest.raises(RequestTypeError, match="^prompt_cache must be bytes or a text"):
-        residency.parse(True, "prompt_cache", 0)
+        memory_plan.parse(True, "prompt_cache", 0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from bifrost_rt import strict
+from bifrost_rt import serialization
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Outer:
 
 def test_plain_data_becomes_dataclasses() -> None:
     data = {"name": "a", "inner": {"size": 1}, "many": [{"size": 2}], "by_name": {"x": 3}}
-    assert strict.load(Outer, data) == Outer("a", Inner(1), (Inner(2),), {"x": 3.0})
+    assert serialization.load(Outer, data) == Outer("a", Inner(1), (Inner(2),), {"x": 3.0})
 
 
 @pytest.mark.parametrize(
@@ -41,5 +41,5 @@ def test_plain_data_becomes_dataclasses() -> None:
     ],
 )
 def test_what_does_not_fit_is_named(data: object, message: str) -> None:
-    with pytest.raises(strict.StrictError, match=message):
-        strict.load(Outer, data)
+    with pytest.raises(serialization.SerializationError, match=message):
+        serialization.load(Outer, data)

@@ -3,7 +3,7 @@ are all it needs.
 
     python -m tests.export.quantize.one_layer FOLDER
 
-FOLDER holds `asked.pickle`: the backend's name, the processors that its driver shall take this one
+FOLDER holds `asked.pickle`: the backend's name, the processors that its backend shall take this one
 for, the engine and its input. Writes `found.npy`: an output for each processor.
 """
 
@@ -23,12 +23,12 @@ from bifrost_rt.manifest import Range
 
 def main(folder: Path) -> None:
     backend, processors, spec, x = pickle.loads((folder / "asked.pickle").read_bytes())
-    module, _, name = backends.DRIVERS[backend].target.partition(":")
-    driver: Any = getattr(importlib.import_module(module), name)
+    module, _, name = backends.BACKENDS[backend].target.partition(":")
+    start: Any = getattr(importlib.import_module(module), name)
     [source], [output] = spec.inputs, spec.outputs
     found = np.empty((len(processors), *x.shape[:-1], output.shape[-1]), np.float32)
     for processor, y in zip(processors, found, strict=True):
-        engine = driver(processor).open(folder, spec, {"images": Range(1, None)})
+        engine = start(processor).open(folder, spec, {"images": Range(1, None)})
         engine.bind({source.name: x}, {output.name: y})()
         engine.close()
     np.save(folder / "found.npy", found)

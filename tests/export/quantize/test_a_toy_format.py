@@ -19,7 +19,7 @@ from export.formats.quantized import PerOutput
 from export.planning.storage import Elements
 from export.quantize import apply, audit, policy
 from export.quantize import formats as quantized
-from export.quantize.statistics import Observed, Statistics
+from export.quantize.statistics import Observer, Statistics
 from export.recipe import load
 from export.stages import Definition, Stage
 from tests.export.quantize.test_graphs import WIDTH, computed, exact, written
@@ -82,7 +82,7 @@ def test_it_is_quantized_audited_planned_and_run(tmp_path: Path) -> None:
     )
     choices = policy.choose([stage], NAME, "bf16", {}, {})
     assert [(choice.path, choice.form) for choice in choices] == [("0", NAME), ("2", "bf16")]
-    seen = Observed.nothing(WIDTH)
+    seen = Observer.nothing(WIDTH)
     seen.add(x, plain)
     statistics = Statistics("", (), {"two:0": seen})
     decisions = apply.decide({"two": stage}, choices, statistics, "bf16", "mse")
@@ -108,7 +108,7 @@ def test_it_is_quantized_audited_planned_and_run(tmp_path: Path) -> None:
 
 def test_recipes_targets_and_drivers_know_it() -> None:
     folders = {"mllm": "m", "bifrost": "b", "flux": "f", "output": "o"}
-    assert load({**folders, "precision": NAME}, "here").quantised
+    assert load({**folders, "precision": NAME}, "here").quantized
     with pytest.raises(RecipeError, match=r"'toys' is unknown \(did you mean 'toy'"):
         load({**folders, "precision": "toys"}, "here")
     assert capabilities.check("tensorrt", ["sm120"], [NAME, "float8_e5m2"]) == ("sm120",)

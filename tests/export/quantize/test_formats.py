@@ -45,7 +45,7 @@ def test_e4m3_saturates_where_torch_gives_nan() -> None:
 def test_a_weight_comes_back_with_the_error_of_its_bits(form: str, error: float) -> None:
     torch.manual_seed(1)
     weight = torch.randn(512, 96)
-    back = formats.dequantise(formats.quantise(weight, form), form)
+    back = formats.dequantize(formats.quantize(weight, form), form)
     found = float((back - weight).norm() / weight.norm())
     assert error / 3 < found < error
 
@@ -54,7 +54,7 @@ def test_a_weight_comes_back_with_the_error_of_its_bits(form: str, error: float)
 def test_zeros_and_one_huge_weight_stay_finite(form: str) -> None:
     weight = torch.zeros(64, 8)
     weight[5, 3] = 1e4
-    back = formats.dequantise(formats.quantise(weight, form), form)
+    back = formats.dequantize(formats.quantize(weight, form), form)
     assert torch.isfinite(back).all()
     assert back.count_nonzero() == 1
     assert back[5, 3] == pytest.approx(1e4, rel=0.01)
@@ -63,10 +63,10 @@ def test_zeros_and_one_huge_weight_stay_finite(form: str) -> None:
 def test_int4_scales_are_the_best_of_those_tried() -> None:
     torch.manual_seed(2)
     weight = torch.randn(256, 64)
-    q = formats.quantise(weight, "int4")
+    q = formats.quantize(weight, "int4")
     plain = weight.unflatten(0, (-1, 32)).abs().amax(1) / 7
     naive = (weight.unflatten(0, (-1, 32)) / plain[:, None]).round() * plain[:, None]
-    chosen = (formats.dequantise(q, "int4") - weight).square().sum()
+    chosen = (formats.dequantize(q, "int4") - weight).square().sum()
     assert chosen < (naive.flatten(0, 1) - weight).square().sum()
 
 

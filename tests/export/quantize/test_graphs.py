@@ -1,4 +1,4 @@
-"""A quantised layer as a graph: it computes what torch computes, and is stored in its bits."""
+"""A quantized layer as a graph: it computes what torch computes, and is stored in its bits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bifrost_rt import backends
-from bifrost_rt.backends import onnxruntime as driver
+from bifrost_rt.backends import onnxruntime as backend
 from bifrost_rt.backends.choice import openvino_refuses
 from bifrost_rt.errors import BackendError
 from bifrost_rt.formats import FORMATS as RUNTIME
@@ -24,14 +24,14 @@ from export.quantize import audit
 from export.quantize.formats import FORMATS, activation_scale
 from export.quantize.linear import QuantizedLinear
 from export.stages import Definition, Stage
-from export.streaming import streamed
+from export.weight_offloading import streamed
 
 WIDTH = 512
 BITS = {"int8": 8, "fp8": 8, "nvfp4": 4.5, "int4": 4.5}
 
 
 class Two(nn.Module):
-    """A quantised layer and one in 16 bit."""
+    """A quantized layer and one in 16 bit."""
 
     def __init__(self, form: str, migrated: bool = False) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def test_onnxruntime_computes_what_torch_computes(
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
 def test_openvino_computes_the_same_files(form: str, tmp_path: Path) -> None:
-    if reason := backends.DRIVERS["openvino"].unavailable():
+    if reason := backends.BACKENDS["openvino"].unavailable():
         pytest.skip(reason)
     stage, spec = built(tmp_path, form)
     if openvino_refuses({form}):  # without VNNI; both kinds are in test_processors.py
@@ -117,7 +117,7 @@ def test_openvino_computes_the_same_files(form: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["nvfp4", "fp8"])
 def test_openvino_refuses_what_it_would_compute_differently(form: str, tmp_path: Path) -> None:
-    if reason := backends.DRIVERS["openvino"].unavailable():
+    if reason := backends.BACKENDS["openvino"].unavailable():
         pytest.skip(reason)
     _, spec = built(tmp_path, form)
     with pytest.raises(BackendError, match=f"does not simulate {form}"):
@@ -204,6 +204,6 @@ def test_the_drivers_options_follow_the_file_not_the_request(tmp_path: Path) -> 
     renamed = dataclasses.replace(
         spec, precision=dataclasses.replace(spec.precision, requested="int8")
     )
-    options, disabled = driver.session_options(renamed)
+    options, disabled = backend.session_options(renamed)
     assert options.get_session_config_entry("session.disable_quant_qdq") == "1"
     assert disabled == []

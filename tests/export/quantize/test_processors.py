@@ -52,7 +52,7 @@ class Layer:
     def errors(
         self, backend: str, *taken_for: Processor, play: str = "", **environment: str
     ) -> list[float]:
-        """Of another process, over the largest value, for each processor that the driver takes the
+        """Of another process, over the largest value, for each processor that the backend takes the
         one below for.
 
         Args:
@@ -138,7 +138,7 @@ def test_onnxruntime_is_exact_on_an_older_processor(layer: Layer) -> None:
 
 
 needs_openvino = pytest.mark.skipif(
-    backends.DRIVERS["openvino"].unavailable() is not None, reason="openvino is not installed"
+    backends.BACKENDS["openvino"].unavailable() is not None, reason="openvino is not installed"
 )
 
 
@@ -170,9 +170,9 @@ def test_openvino_is_wrong_where_it_is_refused_and_nowhere_else(
 def test_openvino_refuses_int8_where_it_would_be_wrong(
     layer: Layer, name: str, processor: Processor
 ) -> None:
-    driver = getattr(importlib.import_module("bifrost_rt.backends.openvino"), name)(processor)
+    backend = getattr(importlib.import_module("bifrost_rt.backends.openvino"), name)(processor)
     with pytest.raises(BackendError, match="two.onnx: OpenVINO would compute wrong int8") as raised:
-        driver.open(layer.folder, layer.spec, {"images": Range(1, None)})
+        backend.open(layer.folder, layer.spec, {"images": Range(1, None)})
     assert raised.value.hint is not None
     assert "backend='onnxruntime'" in raised.value.hint
 

@@ -1,4 +1,4 @@
-"""A quantised set, built as a user builds it, and the builds that are refused."""
+"""A quantized set, built as a user builds it, and the builds that are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from export.checkpoint import Checkpoint
 from export.errors import CalibrationError, RecipeError
 from export.formats import FORMATS
 from export.planning import work
-from export.quantize.quantise import STATISTICS
+from export.quantize.quantize import STATISTICS
 from export.quantize.statistics import Statistics
 from export.recipe import Recipe, load
 from tests.conftest import ALPHA, alpha_recipe, difference, load_case
@@ -122,7 +122,7 @@ def test_openvino_never_draws_it_wrong(
     monkeypatch.setattr(processors, "here", lambda: processor)
     assert cli.main(["inspect", str(int8_set)]) == 0
     assert "onnxruntime: the only one that computes int8 exactly" in capsys.readouterr().out
-    if reason := backends.DRIVERS["openvino"].unavailable():
+    if reason := backends.BACKENDS["openvino"].unavailable():
         pytest.skip(reason)
     for backend in ("openvino", "openvino-bf16"):
         assert cli.main(["verify", str(int8_set), "--backend", backend]) == 1
@@ -278,9 +278,9 @@ def test_a_file_without_prompts_is_refused_before_anything_is_built(tmp_path: Pa
         ({"stages": {"denoise": "fp6"}}, "stages.denoise 'fp6' is unknown"),
         ({"layers": {"denoise:*": "half"}}, "'half' is unknown"),
         ({"scales": "entropy"}, "scales 'entropy' is unknown"),
-        ({"quality_budget": 40.0}, "quality_budget is for quantised sets"),
+        ({"quality_budget": 40.0}, "quality_budget is for quantized sets"),
         ({"precision": "int8", "quality_budget": -3.0}, "between 0 and 100"),
-        ({"statistics": "x"}, "statistics is for quantised sets"),
+        ({"statistics": "x"}, "statistics is for quantized sets"),
         ({"precision": "int8", "calibration_steps": 0}, "calibration_steps must be at least 1"),
         ({"stages": {"denoise": 8}}, "stages.denoise: expected str"),
     ],
@@ -295,7 +295,7 @@ def test_a_recipe_may_name_overrides() -> None:
     folders = {"mllm": "m", "bifrost": "b", "flux": "f", "output": "o"}
     recipe = load({**folders, "precision": "fp16", "stages": {"denoise": "int8"}}, "recipe")
     assert isinstance(recipe, Recipe)
-    assert recipe.quantised
+    assert recipe.quantized
 
 
 def test_planned_weights_are_the_built_ones(int8_set: Path) -> None:

@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from export import sources
+from export import lazy_tensors
 from export.errors import CalibrationError
 from export.quantize import calibrate, scales
 from export.quantize.apply import LEAST_SIGNAL_TO_NOISE, decide
 from export.quantize.linear import QuantizedLinear
 from export.quantize.policy import Choice
-from export.quantize.statistics import Observed, Statistics
+from export.quantize.statistics import Observer, Statistics
 from export.stages import Definition, Stage
 
 
-def seen(*inputs: torch.Tensor, outputs: torch.Tensor | None = None) -> Observed:
-    found = Observed.nothing(inputs[0].shape[-1])
+def seen(*inputs: torch.Tensor, outputs: torch.Tensor | None = None) -> Observer:
+    found = Observer.nothing(inputs[0].shape[-1])
     for x in inputs:
         found.add(x, torch.ones(*x.shape[:-1], 8) if outputs is None else outputs)
     return found
@@ -123,7 +123,7 @@ def test_the_list_that_ships_is_of_many_distinct_prompts() -> None:
 
 
 def test_an_input_that_is_not_finite_names_its_layer() -> None:
-    into: dict[str, Observed] = {}
+    into: dict[str, Observer] = {}
     linear = nn.Linear(4, 8)
     with (
         calibrate._watch(linear, "denoise:a.b", into),
@@ -133,7 +133,7 @@ def test_an_input_that_is_not_finite_names_its_layer() -> None:
         linear(torch.tensor([[1.0, 2.0, float("nan"), 3.0]]))
 
 
-def heavy() -> tuple[Observed, torch.Tensor, torch.Tensor]:
+def heavy() -> tuple[Observer, torch.Tensor, torch.Tensor]:
     """Inputs with rare large values in every channel."""
     torch.manual_seed(1)
     x = torch.distributions.StudentT(3.0).sample((4000, 32))
@@ -172,7 +172,7 @@ def linear_stage(weight: torch.Tensor) -> Stage:
 
 
 def error(layer: nn.Module, exact: nn.Module, x: torch.Tensor) -> float:
-    sources.load(layer)
+    lazy_tensors.load(layer)
     return float((layer(x) - exact(x)).norm() / exact(x).norm())
 
 
@@ -189,7 +189,7 @@ def test_a_planted_outlier_migrates_and_the_error_falls() -> None:
     assert "outliers migrate" in decision.reason
     assert decision.scales is not None
     exact = stage.module[0]
-    moved = QuantizedLinear(exact, "int8", decision.scales.input_scale, decision.scales.migration)
+    moved = QuantizedLinear(exact, "int8", decision.scales.input_scale, decision.scales.smoothing)
     plain = QuantizedLinear(exact, "int8", scales.clip(found, "mse", "int8") / 127)
     assert error(moved, exact, x) < 0.02
     assert error(plain, exact, x) > 10 * error(moved, exact, x)
@@ -212,20 +212,20 @@ def test_the_best_strength_of_all_is_chosen(outlier: float) -> None:
         return float(of_inputs + of_weights * inputs.square().mean(0).sum())
 
     magnitude = weight.abs().amax(1)
-    tried = [scales.migration_factors(found.channel_max, magnitude, s) for s in scales.STRENGTHS]
+    tried = [scales.smoothing_factors(found.channel_max, magnitude, s) for s in scales.STRENGTHS]
     noises = [noise(factors.double()) for factors in tried]
     plain = noise(torch.ones(64, dtype=torch.float64))
     chosen = scales.choose(found, weight, "int8", "max")
     power = float((x @ weight).double().square().sum(1).mean())
     if min(noises) * scales.GAIN < plain:
         expected = tried[noises.index(min(noises))]
-        assert chosen.migration is not None
-        assert torch.equal(chosen.migration, expected)
+        assert chosen.smoothing is not None
+        assert torch.equal(chosen.smoothing, expected)
     else:
-        assert chosen.migration is None
-    kept = plain if chosen.migration is None else min(noises)
+        assert chosen.smoothing is None
+    kept = plain if chosen.smoothing is None else min(noises)
     assert chosen.signal_to_noise == pytest.approx(10 * math.log10(power / kept), abs=1e-4)
-    assert (chosen.migration is not None) == (outlier > 2)
+    assert (chosen.smoothing is not None) == (outlier > 2)
 
 
 def test_a_layer_that_no_scale_can_save_stays_in_16_bit() -> None:

@@ -55,17 +55,17 @@ def bench(alpha_set: Path, short: Manifest, stages: dict[str, Stage]) -> sweep.B
     return sweep.Bench(alpha_set, short, stages, PROMPTS)
 
 
-def test_calibration_reaches_every_layer_that_is_to_be_quantised(
+def test_calibration_reaches_every_layer_that_is_to_be_quantized(
     decisions: list[Decision],
 ) -> None:
-    quantised = [d for d in decisions if d.given == "int8"]
-    assert len(quantised) > 60
+    quantized = [d for d in decisions if d.given == "int8"]
+    assert len(quantized) > 60
     # of the last double block the context goes nowhere, yet torch computes it
     assert not [d for d in decisions if "never reached" in d.reason]
-    assert all(d.scales is not None and d.scales.input_scale for d in quantised)
+    assert all(d.scales is not None and d.scales.input_scale for d in quantized)
 
 
-def test_quantising_nothing_costs_nothing(bench: sweep.Bench) -> None:
+def test_quantizing_nothing_costs_nothing(bench: sweep.Bench) -> None:
     cost = bench.cost([])
     assert cost.psnr == sweep.SAME
     assert cost.residuals == 0

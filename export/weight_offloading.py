@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from export import sources
+from export import lazy_tensors
 
 # Bytes. Biases, norms and tables stay in any case: they are a thousandth of a network, and some
 # modules read them outside of their owner's call.
@@ -22,9 +22,14 @@ SMALL = 1 << 20
 
 
 def largest(module: nn.Module) -> int:
-    """Bytes of the largest tensor that has a source, in the type that its layer computes in."""
+    """Return bytes of the largest tensor that has a source, in the type that its layer computes
+    in."""
     return max(
-        (sources.get(owner, n).nbytes for owner in module.modules() for n in sources.lazy(owner)),
+        (
+            lazy_tensors.get(owner, n).nbytes
+            for owner in module.modules()
+            for n in lazy_tensors.lazy(owner)
+        ),
         default=0,
     )
 
@@ -46,35 +51,35 @@ def streamed(module: nn.Module, budget: int | None = None) -> Iterator[int]:
     stay = 0
     try:
         for owner in module.modules():
-            for name, source in sources.lazy(owner).items():
-                key, size = source.identity, sources.get(owner, name).nbytes
+            for name, source in lazy_tensors.lazy(owner).items():
+                key, size = source.identity, lazy_tensors.get(owner, name).nbytes
                 if key not in kept:
                     if not (size <= SMALL or budget is None or stay + size <= budget):
                         continue
-                    kept[key] = sources.read(owner, name)
+                    kept[key] = lazy_tensors.read(owner, name)
                     stay += size
-                placed.append((owner, name, sources.place(owner, name, kept[key])))
-            if sources.lazy(owner):
+                placed.append((owner, name, lazy_tensors.place(owner, name, kept[key])))
+            if lazy_tensors.lazy(owner):
                 hooks += _read_when_called(owner)
         yield stay
     finally:
         for hook in hooks:
             hook.remove()
         for owner, name, before in placed:
-            sources.put(owner, name, before)
+            lazy_tensors.put(owner, name, before)
 
 
 def _read_when_called(owner: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
     here: list[tuple[str, Tensor]] = []
 
     def enter(*_: Any) -> None:
-        for name in sources.lazy(owner):
-            sources.give_back(sources.get(owner, name).nbytes)
-            here.append((name, sources.place(owner, name, sources.read(owner, name))))
+        for name in lazy_tensors.lazy(owner):
+            lazy_tensors.give_back(lazy_tensors.get(owner, name).nbytes)
+            here.append((name, lazy_tensors.place(owner, name, lazy_tensors.read(owner, name))))
 
     def leave(*_: Any) -> None:
         while here:
-            sources.put(owner, *here.pop())
+            lazy_tensors.put(owner, *here.pop())
 
     return (
         owner.register_forward_pre_hook(enter),

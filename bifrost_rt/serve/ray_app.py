@@ -1,7 +1,7 @@
 """The same service on many devices, with Ray Serve.
 
-    serve run bifrost_rt.serve.scaled:app engines=engines/sets/default replicas=2
-    serve run bifrost_rt.serve.scaled:app engines=… replicas=4 gpus=0.5 token_file=/etc/token
+    serve run bifrost_rt.serve.ray_app:app engines=engines/sets/default replicas=2
+    serve run bifrost_rt.serve.ray_app:app engines=… replicas=4 gpus=0.5 token_file=/etc/token
 
 One door keeps queue, jobs and limits; replicas draw, each with an opened set of its own. A replica
 takes one batch at a time, and what the door hears of a batch that nobody wants is cancelled there.
@@ -37,11 +37,11 @@ from bifrost_rt.pipeline import Output
 from bifrost_rt.request import Request
 from bifrost_rt.serve import read_token
 from bifrost_rt.serve.app import create_app
+from bifrost_rt.serve.job_queue import JobQueue
 from bifrost_rt.serve.jobs import Stage
 from bifrost_rt.serve.metrics import Metrics
-from bifrost_rt.serve.painter import Local, OnStep, Said
 from bifrost_rt.serve.settings import Limits, Settings
-from bifrost_rt.serve.studio import Studio
+from bifrost_rt.serve.worker import Local, OnStep, Said
 
 Step = tuple[int, Stage, int, NDArray[np.uint8] | None, Said | None]
 
@@ -95,26 +95,26 @@ class Replica:
         if no_cache:
             os.environ[cache.OFF] = "1"  # the process is this replica's
         self._generator = Generator(engines, backend=backend, memory_budget=memory_budget)
-        self._painter = Local(self._generator)
+        self._worker = Local(self._generator)
         self._thread = ThreadPoolExecutor(1)
 
     def no_previews(self) -> str | None:
-        """The generator's own reason."""
-        return self._painter.no_previews()
+        """Return the generator's own reason."""
+        return self._worker.no_previews()
 
     def reloads(self) -> bool:
-        """The generator's answer."""
-        return self._painter.reloads()
+        """Return the generator's answer."""
+        return self._worker.reloads()
 
     def look(self, arguments: Mapping[str, Any]) -> Request:
         """Make a request of arguments of `Generator.run`."""
-        return self._thread.submit(self._painter.look, arguments).result()
+        return self._thread.submit(self._worker.look, arguments).result()
 
     async def paint(
         self, requests: Sequence[Request], preview_every: int | None
     ) -> AsyncIterator[Step | list[Output]]:
         """Draw: every step as it is done, and the outputs at last. Ends when nobody listens."""
-        paint = self._painter.paint
+        paint = self._worker.paint
         async for told in self._streamed(
             lambda tell: paint(requests, lambda *step: tell(step), preview_every)
         ):
@@ -124,12 +124,12 @@ class Replica:
         self, turns: Sequence[Turn], parameters: ChatParameters
     ) -> AsyncIterator[str | ChatResult]:
         """Answer: every token's piece of text, and the result at last. Ends when nobody listens."""
-        answer = self._painter.answer
+        answer = self._worker.answer
         async for told in self._streamed(lambda tell: answer(turns, parameters, tell)):
             yield told
 
     async def _streamed(self, work: Callable[[Callable[[Any], None]], Any]) -> AsyncIterator[Any]:
-        """Run in the painter's thread what tells of its progress: what it tells, and its result."""
+        """Run in the worker's thread what tells of its progress: what it tells, and its result."""
         loop, steps = asyncio.get_running_loop(), asyncio.Queue[tuple[Any] | None]()
         stopped = threading.Event()
 
@@ -156,7 +156,7 @@ class Replica:
 
 
 class Remote:
-    """A painter that is a replica somewhere. Which one, Ray decides for each batch."""
+    """A worker that is a replica somewhere. Which one, Ray decides for each batch."""
 
     def __init__(self, replicas: DeploymentHandle[Any]) -> None:
         self._replicas = replicas
@@ -194,12 +194,12 @@ class Remote:
         raise AssertionError("a replica ended without an answer")
 
     def reloads(self) -> bool:
-        """A replica's answer: all have the same set and budget."""
+        """Return a replica's answer: all have the same set and budget."""
         answer: bool = self._replicas.reloads.remote().result()
         return answer
 
     def no_previews(self) -> str | None:
-        """A replica's reason: all have the same set and budget."""
+        """Return a replica's reason: all have the same set and budget."""
         reason: str | None = self._replicas.no_previews.remote().result()
         return reason
 
@@ -208,7 +208,7 @@ class Remote:
 
 
 def _told(call: Any) -> abc.Generator[Any, None, None]:
-    """What a replica tells. Who ends this early ends the replica's work."""
+    """Yield what a replica tells. Who ends this early ends the replica's work."""
     try:
         yield from call
     except RayTaskError as error:
@@ -217,7 +217,7 @@ def _told(call: Any) -> abc.Generator[Any, None, None]:
         call.cancel()  # without effect where it has ended
 
 
-class Door:
+class Ingress:
     """HTTP, the queue and the jobs."""
 
     def __init__(self, given: Arguments, replicas: DeploymentHandle[Any]) -> None:
@@ -240,23 +240,25 @@ class Door:
                 preview_every=given.preview_every or None,
             ),
         )
-        painters = [Remote(replicas)] * given.replicas
-        self._replicas, self._painters = replicas, painters
+        workers = [Remote(replicas)] * given.replicas
+        self._replicas, self._workers = replicas, workers
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray asks for it once, before the first request."""
-        studio = await asyncio.to_thread(Studio, self._painters, self._settings.limits, Metrics())
-        return create_app(studio, self._manifest, self._settings)
+        job_queue = await asyncio.to_thread(
+            JobQueue, self._workers, self._settings.limits, Metrics()
+        )
+        return create_app(job_queue, self._manifest, self._settings)
 
 
 _Replica: Any = serve.deployment(max_ongoing_requests=1)(Replica)
 _Door: Any = serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})(
-    serve.ingress()(Door)
+    serve.ingress()(Ingress)
 )
 
 
 def app(arguments: dict[str, Any]) -> Any:
-    """The application that `serve run` deploys; see `Arguments`."""
+    """Return the application that `serve run` deploys; see `Arguments`."""
     given = Arguments.model_validate(arguments)
     replicas = _Replica.options(
         num_replicas=given.replicas,

@@ -35,7 +35,7 @@ from export.errors import ExportError
 
 
 @dataclass(frozen=True)
-class Piece:
+class Partition:
     """A graph of its own: some consecutive nodes, with the weights that they read.
 
     Attributes:
@@ -48,35 +48,35 @@ class Piece:
 
 
 class Bounded(HostMemory):
-    """A driver of onnxruntime's files that opens in pieces what exceeds `limit` bytes.
+    """A backend of onnxruntime's files that opens in pieces what exceeds `limit` bytes.
 
     Attributes:
         pieces: per engine, in how many pieces it was opened last.
     """
 
-    def __init__(self, driver: Backend, limit: int) -> None:
-        self.name = driver.name
-        self.pieces: dict[str, int] = {}
-        self._driver, self._limit = driver, limit
+    def __init__(self, backend: Backend, limit: int) -> None:
+        self.name = backend.name
+        self.partitions: dict[str, int] = {}
+        self._backend, self._limit = backend, limit
 
     def weights_in_memory(self, spec: EngineSpec, stored: int) -> int:
-        """The driver's, up to the limit."""
-        return min(self._driver.weights_in_memory(spec, stored), self._limit)
+        """Return the backend's, up to the limit."""
+        return min(self._backend.weights_in_memory(spec, stored), self._limit)
 
     def open(self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]) -> Engine:
-        """The driver's engine, or one in pieces."""
+        """Return the backend's engine, or one in pieces."""
         stored = sum((folder / name).stat().st_size for name in spec.files) + sum(
             spec.shared.values()
         )
-        if self._driver.weights_in_memory(spec, stored) <= self._limit:
-            self.pieces[spec.name] = 1
-            return self._driver.open(folder, spec, dimensions)
-        engine = EngineInPieces(folder, spec, dimensions, self._limit)
-        self.pieces[spec.name] = len(engine.pieces)
+        if self._backend.weights_in_memory(spec, stored) <= self._limit:
+            self.partitions[spec.name] = 1
+            return self._backend.open(folder, spec, dimensions)
+        engine = PartitionedEngine(folder, spec, dimensions, self._limit)
+        self.partitions[spec.name] = len(engine.partitions)
         return engine
 
 
-class EngineInPieces:
+class PartitionedEngine:
     """One engine, never in memory as a whole."""
 
     def __init__(
@@ -85,18 +85,18 @@ class EngineInPieces:
         self.spec = spec
         self._folder, self._dimensions = folder, dimensions
         model = onnx.load(str(folder / spec.graph), load_external_data=False)
-        self.pieces = cut(model, limit)
+        self.partitions = cut(model, limit)
 
     def bind(
         self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
     ) -> Callable[[], None]:
-        """A call on these arrays."""
+        """Return a call on these arrays."""
         check_bindings(self.spec, self._dimensions, inputs, outputs)
 
         def call() -> None:
             values = {name: np.asarray(buffer) for name, buffer in inputs.items()}
-            last = {name: i for i, piece in enumerate(self.pieces) for name in piece.takes}
-            for i, piece in enumerate(self.pieces):
+            last = {name: i for i, piece in enumerate(self.partitions) for name in piece.takes}
+            for i, piece in enumerate(self.partitions):
                 values |= self._run(piece, values)
                 for name in piece.takes:
                     if last[name] == i and name not in outputs:
@@ -106,7 +106,7 @@ class EngineInPieces:
 
         return call
 
-    def _run(self, piece: Piece, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def _run(self, piece: Partition, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         options, disabled = session_options(self.spec)
         options.enable_mem_pattern = False
         options.enable_cpu_mem_arena = False
@@ -135,7 +135,7 @@ class EngineInPieces:
         """Nothing is open between two calls."""
 
 
-def cut(model: ModelProto, limit: int) -> tuple[Piece, ...]:
+def cut(model: ModelProto, limit: int) -> tuple[Partition, ...]:
     """Cut a graph into pieces of consecutive nodes whose weights take at most `limit` bytes when
     they are opened, or as few as one node has.
 
@@ -159,7 +159,8 @@ def cut(model: ModelProto, limit: int) -> tuple[Piece, ...]:
             work.append(node)
 
     def closure(node: NodeProto) -> dict[str, TensorProto | NodeProto]:
-        """The weights of a node and the nodes that unpack them, by the names of what they give."""
+        """Return the weights of a node and the nodes that unpack them, by the names of what they
+        give."""
         found: dict[str, TensorProto | NodeProto] = {}
         for name in node.input:
             if name in weights:
@@ -188,7 +189,7 @@ def cut(model: ModelProto, limit: int) -> tuple[Piece, ...]:
 
 def _pieces(
     model: ModelProto, groups: Sequence[tuple[list[NodeProto], dict[str, TensorProto | NodeProto]]]
-) -> tuple[Piece, ...]:
+) -> tuple[Partition, ...]:
     graph = model.graph
     outputs = {value.name for value in graph.output}
     types = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
@@ -217,12 +218,12 @@ def _pieces(
         piece.graph.initializer.extend(c for c in constants.values() if isinstance(c, TensorProto))
         unpack = {c.output[0]: c for c in constants.values() if isinstance(c, NodeProto)}
         piece.graph.node.extend([*unpack.values(), *nodes])
-        found.append(Piece(piece.SerializeToString(), takes, gives))
+        found.append(Partition(piece.SerializeToString(), takes, gives))
     return tuple(found)
 
 
 def _sizes(graph: GraphProto) -> dict[str, int]:
-    """Bytes of the weights, and of what is computed from them."""
+    """Return bytes of the weights, and of what is computed from them."""
     found = {
         tensor.name: math.ceil(math.prod(tensor.dims) * _item_bytes(tensor.data_type))
         for tensor in graph.initializer

@@ -62,7 +62,7 @@ def convert(model: ir.Model, engine: Definition, compute: str) -> None:
 
 
 def constant(value: ir.Value | None) -> ir.Value | None:
-    """The initializer that a value is, maybe behind a Cast; None where it is computed."""
+    """Return the initializer that a value is, maybe behind a Cast; None where it is computed."""
     if value is None:
         return None
     node = value.producer()
@@ -102,7 +102,7 @@ class _Converter:
                 self.graph.outputs[index] = self._door(value)
 
     def _kept(self, node: ir.Node) -> bool:
-        """Whether the definition names this layer, by its weight or by the bias added to it."""
+        """Say whether the definition names this layer, by its weight or by the bias added to it."""
         near = list(node.inputs)
         for user in node.outputs[0].consumers():
             near += user.inputs if user.op_type == "Add" else ()
@@ -221,7 +221,8 @@ class _Converter:
                 node.replace_input_with(index, self._as(value, dtype, node))
 
     def _as(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
-        """The value in a type: a constant becomes another constant, the rest is cast, once."""
+        """Return the value in a type: a constant becomes another constant, the rest is cast,
+        once."""
         if value.dtype == dtype:
             return value
         if (value, dtype) not in self.casts:
@@ -282,7 +283,7 @@ def _rounder(
 
 
 def _data(node: ir.Node) -> Iterator[ir.Value]:
-    """The inputs that hold values; shapes, indices and axes come behind them."""
+    """Yield the inputs that hold values; shapes, indices and axes come behind them."""
     first_alone = node.op_type in _MOVES and node.op_type != "Concat"
     for value in node.inputs[:1] if first_alone else node.inputs:
         if value is not None:
@@ -290,7 +291,8 @@ def _data(node: ir.Node) -> Iterator[ir.Value]:
 
 
 def _attention_scale(node: ir.Node) -> float:
-    """What an attention multiplies Q·K with: its attribute, or one over the root of the width."""
+    """Return what an attention multiplies Q·K with: its attribute, or one over the root of the
+    width."""
     if (given := node.attributes.get("scale")) is not None:
         return float(given.value)
     query, heads = node.inputs[0], node.attributes.get("q_num_heads")
@@ -311,7 +313,7 @@ def _is_vector(value: ir.Value) -> bool:
 
 
 def _is_gated(value: ir.Value | None) -> bool:
-    """Whether a value is the product of two computed ones of which none is bounded."""
+    """Say whether a value is the product of two computed ones of which none is bounded."""
     node = None if value is None else value.producer()
     if node is None or node.op_type != "Mul" or any(constant(v) is not None for v in node.inputs):
         return False

@@ -18,8 +18,8 @@ from bifrost_rt import (
     NumericsError,
     dims,
     manifest,
+    memory_plan,
     request,
-    residency,
 )
 from bifrost_rt import messages as conversation
 from bifrost_rt.backends.onnxruntime import OnnxRuntime, OnnxRuntimeEngine
@@ -28,17 +28,17 @@ from bifrost_rt.chat_params import ChatParameters
 from bifrost_rt.manifest import EngineSpec, Range
 from bifrost_rt.messages import Turn
 from bifrost_rt.pipeline import Output
+from bifrost_rt.serve.job_queue import FullError, JobQueue, StoppingError
 from bifrost_rt.serve.jobs import Answer, Job
 from bifrost_rt.serve.metrics import Metrics
-from bifrost_rt.serve.painter import Local, OnStep
 from bifrost_rt.serve.settings import Limits
-from bifrost_rt.serve.studio import FullError, StoppingError, Studio
+from bifrost_rt.serve.worker import Local, OnStep
 from tests.patience import until
 from tests.serve.conftest import FEW, pixels
 
 
 class Watched(Local):
-    """The real painter; it waits for `go`, notes what it is asked, and raises what it is told."""
+    """The real worker; it waits for `go`, notes what it is asked, and raises what it is told."""
 
     def __init__(self, generator: Generator) -> None:
         super().__init__(generator)
@@ -77,15 +77,15 @@ class Watched(Local):
 
 
 @pytest.fixture
-def painter(generator: Generator) -> Watched:
+def worker(generator: Generator) -> Watched:
     return Watched(generator)
 
 
 @pytest.fixture
-def studio(painter: Watched) -> Iterator[Studio]:
-    opened = Studio([painter], Limits(batch=4, waiting=6, keep=8), Metrics())
+def job_queue(worker: Watched) -> Iterator[JobQueue]:
+    opened = JobQueue([worker], Limits(batch=4, waiting=6, keep=8), Metrics())
     yield opened
-    painter.go.set()
+    worker.go.set()
     opened.close(grace=30)
 
 
@@ -113,10 +113,10 @@ def finished(*jobs: Job | Answer) -> list[str]:
 
 
 def test_waiting_jobs_are_drawn_together_and_get_their_own_pictures(
-    studio: Studio, painter: Watched, job: Callable[..., Job], generator: Generator
+    job_queue: JobQueue, worker: Watched, job: Callable[..., Job], generator: Generator
 ) -> None:
     first = job("first")
-    studio.submit(first)  # the painter has it, and waits
+    job_queue.submit(first)  # the worker has it, and waits
     while first.state == "queued":
         time.sleep(0.005)
     jobs = [
@@ -127,11 +127,11 @@ def test_waiting_jobs_are_drawn_together_and_get_their_own_pictures(
         job("no room in that batch", seed=4),
     ]
     for one in jobs:
-        studio.submit(one)
-    assert [studio.position(one) for one in jobs] == [0, 1, 2, 3, 4]
-    painter.go.set()
+        job_queue.submit(one)
+    assert [job_queue.position(one) for one in jobs] == [0, 1, 2, 3, 4]
+    worker.go.set()
     assert finished(first, *jobs) == ["done"] * 6
-    assert [asked.images for asked in painter.asked] == [1, 4, 1, 1]
+    assert [asked.images for asked in worker.asked] == [1, 4, 1, 1]
     for one in jobs:
         expected = generator.draw(one.request).images
         assert expected is not None
@@ -141,49 +141,49 @@ def test_waiting_jobs_are_drawn_together_and_get_their_own_pictures(
 
 
 def test_a_batch_ends_when_nobody_wants_it(
-    studio: Studio, painter: Watched, job: Callable[..., Job]
+    job_queue: JobQueue, worker: Watched, job: Callable[..., Job]
 ) -> None:
     first = job("first")
     long = {"num_inference_steps": 2000, "decoding_steps": 1}
     batch = [job("a", **long), job("b", **long)]
     for one in (first, *batch):
-        studio.submit(one)
-    painter.go.set()
+        job_queue.submit(one)
+    worker.go.set()
     finished(first)
     while batch[0].step < 3:
         time.sleep(0.005)
-    studio.cancel(batch[0])
+    job_queue.cancel(batch[0])
     assert batch[0].state == "cancelled"
     step = batch[1].step
     while batch[1].step < step + 3:  # the other goes on
         time.sleep(0.005)
-    studio.cancel(batch[1])
+    job_queue.cancel(batch[1])
     after = job("after")
-    studio.submit(after)
+    job_queue.submit(after)
     assert finished(after) == ["done"]
     assert batch[1].step < 2000
     assert not batch[0].pictures
 
 
 def test_answers_and_drawings_take_turns(
-    studio: Studio, painter: Watched, job: Callable[..., Job], generator: Generator
+    job_queue: JobQueue, worker: Watched, job: Callable[..., Job], generator: Generator
 ) -> None:
     first = job("first")
-    studio.submit(first)
+    job_queue.submit(first)
     while first.state == "queued":
         time.sleep(0.005)
     early, late = job("a", seed=1), job("b", num_inference_steps=2)
     answers = [question("one"), question("two")]
-    studio.submit(early)
-    studio.submit_answer(answers[0])
-    studio.submit(late)
-    studio.submit_answer(answers[1])
-    assert (studio.waiting_pictures(), studio.waiting_answers()) == (2, 2)
-    painter.go.set()
+    job_queue.submit(early)
+    job_queue.submit_answer(answers[0])
+    job_queue.submit(late)
+    job_queue.submit_answer(answers[1])
+    assert (job_queue.waiting_pictures(), job_queue.waiting_answers()) == (2, 2)
+    worker.go.set()
     assert finished(first, early, late, *answers) == ["done"] * 5
     expected = [first.request, early.request, answers[0].turns, late.request, answers[1].turns]
-    assert len(painter.order) == 5
-    for found, one in zip(painter.order, expected, strict=True):
+    assert len(worker.order) == 5
+    for found, one in zip(worker.order, expected, strict=True):
         prompts = getattr(one, "prompts", None)
         assert getattr(found, "prompts", None) == prompts if prompts else found is one
     assert answers[0].result is not None
@@ -192,103 +192,103 @@ def test_answers_and_drawings_take_turns(
     assert told.text == answers[0].result.text
 
 
-def test_an_answer_ends_when_nobody_wants_it(studio: Studio, painter: Watched) -> None:
-    painter.go.set()
+def test_an_answer_ends_when_nobody_wants_it(job_queue: JobQueue, worker: Watched) -> None:
+    worker.go.set()
     long, waits = question(tokens=4000), question()
-    studio.submit_answer(long)
+    job_queue.submit_answer(long)
     until(lambda: long.pieces)
-    studio.submit_answer(waits)
-    studio.cancel_answer(long)
+    job_queue.submit_answer(waits)
+    job_queue.cancel_answer(long)
     assert finished(waits) == ["done"]
     assert long.state == "cancelled"
-    assert painter.tokens < 3000
+    assert worker.tokens < 3000
 
 
 def test_a_queue_full_of_answers_and_grace(
-    studio: Studio, painter: Watched, job: Callable[..., Job]
+    job_queue: JobQueue, worker: Watched, job: Callable[..., Job]
 ) -> None:
     running = question(tokens=4000)
-    studio.submit_answer(running)
+    job_queue.submit_answer(running)
     while running.state == "queued":
         time.sleep(0.005)
     waiting = [question() for _ in range(4)]
     for one in waiting:
-        studio.submit_answer(one)
-    studio.submit(job(n=2))
+        job_queue.submit_answer(one)
+    job_queue.submit(job(n=2))
     with pytest.raises(FullError, match="2 pictures and 4 answers are waiting"):
-        studio.submit_answer(question())
-    studio.cancel_answer(waiting[0])
-    studio.submit_answer(question())
-    painter.go.set()
+        job_queue.submit_answer(question())
+    job_queue.cancel_answer(waiting[0])
+    job_queue.submit_answer(question())
+    worker.go.set()
     until(lambda: running.pieces)
-    studio.close(grace=0)
+    job_queue.close(grace=0)
     assert running.state == "cancelled"
     assert finished(*waiting) == ["cancelled", "failed", "failed", "failed"]
     assert waiting[1].failure is not None
     assert waiting[1].failure.status == 503
     with pytest.raises(StoppingError):
-        studio.submit_answer(question())
+        job_queue.submit_answer(question())
 
 
-def test_grace_has_an_end(studio: Studio, painter: Watched, job: Callable[..., Job]) -> None:
-    painter.go.set()
+def test_grace_has_an_end(job_queue: JobQueue, worker: Watched, job: Callable[..., Job]) -> None:
+    worker.go.set()
     long = job(num_inference_steps=2000, decoding_steps=1)
-    studio.submit(long)
+    job_queue.submit(long)
     until(lambda: long.step >= 3)
-    studio.close(grace=0)
+    job_queue.close(grace=0)
     assert long.state == "cancelled"
     assert long.step < 2000
 
 
 def test_a_full_queue_and_a_stopped_one(
-    studio: Studio, painter: Watched, job: Callable[..., Job]
+    job_queue: JobQueue, worker: Watched, job: Callable[..., Job]
 ) -> None:
     running = job()
-    studio.submit(running)
+    job_queue.submit(running)
     while running.state == "queued":
         time.sleep(0.005)
     waiting = [job(n=3), job(n=3)]
     for one in waiting:
-        studio.submit(one)
+        job_queue.submit(one)
     with pytest.raises(FullError, match="6 pictures are waiting") as raised:
-        studio.submit(job())
+        job_queue.submit(job())
     assert raised.value.retry_after >= 1
-    studio.cancel(waiting[0])
-    studio.submit(job())
-    studio.stop()
+    job_queue.cancel(waiting[0])
+    job_queue.submit(job())
+    job_queue.stop()
     with pytest.raises(StoppingError):
-        studio.submit(job())
-    painter.go.set()
+        job_queue.submit(job())
+    worker.go.set()
     assert finished(running, waiting[1]) == ["done", "failed"]
     assert waiting[1].failure is not None
     assert waiting[1].failure.status == 503
 
 
 def test_what_does_not_fit_together_is_drawn_alone(
-    studio: Studio, painter: Watched, job: Callable[..., Job]
+    job_queue: JobQueue, worker: Watched, job: Callable[..., Job]
 ) -> None:
-    painter.raises = lambda asked: BudgetError("too large") if asked.images > 1 else None
+    worker.raises = lambda asked: BudgetError("too large") if asked.images > 1 else None
     jobs = [job(seed=1), job(seed=2), job(seed=3), job(seed=4, n=2)]
     for one in jobs:
-        studio.submit(one)
-    painter.go.set()
+        job_queue.submit(one)
+    worker.go.set()
     assert finished(*jobs) == ["done", "done", "done", "failed"]
     assert jobs[3].failure is not None
     assert (jobs[3].failure.status, jobs[3].failure.message) == (400, "too large")
 
 
 def test_one_whose_values_overflow_takes_no_other_with_it(
-    studio: Studio, painter: Watched, job: Callable[..., Job], caplog: pytest.LogCaptureFixture
+    job_queue: JobQueue, worker: Watched, job: Callable[..., Job], caplog: pytest.LogCaptureFixture
 ) -> None:
     def overflow(asked: request.Request) -> Exception | None:
         bad = "bad" in asked.prompts
         return NumericsError("stage `t5_text`: prompt_embeds are not finite") if bad else None
 
-    painter.raises = overflow
+    worker.raises = overflow
     first, jobs = job("first"), [job("good"), job("bad"), job("fine")]
     for one in (first, *jobs):
-        studio.submit(one)
-    painter.go.set()
+        job_queue.submit(one)
+    worker.go.set()
     assert finished(first, *jobs) == ["done", "done", "failed", "done"]
     failure = jobs[1].failure
     assert failure is not None
@@ -299,12 +299,12 @@ def test_one_whose_values_overflow_takes_no_other_with_it(
 
 
 def test_a_set_that_changed_is_said_to_the_client_and_the_log(
-    studio: Studio, painter: Watched, job: Callable[..., Job], caplog: pytest.LogCaptureFixture
+    job_queue: JobQueue, worker: Watched, job: Callable[..., Job], caplog: pytest.LogCaptureFixture
 ) -> None:
-    painter.raises = lambda _: EngineSetError("denoise.data: the set changed after it was opened")
+    worker.raises = lambda _: EngineSetError("denoise.data: the set changed after it was opened")
     one = job()
-    studio.submit(one)
-    painter.go.set()
+    job_queue.submit(one)
+    worker.go.set()
     assert finished(one) == ["failed"]
     assert one.failure is not None
     assert (one.failure.status, one.failure.code) == (500, None)
@@ -313,14 +313,14 @@ def test_a_set_that_changed_is_said_to_the_client_and_the_log(
 
 
 def test_an_accident_fails_one_batch_and_says_nothing_of_itself(
-    studio: Studio, painter: Watched, job: Callable[..., Job], caplog: pytest.LogCaptureFixture
+    job_queue: JobQueue, worker: Watched, job: Callable[..., Job], caplog: pytest.LogCaptureFixture
 ) -> None:
     accident = ZeroDivisionError("secret")
-    painter.raises = lambda asked: accident if asked.prompts == ("bad",) else None
+    worker.raises = lambda asked: accident if asked.prompts == ("bad",) else None
     bad, good = job("bad"), job("good", num_inference_steps=2)
     for one in (bad, good):
-        studio.submit(one)
-    painter.go.set()
+        job_queue.submit(one)
+    worker.go.set()
     assert finished(bad, good) == ["failed", "done"]
     assert bad.failure is not None
     assert "secret" not in bad.failure.message
@@ -342,19 +342,19 @@ class Opened(OnnxRuntime):
 
 
 @pytest.fixture
-def scarce(alpha_set: Path) -> Iterator[tuple[Studio, Watched, Opened]]:
-    """A studio whose painter has half of the memory that the open engines hold."""
-    driver = Opened()
+def scarce(alpha_set: Path) -> Iterator[tuple[JobQueue, Watched, Opened]]:
+    """A queue whose worker has half of the memory that the open engines hold."""
+    backend = Opened()
     facts = manifest.read(alpha_set)
     order = dims.drawing(facts.engines)
-    needs = residency.needs(facts, order, residency.sizes(facts), driver.weights_in_memory)
+    needs = memory_plan.needs(facts, order, memory_plan.sizes(facts), backend.weights_in_memory)
     budget = sum(need.held for need in needs) // 2
-    with Generator(alpha_set, backend=driver, memory_budget=budget) as generator:
-        painter = Watched(generator)
-        studio = Studio([painter], Limits(batch=2, waiting=20, keep=20), Metrics())
-        yield studio, painter, driver
-        painter.go.set()
-        studio.close(grace=30)
+    with Generator(alpha_set, backend=backend, memory_budget=budget) as generator:
+        worker = Watched(generator)
+        job_queue = JobQueue([worker], Limits(batch=2, waiting=20, keep=20), Metrics())
+        yield job_queue, worker, backend
+        worker.go.set()
+        job_queue.close(grace=30)
 
 
 def various(job: Callable[..., Job]) -> list[Job]:
@@ -364,19 +364,19 @@ def various(job: Callable[..., Job]) -> list[Job]:
 
 
 def test_where_engines_leave_a_queue_is_drawn_together(
-    scarce: tuple[Studio, Watched, Opened], generator: Generator, job: Callable[..., Job]
+    scarce: tuple[JobQueue, Watched, Opened], generator: Generator, job: Callable[..., Job]
 ) -> None:
-    studio, painter, driver = scarce
+    job_queue, worker, backend = scarce
     first, waiting = job("first", num_inference_steps=2), various(job)
-    studio.submit(first)
+    job_queue.submit(first)
     until(lambda: first.state == "running")
     for one in waiting:
-        studio.submit(one)
-    painter.go.set()
+        job_queue.submit(one)
+    worker.go.set()
     assert set(finished(first, *waiting)) == {"done"}
-    assert painter.together == [1, 7]
+    assert worker.together == [1, 7]
     # of the two runs, none opened an engine twice
-    assert max(driver.names.count(name) for name in driver.names) <= 2
+    assert max(backend.names.count(name) for name in backend.names) <= 2
     for one in waiting:
         alone = generator.draw(one.request).images
         assert alone is not None
@@ -386,34 +386,34 @@ def test_where_engines_leave_a_queue_is_drawn_together(
 
 
 def test_an_accident_in_a_joint_run_takes_no_other_job_with_it(
-    scarce: tuple[Studio, Watched, Opened], job: Callable[..., Job]
+    scarce: tuple[JobQueue, Watched, Opened], job: Callable[..., Job]
 ) -> None:
-    studio, painter, _ = scarce
+    job_queue, worker, _ = scarce
     first, waiting = job("first", num_inference_steps=2), various(job)
     waiting.append(job("bad", num_inference_steps=9))
-    painter.raises = lambda asked: ZeroDivisionError() if asked.prompts == ("bad",) else None
+    worker.raises = lambda asked: ZeroDivisionError() if asked.prompts == ("bad",) else None
     for one in (first, *waiting):
-        studio.submit(one)
+        job_queue.submit(one)
         until(lambda: first.state == "running")
-    painter.go.set()
+    worker.go.set()
     assert finished(first, *waiting) == [*["done"] * 9, "failed"]
-    assert painter.together[:2] == [1, 8]
+    assert worker.together[:2] == [1, 8]
     failure = waiting[-1].failure
     assert failure is not None
     assert failure.status == 500
 
 
 def test_a_job_of_a_joint_run_that_nobody_wants_is_dropped(
-    scarce: tuple[Studio, Watched, Opened], job: Callable[..., Job]
+    scarce: tuple[JobQueue, Watched, Opened], job: Callable[..., Job]
 ) -> None:
-    studio, painter, _ = scarce
+    job_queue, worker, _ = scarce
     first, waiting = job("first", num_inference_steps=2), various(job)
     for one in (first, *waiting):
-        studio.submit(one)
+        job_queue.submit(one)
         until(lambda: first.state == "running")
-    painter.go.set()
-    until(lambda: painter.together == [1, 7])
-    studio.cancel(waiting[3])
+    worker.go.set()
+    until(lambda: worker.together == [1, 7])
+    job_queue.cancel(waiting[3])
     states = finished(first, *waiting)
     assert states[4] == "cancelled"
     assert {*states[:4], *states[5:]} == {"done"}

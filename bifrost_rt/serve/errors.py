@@ -13,7 +13,9 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from bifrost_rt.errors import RequestError
+from bifrost_rt.serialization import nearest
 from bifrost_rt.serve.forms import PartError
+from bifrost_rt.serve.job_queue import STOPPING, FullError, StoppingError
 from bifrost_rt.serve.schema import (
     ChatRequest,
     EditJobRequest,
@@ -25,8 +27,6 @@ from bifrost_rt.serve.schema import (
     VariationJobRequest,
     VariationRequest,
 )
-from bifrost_rt.serve.studio import STOPPING, FullError, StoppingError
-from bifrost_rt.strict import nearest
 
 log = logging.getLogger("bifrost_rt.serve")
 
@@ -63,7 +63,7 @@ def fault(
     code: str | None = None,
     retry_after: int | None = None,
 ) -> JSONResponse:
-    """An error as a response."""
+    """Return an error as a response."""
     body = FaultResponse(
         error=Fault(message=message, type=error_type(status), param=param, code=code)
     )
@@ -72,7 +72,7 @@ def fault(
 
 
 def unexpected(method: str, path: str, error: Exception) -> JSONResponse:
-    """The answer to a request that broke something; the log gets the trace."""
+    """Return the answer to a request that broke something; the log gets the trace."""
     log.error("%s %s failed", method, path, exc_info=error)
     return fault(500, "internal error; the server's log says more")
 
@@ -93,7 +93,7 @@ _BODIES: dict[str, tuple[type[BaseModel], str]] = {
 
 
 def _invalid(first: Any, path: str) -> JSONResponse:
-    """What the validation of a request found first, in words for who wrote the request."""
+    """Return what the validation of a request found first, in words for who wrote the request."""
     place, *names = first["loc"]  # body, path or query, and the field
     fields, needed = _BODIES.get(path, (JobRequest, "a prompt"))
     field = ".".join(map(str, names)).encode("ascii", "backslashreplace").decode()[:80]

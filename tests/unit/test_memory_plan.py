@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from bifrost_rt import residency
+from bifrost_rt import memory_plan
 from bifrost_rt.errors import BudgetError, RequestError, RequestTypeError
 from bifrost_rt.manifest import EngineSpec, Precision, TensorSpec
-from bifrost_rt.residency import Need, Step, schedule
+from bifrost_rt.memory_plan import Requirement, Step, schedule
 
 GB = 10**9
 # Bifrost-1 of 7B at 8 bit: GB of weights, in the order of use.
@@ -24,11 +24,11 @@ RELEASE = {
 }
 
 
-def release(scratch: float = 0.0) -> list[Need]:
-    return [Need(name, int(w * GB), int(scratch * GB)) for name, w in RELEASE.items()]
+def release(scratch: float = 0.0) -> list[Requirement]:
+    return [Requirement(name, int(w * GB), int(scratch * GB)) for name, w in RELEASE.items()]
 
 
-def follow(steps: tuple[Step, ...], needs: list[Need], held: dict[str, int]) -> list[int]:
+def follow(steps: tuple[Step, ...], needs: list[Requirement], held: dict[str, int]) -> list[int]:
     """Bytes in memory at each stage, as an executor that obeys has them."""
     taken = []
     for step, need in zip(steps, needs, strict=True):
@@ -43,7 +43,7 @@ def follow(steps: tuple[Step, ...], needs: list[Need], held: dict[str, int]) -> 
 
 def test_where_everything_fits_nothing_leaves() -> None:
     steps = schedule(release(), 32 * GB)
-    assert residency.everything_fits(steps)
+    assert memory_plan.everything_fits(steps)
     assert all(step.load for step in steps)
     again = schedule(release(), 32 * GB, {n.engine: n.held for n in release()})
     assert not any(step.load or step.evict for step in again)
@@ -88,7 +88,7 @@ def test_what_fits_stays_for_the_next_picture() -> None:
 @pytest.mark.parametrize("ahead", [False, True])
 def test_pictures_after_the_first_find_what_it_has_left(ahead: bool) -> None:
     needs, held = release(), {}
-    first, later = residency.schedules_of(needs, 14 * GB, ahead=ahead)
+    first, later = memory_plan.schedules_of(needs, 14 * GB, ahead=ahead)
     assert first == schedule(needs, 14 * GB, ahead=ahead)
     follow(first, needs, held)
     assert later == schedule(needs, 14 * GB, dict(held), ahead=ahead)
@@ -97,7 +97,7 @@ def test_pictures_after_the_first_find_what_it_has_left(ahead: bool) -> None:
 
 
 def test_the_stage_that_just_ended_leaves_first() -> None:
-    needs = [Need(name, 10) for name in "abcd"]
+    needs = [Requirement(name, 10) for name in "abcd"]
     steps = schedule(needs, 30, {"a": 10, "b": 10, "c": 10})
     assert [step.evict for step in steps] == [(), (), (), ("c",)]
 
@@ -111,7 +111,7 @@ def test_memory_never_exceeds_the_budget(seed: int) -> None:
     budget = rng.randrange(160, 400)
     for _ in range(6):
         needs = [
-            Need(name, size, rng.randrange(40), rng.randrange(20))
+            Requirement(name, size, rng.randrange(40), rng.randrange(20))
             for name, size in weights.items()
             if rng.random() < 0.8
         ]
@@ -148,7 +148,7 @@ SIZES = {"images": 3, "prompts": 2, "texts": 3, "branches": 2, "text_tokens": 7,
 
 def test_tensors_are_counted_at_the_runs_sizes() -> None:
     door = spec(("images", 5), ("branches", "text_tokens"), outputs=("steps",))
-    assert residency.tensor_bytes(door, SIZES) == 4 * 15 + 4 * 14 + 8 * 56
+    assert memory_plan.tensor_bytes(door, SIZES) == 4 * 15 + 4 * 14 + 8 * 56
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_tensors_are_counted_at_the_runs_sizes() -> None:
 def test_scratch_memory_grows_with_what_is_computed_at_once(
     door: EngineSpec, factor: float
 ) -> None:
-    assert residency.growth(door, SIZES) == factor
+    assert memory_plan.growth(door, SIZES) == factor
 
 
 @pytest.mark.parametrize(
@@ -180,16 +180,16 @@ def test_scratch_memory_grows_with_what_is_computed_at_once(
     ],
 )
 def test_budgets_are_bytes_or_text(text: int | str, size: int) -> None:
-    assert residency.parse(text) == size
+    assert memory_plan.parse(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "much", "8 gibi", "-1GB", "1e9", 0])
 def test_what_is_no_size_is_named(text: int | str) -> None:
     with pytest.raises(RequestError, match="memory_budget"):
-        residency.parse(text)
+        memory_plan.parse(text)
 
 
 @pytest.mark.parametrize("value", [1.5, True, None])
 def test_other_types_are_refused(value: object) -> None:
     with pytest.raises(RequestTypeError, match="like '8GiB'"):
-        residency.parse(value)  # type: ignore[arg-type]
+        memory_plan.parse(value)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class StrictError(Exception):
+class SerializationError(Exception):
     """`where` is the path inside the document, such as `engines[2].inputs[0].dtype`."""
 
     def __init__(self, where: str, problem: str) -> None:
@@ -32,22 +32,22 @@ def load(cls: type[T], data: Any, where: str = "") -> T:
     """Build dataclass `cls` from plain data.
 
     Raises:
-        StrictError: for the first thing that does not fit.
+        SerializationError: for the first thing that does not fit.
     """
     if not isinstance(data, Mapping):
-        raise StrictError(where, f"expected a table, found {type(data).__name__}")
+        raise SerializationError(where, f"expected a table, found {type(data).__name__}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
-            raise StrictError(where, f"unknown key {key!r}{nearest(str(key), fields)}")
+            raise SerializationError(where, f"unknown key {key!r}{nearest(str(key), fields)}")
     values: dict[str, Any] = {}
     for name, field in fields.items():
         at = f"{where}.{name}" if where else name
         if name in data:
             values[name] = _value(hints[name], data[name], at)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise StrictError(where, f"missing key {name!r}")
+            raise SerializationError(where, f"missing key {name!r}")
     return cls(**values)
 
 
@@ -58,7 +58,7 @@ def _value(hint: Any, data: Any, where: str) -> Any:
         for option in args:
             try:
                 return _value(option, data, where)
-            except StrictError as error:
+            except SerializationError as error:
                 errors.append(error)
         raise errors[0]
     if hint is type(None):
@@ -73,7 +73,9 @@ def _value(hint: Any, data: Any, where: str) -> Any:
     elif origin is typing.Literal:
         if data in args:
             return data
-        raise StrictError(where, f"expected one of {', '.join(map(repr, args))}, found {data!r}")
+        raise SerializationError(
+            where, f"expected one of {', '.join(map(repr, args))}, found {data!r}"
+        )
     elif dataclasses.is_dataclass(hint):
         return load(typing.cast(type, hint), data, where)
     elif hint is float:
@@ -82,4 +84,4 @@ def _value(hint: Any, data: Any, where: str) -> Any:
     elif isinstance(hint, type) and type(data) is hint:
         return data
     expected = getattr(hint, "__name__", str(hint))
-    raise StrictError(where, f"expected {expected}, found {type(data).__name__} {data!r}")
+    raise SerializationError(where, f"expected {expected}, found {type(data).__name__} {data!r}")

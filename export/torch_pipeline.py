@@ -14,10 +14,10 @@ from bifrost_rt import pipeline, request
 from bifrost_rt.backends.base import Backend, Buffer, HostMemory
 from bifrost_rt.engines import Engines
 from bifrost_rt.manifest import EngineSpec, Range, SetSpec
-from bifrost_rt.text import Tokenizers
-from export import sources
+from bifrost_rt.tokenizers import Tokenizers
+from export import lazy_tensors
 from export.stages import Stage
-from export.streaming import streamed
+from export.weight_offloading import streamed
 
 
 class Torch(HostMemory):
@@ -36,7 +36,7 @@ class Torch(HostMemory):
         self._sizes = {name: _lazy_bytes(stage) for name, stage in stages.items()}
 
     def open(self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]) -> TorchEngine:
-        """The stage's module, with a share of what may stay."""
+        """Return the stage's module, with a share of what may stay."""
         kept = self._kept
         if kept is not None:
             kept = kept * self._sizes[spec.name] // max(1, sum(self._sizes.values()))
@@ -59,7 +59,7 @@ class TorchEngine:
     def bind(
         self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
     ) -> Callable[[], None]:
-        """A call on these arrays."""
+        """Return a call on these arrays."""
 
         def call() -> None:
             for name, value in evaluate(self._stage, inputs).items():
@@ -74,14 +74,14 @@ class TorchEngine:
 
 def _lazy_bytes(stage: Stage) -> int:
     return sum(
-        sources.get(owner, name).nbytes
+        lazy_tensors.get(owner, name).nbytes
         for owner in stage.module.modules()
-        for name in sources.lazy(owner)
+        for name in lazy_tensors.lazy(owner)
     )
 
 
 def evaluate(stage: Stage, inputs: Mapping[str, Buffer]) -> dict[str, torch.Tensor]:
-    """The stage's outputs, by name."""
+    """Return the stage's outputs, by name."""
     given = [torch.from_numpy(np.array(inputs[spec.name])) for spec in stage.inputs]
     with torch.inference_mode():
         found = stage.module(*given)

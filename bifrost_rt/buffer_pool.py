@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 from bifrost_rt.backends.base import Backend, Buffer, Engine
 
 
-class Workspace:
+class BufferPool:
     """The buffers of one set of engines, by name.
 
     Attributes:
@@ -30,7 +30,7 @@ class Workspace:
         self._calls: dict[tuple[int, ...], Callable[[], None]] = {}
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
-        """The buffer called `name`; what an earlier picture left there is still in it."""
+        """Return the buffer called `name`; what an earlier picture left there is still in it."""
         kept = self._buffers.get(name)
         if kept is not None and kept.shape == shape and kept.dtype == np.dtype(dtype):
             return kept
@@ -45,7 +45,7 @@ class Workspace:
         return made
 
     def put(self, name: str, array: NDArray[Any], *, lent: bool = False) -> Buffer:
-        """A host array in the buffer called `name`.
+        """Return a host array in the buffer called `name`.
 
         Args:
             lent: the buffer must not share the array's memory.
@@ -59,7 +59,7 @@ class Workspace:
     def bind(
         self, engine: Engine, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
     ) -> Callable[[], None]:
-        """The engine on these buffers; bound before, if all of them are kept here.
+        """Return the engine on these buffers; bound before, if all of them are kept here.
 
         Raises:
             StageInputError: a name, dtype or shape that does not fit the engine.

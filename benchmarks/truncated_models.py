@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bifrost_rt import strict
+from bifrost_rt import serialization
 from bifrost_rt.dims import TEXT_TOKENS, shape_at
 from bifrost_rt.manifest import EngineSpec, Precision
 from export.compile import bound
@@ -31,7 +31,7 @@ LARGEST_INPUT = 8.0  # what the made-up scales of activations hold
 
 
 def stored_as(compute: str) -> str:
-    """The form of the graph that is compiled to compute so: float32 is a bfloat16 set's."""
+    """Return the form of the graph that is compiled to compute so: float32 is a bfloat16 set's."""
     return compute if FORMATS[compute].quantized else HALF.name
 
 
@@ -43,10 +43,11 @@ def written(
     *,
     holes: bool = False,
 ) -> Iterator[EngineSpec]:
-    """The stages' graphs as files in `folder`, in every form, which `precision.requested` names.
+    """Yield the stages' graphs as files in `folder`, in every form, which `precision.requested`
+    names.
 
     Args:
-        forms: "fp32", "bf16" or a quantised one: what `export.build` makes of the same layers, on
+        forms: "fp32", "bf16" or a quantized one: what `export.build` makes of the same layers, on
             scales that are made up; the rest is bfloat16.
         holes: nothing is stored, the graphs have their weights as inputs, in bfloat16.
 
@@ -75,7 +76,7 @@ def written(
         for name in stages:
             if name not in known:
                 raise RecipeError(
-                    f"there is no stage {name!r}{strict.nearest(name, known)}",
+                    f"there is no stage {name!r}{serialization.nearest(name, known)}",
                     hint="the stages are " + ", ".join(known),
                 )
 
@@ -83,13 +84,13 @@ def written(
 def write(stage: Stage, form: str, folder: Path, *, holes: bool) -> EngineSpec:
     """One stage's graph."""
     from export import graph, precision
-    from export.compile import half
+    from export.compile import mixed_precision
 
     path = folder / f"{stage.name}-{form}.onnx"
-    layers = {form: _quantise(stage, form)} if FORMATS[form].quantized else {}
+    layers = {form: _quantize(stage, form)} if FORMATS[form].quantized else {}
     traced = graph.to_graph(stage)
     if holes:
-        half.convert(traced, stage.definition, HALF.dtype)
+        mixed_precision.convert(traced, stage.definition, HALF.dtype)
         bound.bind(traced)
         ir.save(traced, path)
     else:
@@ -99,8 +100,8 @@ def write(stage: Stage, form: str, folder: Path, *, holes: bool) -> EngineSpec:
     return dataclasses.replace(stage.outline(asked), graph=path.name)
 
 
-def _quantise(stage: Stage, form: str) -> int:
-    """The layers that a build would quantise, with scales that no calibration has chosen."""
+def _quantize(stage: Stage, form: str) -> int:
+    """Return the layers that a build would quantize, with scales that no calibration has chosen."""
     from export.quantize import apply, policy
     from export.quantize.apply import Decision
     from export.quantize.formats import activation_scale
@@ -108,9 +109,9 @@ def _quantise(stage: Stage, form: str) -> int:
 
     scales = Scales(activation_scale(LARGEST_INPUT, form))
     choices = policy.choose([stage], form, HALF.name, {}, {})
-    decisions = [Decision(c, c.form, c.reason, scales if c.quantised else None) for c in choices]
+    decisions = [Decision(c, c.form, c.reason, scales if c.quantized else None) for c in choices]
     apply.replace({stage.name: stage}, decisions)
-    return sum(choice.quantised for choice in choices)
+    return sum(choice.quantized for choice in choices)
 
 
 def inputs(spec: EngineSpec, sizes: Mapping[str, int]) -> dict[str, NDArray[Any]]:

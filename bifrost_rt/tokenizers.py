@@ -48,8 +48,8 @@ LEAD_INS = (
 
 
 def strip_lead_in(prompt: str) -> str:
-    """The prompt as the MLLM sees it: without its lead-in, and then capitalised (which lowers every
-    later letter). A prompt without a lead-in is left as it is."""
+    """Return the prompt as the MLLM sees it: without its lead-in, and then capitalised (which
+    lowers every later letter). A prompt without a lead-in is left as it is."""
     for lead_in in LEAD_INS:
         if prompt.startswith(lead_in):
             return prompt[len(lead_in) :].strip().capitalize()
@@ -97,7 +97,7 @@ class Tokenizers:
         return _batch(self._t5, prompts)
 
     def truncations(self, prompts: Sequence[str], *, mllm: bool = True) -> list[Truncation]:
-        """The prompts that are longer than a text model reads.
+        """Return the prompts that are longer than a text model reads.
 
         Args:
             mllm: whether the MLLM reads them at all.
@@ -122,7 +122,7 @@ class Tokenizers:
         return list(self._mllm_whole.encode(text, add_special_tokens=False).ids)
 
     def mllm_stream(self) -> TextStream:
-        """The text of an answer, to be fed with its tokens."""
+        """Return the text of an answer, to be fed with its tokens."""
         return TextStream(self._mllm_whole)
 
     @cached_property
@@ -148,8 +148,8 @@ class Tokenizers:
 
 
 def clean_clip(text: str) -> str:
-    """What CLIP's reference tokenizer does before its own rules: repair encoding accidents and HTML
-    entities, and collapse white space."""
+    """Do what CLIP's reference tokenizer does before its own rules: repair encoding accidents and
+    HTML entities, and collapse white space."""
     import ftfy  # here, so that importing the package does not load its tables
 
     return re.sub(r"\s+", " ", ftfy.fix_text(text)).strip()

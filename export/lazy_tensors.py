@@ -2,7 +2,7 @@
 
 A module on the meta device knows its shapes and nothing else. Each of its tensors has a source: a
 key in a checkpoint's file, or what becomes of others. So a network of any size can be traced,
-changed, quantised and written with one tensor in memory.
+changed, quantized and written with one tensor in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ATTRIBUTE = "bifrost_sources"  # on a module: tensor's name in it -> Source
 
 
 @dataclass(frozen=True)
-class Source:
+class LazyTensor:
     """A tensor that is not in memory.
 
     Attributes:
@@ -48,8 +48,8 @@ class Source:
         *,
         shape: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
-    ) -> Source:
-        """What `change` makes of the values.
+    ) -> LazyTensor:
+        """Return what `change` makes of the values.
 
         Args:
             what: names the change for `identity`, with everything that decides its result.
@@ -60,8 +60,8 @@ class Source:
             dtype=self.dtype if dtype is None else dtype,
         )  # fmt: skip
 
-    def cast(self, dtype: torch.dtype) -> Source:
-        """The same values in another type."""
+    def cast(self, dtype: torch.dtype) -> LazyTensor:
+        """Return the same values in another type."""
         if dtype == self.dtype:
             return self
         return self.map(str(dtype), lambda values: values.to(dtype), dtype=dtype)
@@ -69,13 +69,13 @@ class Source:
 
 def join(
     what: str,
-    sources: Sequence[Source],
+    sources: Sequence[LazyTensor],
     change: Callable[..., Tensor],
     *,
     shape: Sequence[int],
     dtype: torch.dtype = torch.float32,
-) -> Source:
-    """What `change` makes of several sources' values, in their order."""
+) -> LazyTensor:
+    """Return what `change` makes of several sources' values, in their order."""
 
     def read() -> Tensor:
         result = change(*(source.read() for source in sources))
@@ -84,19 +84,19 @@ def join(
         return result
 
     identity = f"{what}({', '.join(source.identity for source in sources)})"
-    return Source(tuple(shape), dtype, identity, read)
+    return LazyTensor(tuple(shape), dtype, identity, read)
 
 
-def held(tensor: Tensor) -> Source:
-    """A tensor that is in memory, such as a table that was computed."""
+def held(tensor: Tensor) -> LazyTensor:
+    """Return a tensor that is in memory, such as a table that was computed."""
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     digest = hashlib.sha256(flat.numpy().tobytes()).hexdigest()
     identity = f"{tensor.dtype}{list(tensor.shape)}:{digest}"
-    return Source(tuple(tensor.shape), tensor.dtype, identity, lambda: tensor.detach())
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, identity, lambda: tensor.detach())
 
 
 def get(owner: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer of this very module."""
+    """Return a parameter or buffer of this very module."""
     found = owner._parameters[name] if name in owner._parameters else owner._buffers[name]
     assert found is not None
     return found
@@ -117,7 +117,7 @@ def place(owner: nn.Module, name: str, values: Tensor) -> Tensor:
     return before
 
 
-def attach(module: nn.Module, name: str, source: Source) -> None:
+def attach(module: nn.Module, name: str, source: LazyTensor) -> None:
     """Let `source` give the values of a parameter or buffer of this very module, which goes to the
     meta device. Its dtype stays: the values are cast to it when they are read."""
     before = get(module, name)
@@ -127,10 +127,10 @@ def attach(module: nn.Module, name: str, source: Source) -> None:
     module.__dict__.setdefault(ATTRIBUTE, {})[name] = source
 
 
-def of(module: nn.Module, name: str) -> Source:
-    """The source of a parameter or buffer of this very module; a tensor that is in memory is its
-    own."""
-    found: Source | None = module.__dict__.get(ATTRIBUTE, {}).get(name)
+def of(module: nn.Module, name: str) -> LazyTensor:
+    """Return the source of a parameter or buffer of this very module; a tensor that is in memory is
+    its own."""
+    found: LazyTensor | None = module.__dict__.get(ATTRIBUTE, {}).get(name)
     value = get(module, name)
     if not value.is_meta:
         return held(value)
@@ -139,7 +139,7 @@ def of(module: nn.Module, name: str) -> Source:
     return found
 
 
-def named(module: nn.Module) -> dict[str, Source]:
+def named(module: nn.Module) -> dict[str, LazyTensor]:
     """Every parameter and buffer below `module` that has values, by its full name."""
     return {
         f"{prefix}.{name}" if prefix else name: of(owner, name)
@@ -149,14 +149,14 @@ def named(module: nn.Module) -> dict[str, Source]:
     }
 
 
-def lazy(owner: nn.Module) -> dict[str, Source]:
-    """The tensors of this very module that have no values in memory."""
-    attached: dict[str, Source] = owner.__dict__.get(ATTRIBUTE, {})
+def lazy(owner: nn.Module) -> dict[str, LazyTensor]:
+    """Return the tensors of this very module that have no values in memory."""
+    attached: dict[str, LazyTensor] = owner.__dict__.get(ATTRIBUTE, {})
     return {name: attached[name] for name, t in _own(owner) if t.is_meta and name in attached}
 
 
 def read(owner: nn.Module, name: str) -> Tensor:
-    """The values of a tensor of this very module, in its dtype."""
+    """Return the values of a tensor of this very module, in its dtype."""
     return of(owner, name).cast(get(owner, name).dtype).read()
 
 

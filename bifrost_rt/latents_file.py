@@ -23,7 +23,7 @@ _MADE_BY = "`bifrost-rt generate --save-tokens FILE` writes such a file"
 
 
 @dataclass(frozen=True)
-class Handover:
+class LatentsFile:
     """Tokens, float32 [n, N, D], and the arguments of `Generator.run` that made them."""
 
     tokens: NDArray[np.float32]
@@ -60,7 +60,7 @@ def save(path: str | Path, tokens: NDArray[np.float32], parameters: dict[str, An
     return Path(path)
 
 
-def load(path: str | Path) -> Handover:
+def load(path: str | Path) -> LatentsFile:
     """Read what `save` wrote. Shapes are compared with a set when it draws them.
 
     Raises:
@@ -84,7 +84,7 @@ def load(path: str | Path) -> Handover:
             f"{path}: expected tokens float32[images, places, width], all finite; "
             f"found {tokens.dtype}{list(tokens.shape)}"
         )
-    return Handover(tokens, _parameters(path, about, len(tokens)))
+    return LatentsFile(tokens, _parameters(path, about, len(tokens)))
 
 
 def _parameters(path: str | Path, about: str | None, images: int) -> dict[str, Any]:

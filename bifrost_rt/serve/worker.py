@@ -1,4 +1,4 @@
-"""The seam between waiting and drawing: a painter draws a few requests at a time, or answers one
+"""The seam between waiting and drawing: a worker draws a few requests at a time, or answers one
 conversation."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Said = tuple[str, str]
 OnStep = Callable[[int, Stage, int, NDArray[np.uint8] | None, Said | None], None]
 
 
-class Painter(Protocol):
+class Worker(Protocol):
     """Draws a few requests at a time, in the thread that asks."""
 
     def look(self, arguments: Mapping[str, Any]) -> Request:
@@ -42,11 +42,11 @@ class Painter(Protocol):
         """Answer a conversation. What `on_text` raises ends the answer and comes out again."""
 
     def reloads(self) -> bool:
-        """Whether engines leave for others while it draws, so that several requests together are
-        faster."""
+        """Say whether engines leave for others while it draws, so that several requests together
+        are faster."""
 
     def no_previews(self) -> str | None:
-        """Why it cannot show pictures as they become, or None where it can."""
+        """Say why it cannot show pictures as they become, or None where it can."""
 
     def close(self) -> None:
         """Free everything."""
@@ -90,11 +90,11 @@ class Local:
         return self._generator.answer(turns, parameters, on_text)
 
     def reloads(self) -> bool:
-        """The generator's answer."""
+        """Return the generator's answer."""
         return self._generator.reloads()
 
     def no_previews(self) -> str | None:
-        """The generator's own reason."""
+        """Return the generator's own reason."""
         return self._generator.no_previews()
 
     def close(self) -> None:

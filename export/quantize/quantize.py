@@ -1,4 +1,4 @@
-"""The whole step: stages in, stages with quantised layers out, and the record of how."""
+"""The whole step: stages in, stages with quantized layers out, and the record of how."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STATISTICS = "calibration.safetensors"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class QuantizeResult:
     """What became of every linear layer.
 
     Attributes:
@@ -47,7 +47,7 @@ class Outcome:
         return {d.choice.path: d.given for d in self.decisions if d.choice.stage == stage}
 
     def sixteen_bit(self, stage: str) -> dict[str, str]:
-        """path -> precision, of a stage's linear layers that are not quantised."""
+        """path -> precision, of a stage's linear layers that are not quantized."""
         return {path: form for path, form in self.of(stage).items() if form not in FORMATS}
 
     def record(self) -> dict[str, dict[str, Any]]:
@@ -55,7 +55,7 @@ class Outcome:
         return {d.choice.name: d.record() for d in self.decisions}
 
 
-def quantise(
+def quantize(
     recipe: Recipe,
     folder: Path,
     manifest: SetSpec,
@@ -64,7 +64,7 @@ def quantise(
     kept: int | None = None,
     older: Path | None = None,
     generate: pipeline.Generate = draw_look_answer,
-) -> Outcome:
+) -> QuantizeResult:
     """Calibrate where it is needed, decide, and change the stages' modules in place.
 
     Args:
@@ -83,7 +83,7 @@ def quantise(
         list(stages.values()), recipe.precision, recipe.rest, recipe.stages, recipe.layers
     )
     statistics, calibration = None, None
-    if any(c.quantised and FORMATS[c.form].calibrated for c in choices):
+    if any(c.quantized and FORMATS[c.form].calibrated for c in choices):
         statistics, calibration = _statistics(
             recipe, folder, manifest, stages, say, kept, older, generate
         )
@@ -97,7 +97,7 @@ def quantise(
         swept = sweep.sweep(bench, decisions, recipe.quality_budget, say)
         decisions = sweep.keep(decisions, swept.kept, recipe.rest)
     apply.replace(stages, decisions)
-    outcome = Outcome({}, tuple(decisions), calibration, swept)
+    outcome = QuantizeResult({}, tuple(decisions), calibration, swept)
     rest = {n: _rest(recipe.precision_of(n), outcome.of(n), recipe.rest) for n in stages}
     for name, stage in stages.items():
         precision.round_weights(stage.module, rest[name], outcome.sixteen_bit(name))
@@ -105,7 +105,7 @@ def quantise(
 
 
 def _rest(asked: str, layers: Mapping[str, str], rest: str) -> str:
-    """What a stage stores that is no linear layer: float32 only where all of it is."""
+    """Return what a stage stores that is no linear layer: float32 only where all of it is."""
     full = declared.FULL.name
     if asked in precision.PRECISIONS and (asked != full or set(layers.values()) <= {full}):
         return asked
@@ -158,7 +158,7 @@ def _statistics(
 
 
 def _key(recipe: Recipe, manifest: SetSpec, checkpoint: str, prompts: Sequence[str]) -> str:
-    """Changes with everything that decides what calibration sees."""
+    """Return what changes with everything that decides what calibration sees."""
     facts = {
         "checkpoint": checkpoint,
         "prompts": list(prompts),

@@ -26,11 +26,11 @@ KINDS: tuple[Kind, ...] = ("bare", "reference", "reference-compiled")
 
 @dataclass(frozen=True)
 class Spec:
-    """A contender as the command line names it.
+    """A candidate as the command line names it.
 
     Attributes:
         engines: the set; for the reference, the one from whose checkpoint it is.
-        backend: the driver; of a bare run, the one whose library and arithmetic it takes.
+        backend: the backend; of a bare run, the one whose library and arithmetic it takes.
     """
 
     name: str
@@ -50,7 +50,7 @@ def parse(text: str, first: str) -> Spec:
     these two `@cuda`.
 
     Args:
-        first: the contender that the others are compared with; all but the first two are of its
+        first: the candidate that the others are compared with; all but the first two are of its
             set.
 
     Raises:
@@ -69,18 +69,18 @@ def parse(text: str, first: str) -> Spec:
     device = "cpu"
     if kind in ("reference", "reference-compiled") and backend:
         device, backend = backend, ""
-    driver = backend or its_backend or choose(manifest.read(Path(folder))).name
-    return Spec(text.rstrip("/"), folder, driver, kind, device)
+    runs_on = backend or its_backend or choose(manifest.read(Path(folder))).name
+    return Spec(text.rstrip("/"), folder, runs_on, kind, device)
 
 
-class Contender(Protocol):
+class Candidate(Protocol):
     """Draws requests."""
 
     def draw(self, request: dict[str, Any]) -> tuple[NDArray[np.uint8], dict[str, float]]:
         """Pictures [n, H, W, 3], and seconds per part, `mllm` and `total` among them."""
 
 
-def load(spec: Spec, meter: Meter) -> Contender:
+def load(spec: Spec, meter: Meter) -> Candidate:
     """Everything that is loaded before a first request.
 
     Args:
@@ -104,8 +104,8 @@ class EngineSet:
     def __init__(self, spec: Spec, meter: Meter) -> None:
         from bifrost_rt import Generator
 
-        driver: Any = MeteredBackend(backends.load(spec.backend), meter)
-        self._generator = Generator(spec.engines, backend=driver, prompt_cache=0)
+        backend: Any = MeteredBackend(backends.load(spec.backend), meter)
+        self._generator = Generator(spec.engines, backend=backend, prompt_cache=0)
 
     def draw(self, request: dict[str, Any]) -> tuple[NDArray[np.uint8], dict[str, float]]:
         """One run. The total is all that a caller waits for, the check of the request included."""
@@ -162,5 +162,6 @@ class ReferenceLoop:
 
 
 def set_digest(engines: str) -> str:
-    """What identifies a set: the hash of its manifest, which holds the hash of everything else."""
+    """Return what identifies a set: the hash of its manifest, which holds the hash of everything
+    else."""
     return hashlib.sha256((Path(engines) / manifest.FILENAME).read_bytes()).hexdigest()

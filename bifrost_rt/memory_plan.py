@@ -3,9 +3,9 @@
 Policy alone: numbers in, a schedule out, nothing is opened here. `engines` follows the schedule,
 and the planner (`export.plan`) draws up the same one for machines that are not there.
 
-An engine takes two things: what it holds as long as it is open (weights, as its driver keeps them,
-and the scratch memory of its arithmetic, which drivers do not give back between runs), and the
-tensors at its door while it runs.
+An engine takes two things: what it holds as long as it is open (weights, as its backend keeps them,
+and the scratch memory of its arithmetic, which backends do not give back between runs), and the
+tensors of its inputs and outputs while it runs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Sizes = Callable[[str], Mapping[str, int]]
 
 
 @dataclass(frozen=True)
-class Need:
+class Requirement:
     """One use of an engine. `weights + scratch` stay as long as it is open, `tensors` while it
     runs."""
 
@@ -70,13 +70,13 @@ class Step:
 
 
 def schedule(
-    needs: Sequence[Need],
+    needs: Sequence[Requirement],
     budget: int,
     held: Mapping[str, int] | None = None,
     *,
     ahead: bool = False,
 ) -> tuple[Step, ...]:
-    """What leaves and what arrives before each stage, so that memory stays within `budget`.
+    """Return what leaves and what arrives before each stage, so that memory stays within `budget`.
 
     Runs repeat, so the engine that leaves first is the one whose next use is farthest away,
     counted in a circle (Belady's rule): the stage that has just ended before one that the next
@@ -140,7 +140,7 @@ def schedule(
 
 
 def schedules_of(
-    needs: Sequence[Need], budget: int, *, ahead: bool = False
+    needs: Sequence[Requirement], budget: int, *, ahead: bool = False
 ) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
     """Of a first picture, and of those after it, which find what it has left.
 
@@ -166,7 +166,7 @@ def largest(of: Sequence[Sizes]) -> Sizes:
 
 
 def everything_fits(steps: Sequence[Step]) -> bool:
-    """Whether no engine ever leaves."""
+    """Say whether no engine ever leaves."""
     return not any(step.evict for step in steps)
 
 
@@ -179,8 +179,8 @@ def sizes(
     decoding_steps: int | None = None,
     num_inference_steps: int | None = None,
 ) -> Sizes:
-    """What a run makes of the symbols at the engines' doors: one picture where nothing else is
-    said. Texts count as long as they can be, and images to look at as large."""
+    """Return what a run makes of the symbols of the engines' inputs and outputs: one picture where
+    nothing else is said. Texts count as long as they can be, and images to look at as large."""
     defaults = manifest.defaults
     common = dims.of_run(
         images=images,
@@ -215,14 +215,15 @@ def needs(
     weights_in_memory: Callable[[EngineSpec, int], int],
     scratch_share: float = 1.0,
     waiting: int = 1,
-) -> list[Need]:
-    """What each stage of a run takes, or of several that go through the engines side by side.
+) -> list[Requirement]:
+    """Return what each stage of a run takes, or of several that go through the engines side by
+    side.
 
     Args:
         order: engines, in the order of use.
-        at: engine -> a number for every symbol of its doors.
-        weights_in_memory: (engine, bytes of its files) -> bytes once its driver has opened it.
-        scratch_share: what the driver takes of the scratch memory that the manifest states.
+        at: engine -> a number for every symbol of its inputs and outputs.
+        weights_in_memory: (engine, bytes of its files) -> bytes once its backend has opened it.
+        scratch_share: what the backend takes of the scratch memory that the manifest states.
         waiting: how many runs there are. All but the one that an engine works for keep what earlier
             engines have left for later ones.
     """
@@ -241,7 +242,7 @@ def needs(
             # a run waits before the engine or behind it
             beside = max(_handed_on(manifest, order[:j], order[j:], at) for j in (i, i + 1))
             tensors += (waiting - 1) * beside
-        found.append(Need(name, weights, scratch, tensors))
+        found.append(Requirement(name, weights, scratch, tensors))
     return found
 
 
@@ -263,7 +264,7 @@ def scratch_bytes(spec: EngineSpec, sizes: Mapping[str, int], longest: int) -> f
 
 
 def _handed_on(manifest: SetSpec, before: Sequence[str], after: Sequence[str], at: Sizes) -> int:
-    """Bytes of what engines read that those before them have left."""
+    """Return bytes of what engines read that those before them have left."""
     left: set[str] = set()
     for name in before:
         spec = manifest.engine(name)
@@ -284,17 +285,17 @@ def growth(spec: EngineSpec, sizes: Mapping[str, int]) -> float:
 
 
 def tensor_bytes(spec: EngineSpec, sizes: Mapping[str, int]) -> int:
-    """Bytes of the tensors at an engine's door."""
+    """Return bytes of the tensors of an engine's inputs and outputs."""
     return sum(tensor_size(tensor, sizes) for tensor in (*spec.inputs, *spec.outputs))
 
 
 def tensor_size(tensor: TensorSpec, sizes: Mapping[str, int]) -> int:
-    """Bytes of a tensor."""
+    """Return bytes of a tensor."""
     return np.dtype(tensor.dtype).itemsize * math.prod(dims.shape_at(tensor.shape, sizes))
 
 
 def parse(budget: int | str, name: str = "memory_budget", least: int = 1) -> int:
-    """Bytes of a number or of a text such as "8GiB", "7.5 GB" or "900M".
+    """Return bytes of a number or of a text such as "8GiB", "7.5 GB" or "900M".
 
     Args:
         name: of the argument, for the error.
@@ -320,13 +321,13 @@ def parse(budget: int | str, name: str = "memory_budget", least: int = 1) -> int
 
 
 def default_budget(free: int | None) -> int | None:
-    """What a run may take of the memory that its device has free."""
+    """Return what a run may take of the memory that its device has free."""
     return None if free is None else int(free * (1 - MARGIN))
 
 
 def host_memory() -> int | None:
-    """Bytes that this machine can give without swapping; None where it does not say. A container's
-    own limit counts too."""
+    """Return bytes that this machine can give without swapping; None where it does not say. A
+    container's own limit counts too."""
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(fields["MemAvailable"].split()[0]) * 1024
@@ -342,12 +343,12 @@ def host_memory() -> int | None:
 
 
 def available() -> int | None:
-    """The default budget of what runs in this machine's own memory."""
+    """Return the default budget of what runs in this machine's own memory."""
     return default_budget(host_memory())
 
 
 def size_text(size: int, up: bool = False) -> str:
-    """Bytes as a person reads them, in binary units; rounded up where they are a demand."""
+    """Return bytes as a person reads them, in binary units; rounded up where they are a demand."""
     for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if size >= scale:
             tenths = 10 * size / scale

@@ -87,8 +87,8 @@ def clip_length(checkpoint: Checkpoint) -> int:
 
 
 def _config(folder: Path, part: Part) -> Config:
-    """A tokenizer's config, after checking whose tokenizer it is; an empty one where there is
-    none."""
+    """Return a tokenizer's config, after checking whose tokenizer it is; an empty one where there
+    is none."""
     path = folder / "tokenizer_config.json"
     if not os.path.lexists(path):
         return Config(path, {})
@@ -192,8 +192,8 @@ def _encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 
 def chat_template(source: Path) -> tuple[Path, str]:
-    """The file that holds it, and the template; from wherever the many versions of transformers
-    have put it."""
+    """Return the file that holds it, and the template; from wherever the many versions of
+    transformers have put it."""
     path = source / "chat_template.jinja"
     if os.path.lexists(path):
         return path, read_text(path)

@@ -53,7 +53,7 @@ class Slice(nn.Module):
         return packed[:, self.start : self.stop]
 
 
-def hoist(network: Network) -> Modulation:
+def precompute_modulation(network: Network) -> Modulation:
     """Take the modulation layers out of `network`, in place, and return them.
 
     Afterwards the network's blocks expect a packed row [B, width] in place of `temb`.

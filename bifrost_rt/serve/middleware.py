@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bifrost_rt.serve import cors
-from bifrost_rt.serve.faults import CHAT, FORMS, fault, unexpected
+from bifrost_rt.serve.errors import CHAT, FORMS, fault, unexpected
 from bifrost_rt.serve.metrics import Metrics
 from bifrost_rt.serve.settings import Settings
 
@@ -71,7 +71,7 @@ class Gate:
             await unexpected(method, path, error)(scope, receive, answered)
 
     def _answer(self, method: str, path: str, headers: Headers) -> Response | None:
-        """What is answered here; None lets the request through."""
+        """Return what is answered here; None lets the request through."""
         if self._hosts is not None and not self._hosts.answers(headers.get("host", "")):
             return fault(
                 403,
@@ -110,26 +110,26 @@ class Gate:
         return None
 
     def _unasked(self, headers: Headers) -> bool:
-        """Whether a page sends a body without a type. Browsers do so without a preflight, so any
-        page could have its visitors' servers draw."""
+        """Say whether a page sends a body without a type. Browsers do so without a preflight, so
+        any page could have its visitors' servers draw."""
         origin = headers.get("origin")
         typeless = not headers.get("content-type")
         return typeless and origin is not None and not self._origins.allows(origin)
 
     def _foreign(self, headers: Headers) -> bool:
-        """Whether a page of another origin sends a form. Browsers do so without a preflight."""
+        """Say whether a page of another origin sends a form. Browsers do so without a preflight."""
         origin = headers.get("origin")
         if origin is None or self._origins.allows(origin):
             return False
         return origin.partition("://")[2] != headers.get("host")
 
     def _most(self, path: str) -> int:
-        """Bytes that a request may have."""
+        """Return bytes that a request may have."""
         with_images = path == CHAT or path in FORMS
         return self._settings.max_image_body if with_images else self._settings.max_body
 
     def _measured(self, receive: Receive, most: int) -> Receive:
-        """What states no size is counted while it arrives."""
+        """Count the bytes of what states no size while it arrives."""
         size = 0
 
         async def measured() -> Message:

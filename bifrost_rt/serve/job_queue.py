@@ -1,8 +1,8 @@
-"""Waiting jobs and conversations, and the painters that draw and answer them. No HTTP in here.
+"""Waiting jobs and conversations, and the workers that draw and answer them. No HTTP in here.
 
-Every painter has a thread. It takes the job that has waited longest, and with it the next ones that
+Every worker has a thread. It takes the job that has waited longest, and with it the next ones that
 share its settings, as many as a batch may hold: their pictures come out of one run and are those
-that each would have got alone. Where a painter's engines leave for others, it takes several such
+that each would have got alone. Where a worker's engines leave for others, it takes several such
 batches, so that each engine is loaded once for all of them. A conversation is answered by itself,
 when nothing has waited longer.
 """
@@ -31,8 +31,8 @@ from bifrost_rt.pipeline import TOGETHER, Output
 from bifrost_rt.result import Result
 from bifrost_rt.serve.jobs import Answer, Failure, Job, Stage, State
 from bifrost_rt.serve.metrics import Metrics
-from bifrost_rt.serve.painter import Painter, Said
 from bifrost_rt.serve.settings import Limits
+from bifrost_rt.serve.worker import Said, Worker
 
 log = logging.getLogger("bifrost_rt.serve")
 # How much the newest picture counts in the estimate behind Retry-After.
@@ -70,21 +70,21 @@ class _CancelledError(Exception):
     """Nobody wants what this run makes any more."""
 
 
-class Studio:
+class JobQueue:
     """Takes jobs, and has them drawn. Every method may be called from any thread.
 
     Attributes:
         no_previews: why jobs cannot be seen becoming, or None where they can.
     """
 
-    def __init__(self, painters: Sequence[Painter], limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, workers: Sequence[Worker], limits: Limits, metrics: Metrics) -> None:
         self.limits = limits
         self.metrics = metrics
         self.stopping = False
-        self.no_previews = next((why for p in painters if (why := p.no_previews())), None)
+        self.no_previews = next((why for p in workers if (why := p.no_previews())), None)
         if limits.preview_every is None:
             self.no_previews = "the server was started without previews"
-        self._painters = painters
+        self._workers = workers
         self._changed = threading.Condition()
         self._waiting: list[Job | Answer] = []
         self._running: set[str] = set()
@@ -93,8 +93,8 @@ class Studio:
         self._seconds_each = 1.0  # of a picture or an answer
         metrics.watch(self.waiting_pictures, self.waiting_answers, lambda: len(self._running))
         self._threads = [
-            threading.Thread(target=self._work, args=(painter,), name=f"painter-{i}", daemon=True)
-            for i, painter in enumerate(painters)
+            threading.Thread(target=self._work, args=(worker,), name=f"worker-{i}", daemon=True)
+            for i, worker in enumerate(workers)
         ]
         for thread in self._threads:
             thread.start()
@@ -134,11 +134,11 @@ class Studio:
         self._end(answer, "cancelled")
 
     def get(self, job_id: str) -> Job | None:
-        """The job, as long as it is remembered."""
+        """Return the job, as long as it is remembered."""
         return self._jobs.get(job_id)
 
     def position(self, job: Job) -> int | None:
-        """How many jobs are before it; None where it does not wait."""
+        """Say how many jobs are before it; None where it does not wait."""
         with self._changed:
             return self._waiting.index(job) if job in self._waiting else None
 
@@ -173,7 +173,7 @@ class Studio:
                 self._end(job, "failed", STOPPING)
 
     def close(self, grace: float) -> None:
-        """Stop, wait for what runs, and free the painters.
+        """Stop, wait for what runs, and free the workers.
 
         Args:
             grace: seconds after which what still runs is cancelled.
@@ -188,27 +188,27 @@ class Studio:
             self.cancel_answer(answer)
         for thread in self._threads:
             thread.join()
-        for painter in self._painters:
-            painter.close()
+        for worker in self._workers:
+            worker.close()
 
     def _refuse_full(self, more: int) -> None:
         pictures, answers = self.waiting_pictures(), self.waiting_answers()
         waiting = pictures + answers
         if waiting and waiting + more > self.limits.waiting:
-            seconds = math.ceil(waiting * self._seconds_each / len(self._painters))
+            seconds = math.ceil(waiting * self._seconds_each / len(self._workers))
             raise FullError(pictures, answers, max(1, seconds))
 
     def _took(self, seconds_each: float) -> None:
         self._seconds_each += NEWEST * (seconds_each - self._seconds_each)
 
-    def _work(self, painter: Painter) -> None:
-        together = TOGETHER if painter.reloads() else 1
+    def _work(self, worker: Worker) -> None:
+        together = TOGETHER if worker.reloads() else 1
         while batches := self._next_batches(together):
             if isinstance(batches, Answer):
-                self._answer(painter, batches)
+                self._answer(worker, batches)
                 continue
             try:
-                self._draw(painter, batches)
+                self._draw(worker, batches)
             except (BudgetError, NumericsError, _AccidentError) as error:
                 if len(batches) == len(batches[0]) == 1:
                     self._refuse(batches[0][0], error)
@@ -216,7 +216,7 @@ class Studio:
                 # together they are too large, or one spoils the run of all; alone each is told so
                 for job in itertools.chain(*batches):
                     if not job.finished:
-                        self._draw_alone(painter, job)
+                        self._draw_alone(worker, job)
 
     def _next_batches(self, together: int) -> list[list[Job]] | Answer:
         """Wait for work: a conversation, or at most so many batches, whose settings differ. Empty
@@ -241,7 +241,7 @@ class Studio:
         return batches
 
     def _take_batch(self) -> list[Job]:
-        """The job that has waited longest, and those that can be drawn in one run with it."""
+        """Take the job that has waited longest, and those that can be drawn in one run with it."""
         first, *others = [work for work in self._waiting if isinstance(work, Job)]
         batch, pictures = [first], first.request.images
         for job in others:
@@ -257,7 +257,7 @@ class Studio:
             self._running.add(job.id)
         return batch
 
-    def _answer(self, painter: Painter, answer: Answer) -> None:
+    def _answer(self, worker: Worker, answer: Answer) -> None:
         answer.changed()
         began = time.monotonic()
 
@@ -271,7 +271,7 @@ class Studio:
                 answer.changed()
 
         try:
-            result = painter.answer(answer.turns, answer.parameters, on_text)
+            result = worker.answer(answer.turns, answer.parameters, on_text)
         except _CancelledError:
             return
         except (BudgetError, RequestError) as error:
@@ -297,7 +297,7 @@ class Studio:
         failure: Failure | None = None,
         result: ChatResult | None = None,
     ) -> None:
-        """The first end of an answer counts."""
+        """Note the end of an answer; the first counts."""
         with self._changed:
             if answer.finished:
                 return
@@ -310,9 +310,9 @@ class Studio:
         self.metrics.spoken(answer)
         answer.changed()
 
-    def _draw_alone(self, painter: Painter, job: Job) -> None:
+    def _draw_alone(self, worker: Worker, job: Job) -> None:
         try:
-            self._draw(painter, [[job]])
+            self._draw(worker, [[job]])
         except (BudgetError, NumericsError, _AccidentError) as error:
             self._refuse(job, error)
 
@@ -325,7 +325,7 @@ class Studio:
         else:
             self._finish(job, "failed", error.failure)
 
-    def _draw(self, painter: Painter, batches: list[list[Job]]) -> None:
+    def _draw(self, worker: Worker, batches: list[list[Job]]) -> None:
         """Draw the jobs of every batch in one run of its own, and the runs together.
 
         Raises:
@@ -346,11 +346,11 @@ class Studio:
         try:
             for job in jobs:
                 if job.arguments is not None and not job.finished:
-                    job.request, job.arguments = painter.look(job.arguments), None
+                    job.request, job.arguments = worker.look(job.arguments), None
             if all(job.finished for job in jobs):
                 return
             merged = [requests.merge([job.request for job in batch]) for batch in batches]
-            outs = painter.paint(merged, on_step, every)
+            outs = worker.paint(merged, on_step, every)
             for batch, whole, out in zip(batches, merged, outs, strict=True):
                 self._deliver(batch, whole, out)
         except _CancelledError:
@@ -435,7 +435,7 @@ class Studio:
         pictures: Sequence[bytes] = (),
         seconds: Mapping[str, float] | None = None,
     ) -> None:
-        """The first end of a job counts."""
+        """Note the end of a job; the first counts."""
         with self._changed:
             if job.finished:
                 return
