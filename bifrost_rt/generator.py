@@ -260,21 +260,26 @@ class Generator:
             )
         shown = None if image is None else images.read(image)
         painted = None if mask is None else images.painted(mask)
-        if painted is not None:
-            side = math.isqrt(self.manifest.model.num_visual_tokens)
-            others["masked"] = masks.places(painted, side, None if shown is None else shown.size)
         pixels = {
             name: latents_file.digest(np.asarray(given))
             for name, given in (("image", shown), ("mask", painted))
             if given is not None
         }
         check = functools.partial(request.check, self.manifest, **others)
-        checked = check(prompt="" if prompt is None else prompt, tokens=tokens)
-        if shown is not None:
-            said = self.describe(shown).text if prompt is None else prompt
-            checked = check(
-                prompt=said, tokens=np.repeat(self.encode(shown), checked.images, axis=0)
-            )
+        side = math.isqrt(self.manifest.model.num_visual_tokens)
+        size = None if shown is None else shown.size
+        masked = None if painted is None else masks.places(painted, side, size)
+        if shown is None:
+            checked = check(prompt="" if prompt is None else prompt, tokens=tokens, masked=masked)
+            return dataclasses.replace(checked, pixels=pixels)
+        # all else is checked before the image is looked at
+        checked = check(prompt="" if prompt is None else prompt, masked=np.zeros(side**2, bool))
+        said = self.describe(shown).text if prompt is None else prompt
+        if extend := checked.parameters.extend:
+            shown, canvas = masks.canvas(shown, painted or Image.new("L", shown.size), extend)
+            masked = masks.places(canvas, side)
+        seen = np.repeat(self.encode(shown), checked.images, axis=0)
+        checked = check(prompt=said, tokens=seen, masked=masked)
         return dataclasses.replace(checked, pixels=pixels)
 
     def encode(self, image: ImageLike) -> NDArray[np.float32]:

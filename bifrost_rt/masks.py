@@ -1,4 +1,4 @@
-"""A mask as users paint it -> the visual tokens that it touches."""
+"""What is drawn anew of an image: a mask as users paint it, a canvas around it -> visual tokens."""
 
 from __future__ import annotations
 
@@ -31,3 +31,27 @@ def places(
         touched[top:bottom, left:right].any() for top, bottom in bounds for left, right in bounds
     ]
     return np.array(cells)
+
+
+def canvas(
+    image: Image.Image, painted: Image.Image, share: float
+) -> tuple[Image.Image, Image.Image]:
+    """Put a canvas around an image, square by cutting at its middle, and mask it.
+
+    Args:
+        painted: the image's own mask, as `places` takes it.
+        share: width of the canvas on each side, of the image's side.
+
+    Returns:
+        The image in the middle, with its edge pixels carried on outwards, and the mask of the
+        canvas, of the same size: white around the image, and inside as it was.
+    """
+    if painted.size != image.size:
+        painted = painted.resize(image.size, Image.Resampling.NEAREST)
+    pixels, mask = (np.asarray(image_processor.middle(one)) for one in (image, painted))
+    wide = round(share * len(pixels))
+    around = [(wide, wide), (wide, wide)]
+    return (
+        Image.fromarray(np.pad(pixels, [*around, (0, 0)], mode="edge")),
+        Image.fromarray(np.pad(mask, around, constant_values=255)),
+    )

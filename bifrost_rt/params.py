@@ -27,6 +27,7 @@ from bifrost_rt.serialization import nearest
 LARGEST = float(np.finfo(np.float32).max)
 # Beyond it no step changes anything, and its schedule alone takes seconds.
 MOST_STEPS = 10_000
+MOST_EXTENDED = 2.0  # a fifth of the canvas is left to the image
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,14 @@ class Integer:
 
 @dataclass(frozen=True)
 class Float:
-    """A number that is finite in float32."""
+    """A number that is finite in float32.
+
+    Attributes:
+        least, most: the bounds.
+    """
+
+    least: float = -LARGEST
+    most: float = LARGEST
 
     python_type: ClassVar[type] = float
     metavar: ClassVar[str] = "X"
@@ -77,6 +85,8 @@ class Float:
             raise RequestTypeError(f"{name} must be a number, got {value!r}")
         if not -LARGEST <= value <= LARGEST:  # nor is NaN
             raise RequestError(f"{name} must be finite in float32, got {value}")
+        if not self.least <= value <= self.most:
+            raise RequestError(f"{name} must be {self.least:g} to {self.most:g}, got {value}")
         return float(value)
 
 
@@ -222,6 +232,17 @@ class Parameters:
             doc="how strongly the CLIP latents steer the image.",
         ),
     ]
+    extend: Annotated[
+        float,
+        Option(
+            values=Float(0.0, MOST_EXTENDED),
+            default=0.0,
+            help="draw a canvas around `image`, so wide on every side: 0.5 is half of it",
+            doc="draw a canvas around `image` under the prompt, on every side this share of the "
+            "image's own: 0.5 doubles what is seen. The image becomes so much smaller.",
+            per_request=True,
+        ),
+    ]
 
     @classmethod
     def fill(
@@ -274,6 +295,7 @@ class Options(TypedDict, total=False):
     cfg_weight: float | None
     cache_interval: int | None
     controlnet_conditioning_scale: float | None
+    extend: float | None
 
 
 def options(parameters: type[Parameters]) -> Mapping[str, Option]:

@@ -185,6 +185,8 @@ def check(
     parameters = Parameters.fill(
         prompt if isinstance(prompt, str) else tuple(asked), options, manifest.defaults
     )
+    if parameters.extend and masked is None:
+        raise RequestError("extend draws a canvas around an image; pass one as image")
     n = _images(manifest, len(asked), parameters.num_images_per_prompt)
     for name, given, built in (
         ("height", height, model.image_height),

@@ -85,6 +85,7 @@ def _check(tasks: Sequence[Task], facts: manifest.Manifest) -> None:
             vision.facts(facts)
             if "prompt" not in asked:
                 chat.facts(facts)
+            asked["masked"] = np.zeros(facts.model.num_visual_tokens, bool)
         drawn = requests.check(facts, **{"prompt": "", **asked}).images
         if task.image is not None and task.image >= drawn:
             raise RequestError(

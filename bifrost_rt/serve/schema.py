@@ -112,6 +112,8 @@ def option_field(option: Option) -> tuple[Any, Any]:
     kind: Any = Number
     if isinstance(values, Integer):
         kind = Annotated[int, Field(ge=values.least, lt=values.below_in_json), Whole]
+    elif values.most < LARGEST:
+        kind = Annotated[float, Field(ge=values.least, le=values.most), AfterValidator(_finite)]
     if option.default is Default.RANDOM:
         text += "; default: random"
     elif option.default is Default.SET:

@@ -55,6 +55,46 @@ def test_places_outside_the_mask_are_kept(
     assert [np.flatnonzero(row).tolist() for row in changed] == [list(places)] * 2
 
 
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_a_canvas_around_an_image_is_drawn_anew(generator: Generator, share: float) -> None:
+    found = generator.run("a cow", image=IMAGE, extend=share, **FEW)
+    wide = round(share * IMAGE.width)
+    canvas = Image.fromarray(np.pad(np.asarray(IMAGE), [(wide, wide)] * 2 + [(0, 0)], "edge"))
+    kept = (found.tokens == generator.encode(canvas)).all(axis=2)[0].reshape(SIDE, SIDE)
+    inside = np.zeros((SIDE, SIDE), bool)
+    first = int(np.ceil(SIDE * share / (1 + 2 * share)))
+    inside[first : SIDE - first, first : SIDE - first] = True
+    assert np.array_equal(kept, inside)
+    assert found.parameters["extend"] == share
+
+
+def test_a_mask_stays_where_it_was_on_the_image(generator: Generator) -> None:
+    """The middle cells of the canvas are the whole image: its left half is masked."""
+    left = Image.new("L", (2, 1))
+    left.putpixel((0, 0), 255)
+    found = generator.run("a cow", image=IMAGE, mask=left, extend=0.5, **FEW)
+    canvas = masks.canvas(IMAGE, Image.new("L", IMAGE.size), 0.5)[0]
+    kept = (found.tokens == generator.encode(canvas)).all(axis=2)[0].reshape(SIDE, SIDE)
+    assert kept.sum() == SIDE * SIDE // 8
+    assert kept[SIDE // 4 : 3 * SIDE // 4, SIDE // 2 : 3 * SIDE // 4].all()
+
+
+@pytest.mark.parametrize(
+    ("extend", "image", "said"),
+    [
+        (0.5, None, "extend draws a canvas around an image; pass one as image"),
+        (-0.1, IMAGE, "extend must be 0 to 2, got -0.1"),
+        (2.5, IMAGE, "extend must be 0 to 2, got 2.5"),
+        (float("nan"), IMAGE, "extend must be finite"),
+    ],
+)
+def test_canvases_that_cannot_be_drawn(
+    generator: Generator, extend: float, image: Image.Image | None, said: str
+) -> None:
+    with pytest.raises(RequestError, match=said):
+        generator.run("a cow", image=image, extend=extend)
+
+
 def test_tokens_are_those_of_the_reference_loop(generator: Generator) -> None:
     folders = {part: str(ALPHA / part) for part in ("mllm", "bifrost", "flux")}
     text = generator.manifest.text

@@ -6,7 +6,7 @@ from typing import Any
 
 import pydantic
 
-from bifrost_rt.params import OPTIONS, Float, Integer, Option
+from bifrost_rt.params import LARGEST, OPTIONS, Float, Integer, Option
 from bifrost_rt.serve.schema import ImageRequest, JobRequest, OpenAIRequest, option_field
 
 
@@ -16,9 +16,9 @@ def test_the_http_api_takes_every_option() -> None:
     assert names < JobRequest.model_fields.keys()
     fields = ImageRequest.model_json_schema()["properties"]
     for name, option in OPTIONS.items():
-        assert ImageRequest(prompt="a", **{option.api_name: 7}).options() == {
+        assert ImageRequest(prompt="a", **{option.api_name: 1}).options() == {
             **dict.fromkeys(OPTIONS),
-            name: 7,
+            name: 1,
         }
         assert fields[option.api_name]["description"].startswith(option.help)
         kind, nothing = fields[option.api_name]["anyOf"]
@@ -27,7 +27,9 @@ def test_the_http_api_takes_every_option() -> None:
             assert (kind["type"], kind["minimum"]) == ("integer", option.values.least)
             assert kind.get("exclusiveMaximum") == option.values.below_in_json
         else:
-            assert kind == {"type": "number"}
+            bounds = {"minimum": option.values.least, "maximum": option.values.most}
+            stated = bounds if option.values.most < LARGEST else {}
+            assert kind == {"type": "number", **stated}
 
 
 def test_one_declaration_adds_a_field() -> None:
