@@ -30,9 +30,11 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from benchmarks.arguments import count, new_file
 from bifrost_rt import Generator, command
+from scenes.captions import parse
 from scenes.heldout import PER_FAMILY, HeldOut, heldout
+from scenes.render import render
 from scenes.scorer import judge
-from scenes.world import FAMILIES
+from scenes.world import FAMILIES, Spec
 
 BRIDGES = ("on", "off", "shuffled")
 SAME = 100.0  # dB, what identical pictures count as in the mean
@@ -42,7 +44,7 @@ FRAME = 3  # px of the contact sheet's frames
 @dataclass(frozen=True)
 class Drawn:
     """One prompt's outcome; `psnr` and `ssim` are against the other set, where there is one, and
-    `thought` is what was drawn with `--think`."""
+    `thought` is what was drawn with `--think`, and `thought_right` whether it states the scene."""
 
     prompt: str
     family: str
@@ -53,6 +55,7 @@ class Drawn:
     psnr: float | None = None
     ssim: float | None = None
     thought: str | None = None
+    thought_right: bool | None = None
 
 
 def chosen(limit: int | None, kept_out: bool = False) -> list[HeldOut]:
@@ -88,6 +91,12 @@ def draw(
     result = generator.run(item.prompt, seed=item.seed, output_type="np", **arguments)
     picture: NDArray[np.uint8] = result.image
     return picture, result.thought
+
+
+def states(thought: str, spec: Spec) -> bool:
+    """Say whether a layout in words, rendered, is the scene that was asked for."""
+    layout = parse(thought)
+    return layout is not None and judge(spec, render(*layout)).correct
 
 
 def compare(picture: NDArray[np.uint8], other: NDArray[np.uint8]) -> tuple[float, float]:
@@ -132,7 +141,8 @@ def measure(
         )
         drawn.append(
             Drawn(item.prompt, item.spec.family, item.seed, item.kept_out,
-                  verdict.correct, verdict.reason, psnr, ssim, thought)
+                  verdict.correct, verdict.reason, psnr, ssim, thought,
+                  None if thought is None else states(thought, item.spec))
         )  # fmt: skip
         pictures.append(picture)
         if (i + 1) % 25 == 0 or i + 1 == len(items):
@@ -150,9 +160,11 @@ def report(drawn: list[Drawn], setting: dict[str, Any]) -> dict[str, Any]:
     """Return the JSON document: overall, families, kept-out combinations, every prompt."""
     families = {f: [d for d in drawn if d.family == f] for f in FAMILIES}
     pairs = [(d.psnr, d.ssim) for d in drawn if d.psnr is not None and d.ssim is not None]
+    thoughts = [d.thought_right for d in drawn if d.thought_right is not None]
     return {
         "setting": setting,
         "overall": percent(drawn),
+        "thoughts_right": {"right": sum(thoughts), "of": len(thoughts)} if thoughts else None,
         "families": {f: percent(of) for f, of in families.items() if of},
         "combinations": {
             "kept_out": percent([d for d in drawn if d.kept_out]),
@@ -179,6 +191,8 @@ def table(result: dict[str, Any], drawn: list[Drawn]) -> str:
          sum(d.kept_out for d in drawn)),
     ]  # fmt: skip
     lines = [f"{name:24} {value:5.1f} %  of {count}" for name, value, count in rows]
+    if thoughts := result["thoughts_right"]:
+        lines.append(f"thoughts that state the scene: {thoughts['right']} of {thoughts['of']}")
     if found := result["against"]:
         lines.append(
             f"against the other set: PSNR {found['psnr_mean']} dB (lowest {found['psnr_min']}), "

@@ -30,12 +30,12 @@ from benchmarks.arguments import count, new_file
 from benchmarks.machine import describe as machine
 from benchmarks.quality import chosen, draw
 from bifrost_rt import Generator, command
-from scenes.captions import STEPS, describe
+from scenes.captions import describe, parse
 from scenes.layout import place, scatter
 from scenes.render import render
 from scenes.sampling import training_spec
 from scenes.scorer import judge
-from scenes.world import BACKGROUNDS, COLOURS, SHAPES, Placed
+from scenes.world import BACKGROUNDS
 
 RENDERS = 300
 SEED = 20261126
@@ -68,23 +68,6 @@ def fresh(number: int) -> list[Render]:
         words = describe(objects, background)
         found.append(Render(render(objects, background), words, KINDS[i % 2]))
     return found
-
-
-def parse(words: str) -> tuple[list[Placed], str] | None:
-    """Return the objects and the background that a description names; None where it is none."""
-    head, _, rest = words.partition(" background, ")
-    if head not in BACKGROUNDS:
-        return None
-    objects = []
-    for part in rest.split(", "):
-        said = part.split(" ")
-        if len(said) != 5 or said[0] not in COLOURS or said[1] not in SHAPES:
-            return None
-        if not all(letter in STEPS for letter in said[2:]):
-            return None
-        x, y, size = (8.0 * STEPS.index(letter) for letter in said[2:])
-        objects.append(Placed(said[1], said[0], x, y, size))
-    return objects, head
 
 
 def parts_right(words: str, truth: str) -> dict[str, bool]:

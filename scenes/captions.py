@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from scenes.world import Placed, Spec, Thing
+from scenes.world import BACKGROUNDS, COLOURS, SHAPES, Placed, Spec, Thing
 
 OPENINGS = ("a photo of ", "a picture of ", "a drawing of ", "")
 COUNT_WORDS = ("one", "two", "three", "four")
@@ -57,3 +57,20 @@ def describe(objects: Sequence[Placed], background: str) -> str:
         for o in objects
     ]
     return f"{background} background, " + ", ".join(sorted(said))
+
+
+def parse(words: str) -> tuple[list[Placed], str] | None:
+    """Read the objects and the background of an exact description; None where it is none."""
+    head, _, rest = words.partition(" background, ")
+    if head not in BACKGROUNDS:
+        return None
+    objects = []
+    for part in rest.split(", "):
+        said = part.split(" ")
+        if len(said) != 5 or said[0] not in COLOURS or said[1] not in SHAPES:
+            return None
+        if not all(letter in STEPS for letter in said[2:]):
+            return None
+        x, y, size = (8.0 * STEPS.index(letter) for letter in said[2:])
+        objects.append(Placed(said[1], said[0], x, y, size))
+    return objects, head

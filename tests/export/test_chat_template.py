@@ -52,7 +52,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def facts(tokenizer: Tokenizer) -> Chat:
-    found = chats.read(ALPHA / "mllm", tokenizer)
+    found = chats.read(ALPHA / "mllm", tokenizer, "Say more of {prompt}")
     assert found is not None
     return found
 
@@ -150,11 +150,11 @@ def test_another_template_holds_no_conversation(
     _, template = chat_template(ALPHA / "mllm")
     assert change[0] in template
     folder = changed(tmp_path, template.replace(*change))
-    assert chats.read(folder, tokenizer) is None
+    assert chats.read(folder, tokenizer, "") is None
 
 
 def test_stop_tokens_that_are_none_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     folder = changed(tmp_path, chat_template(ALPHA / "mllm")[1])
     (folder / "generation_config.json").write_text('{"eos_token_id": "<|im_end|>"}')
     with pytest.raises(CheckpointError, match="eos_token_id is '<|im_end|>', expected a whole num"):
-        chats.read(folder, tokenizer)
+        chats.read(folder, tokenizer, "")
