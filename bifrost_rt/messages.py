@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from bifrost_rt import images
+from bifrost_rt import images, unicode
 from bifrost_rt.errors import RequestError, RequestTypeError
 from bifrost_rt.manifest import Chat
 
@@ -149,12 +149,7 @@ def data(url: str, where: str, fetch: Fetch) -> bytes:
 def _words(text: Any, where: str) -> str:
     if not isinstance(text, str):
         raise RequestTypeError(f"{where}: text must be a string, got {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"{where} is not valid Unicode: {error.reason} at character {error.start}"
-        ) from None
+    unicode.check(where, text)
     return text
 
 

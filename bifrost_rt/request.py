@@ -11,7 +11,7 @@ from typing import Any, Literal, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bifrost_rt import latents_file, schedules
+from bifrost_rt import latents_file, schedules, unicode
 from bifrost_rt.dims import IMAGES
 from bifrost_rt.errors import RequestError, RequestTypeError
 from bifrost_rt.manifest import SetSpec
@@ -229,12 +229,7 @@ def _prompts(prompt: Any) -> list[str]:
             raise RequestTypeError(
                 f"prompt[{i}] must be a text, got {type(text).__name__} {text!r}"
             )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"prompt[{i}] is not valid Unicode: {error.reason} at character {error.start}"
-            ) from None
+        unicode.check(f"prompt[{i}]", text)
     return list(asked)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bifrost_rt import chat
+from bifrost_rt import chat, unicode
 from bifrost_rt.chat_params import ChatOptions, ChatParameters
 from bifrost_rt.errors import RequestError, RequestTypeError
 from bifrost_rt.manifest import SetSpec
@@ -38,12 +38,7 @@ def instruction(manifest: SetSpec, think: bool | str | None) -> str | None:
         return facts.think
     if not think.strip():
         raise RequestError("think is an empty instruction", hint="think=True takes the set's own")
-    try:
-        think.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"think is not valid Unicode: {error.reason} at character {error.start}"
-        ) from None
+    unicode.check("think", think)
     return think
 
 

@@ -8,8 +8,10 @@ replayed after its context was changed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,10 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from bifrost_rt import manifest
 from bifrost_rt.errors import BackendError
+from bifrost_rt.manifest import Compiled
+from export.engine_set import describe_files
 
 MAGIC = b"double\n"
 SCRATCH = 1000
@@ -27,6 +32,29 @@ SCRATCH = 1000
 def write_engine(path: Path, graph: Path, inputs: list[str], outputs: list[str]) -> None:
     about = {"graph": str(graph), "inputs": inputs, "outputs": outputs}
     path.write_bytes(MAGIC + json.dumps(about).encode())
+
+
+def write_set(source: Path, folder: Path, compiled: Compiled, on_cpu: Sequence[str] = ()) -> Path:
+    """Write a set as if compiled: its engines are the double's, those `on_cpu` stay ONNX graphs."""
+    folder.mkdir()
+    (folder / "tokenizers").symlink_to(source / "tokenizers")
+    facts = manifest.read(source)
+    engines = []
+    for spec in facts.engines:
+        if spec.name in on_cpu:
+            for file in spec.files:
+                shutil.copyfile(source / file, folder / file)
+            engines.append(dataclasses.replace(spec, backend="onnxruntime"))
+            continue
+        name = f"{spec.name}.engine"
+        names = [[t.name for t in side] for side in (spec.inputs, spec.outputs)]
+        write_engine(folder / name, source / spec.graph, *names)
+        engines.append(dataclasses.replace(spec, graph=name, files=(name,), compiled=compiled))
+    made = dataclasses.replace(
+        facts, backend="tensorrt-rtx", engines=tuple(engines), files=describe_files(folder)
+    )
+    (folder / manifest.FILENAME).write_bytes(made.dumps())
+    return folder
 
 
 class HostDevice:

@@ -46,8 +46,7 @@ class _Refused(Exception):
 
 
 def create_app(job_queue: JobQueue, manifest: Manifest, settings: Settings) -> FastAPI:
-    """Create the application, which closes the queue when it is shut down. Closes the queue when it
-    is shut down."""
+    """Create the application, which closes the queue when it is shut down."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

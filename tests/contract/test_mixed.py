@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,6 @@ from bifrost_rt.backends.onnxruntime import OnnxRuntime
 from bifrost_rt.backends.tensorrt import TensorRtRtx
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import Compiled
-from export.engine_set import describe_files
 from tests import tensorrt_double as double
 from tests.conftest import difference, load_case
 
@@ -29,25 +26,7 @@ ELSEWHERE = ("t5_text", "visual_decode", "denoise")
 def mixed_set(alpha_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The set as if compiled by `export.compile --on-cpu`: the compiled ones are the double's."""
     folder = tmp_path_factory.mktemp("sets") / "mixed"
-    folder.mkdir()
-    (folder / "tokenizers").symlink_to(alpha_set / "tokenizers")
-    source = manifest.read(alpha_set)
-    engines = []
-    for spec in source.engines:
-        if spec.name in ELSEWHERE:
-            for file in spec.files:
-                shutil.copyfile(alpha_set / file, folder / file)
-            engines.append(dataclasses.replace(spec, backend="onnxruntime"))
-            continue
-        name = f"{spec.name}.engine"
-        names = [[t.name for t in side] for side in (spec.inputs, spec.outputs)]
-        double.write_engine(folder / name, alpha_set / spec.graph, *names)
-        engines.append(dataclasses.replace(spec, graph=name, files=(name,), compiled=COMPILED))
-    made = dataclasses.replace(
-        source, backend="tensorrt-rtx", engines=tuple(engines), files=describe_files(folder)
-    )
-    (folder / manifest.FILENAME).write_bytes(made.dumps())
-    return folder
+    return double.write_set(alpha_set, folder, COMPILED, ELSEWHERE)
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,6 @@ from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import Compiled, Manifest
 from export.compile import bound, graphs
 from export.compile import builder as builders
-from export.engine_set import describe_files
 from export.errors import CompileError
 from tests import tensorrt_double as double
 from tests.conftest import difference, load_case
@@ -41,21 +40,7 @@ COMPILED = Compiled("tensorrt-rtx", "1.7.1.116", ("sm89", "sm120"), ("strongly_t
 @pytest.fixture(scope="module")
 def compiled_set(alpha_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The set as if compiled: its engines are the double's."""
-    folder = tmp_path_factory.mktemp("sets") / "double"
-    folder.mkdir()
-    (folder / "tokenizers").symlink_to(alpha_set / "tokenizers")
-    source = manifest.read(alpha_set)
-    engines = []
-    for spec in source.engines:
-        name = f"{spec.name}.engine"
-        names = [[t.name for t in side] for side in (spec.inputs, spec.outputs)]
-        double.write_engine(folder / name, alpha_set / spec.graph, *names)
-        engines.append(dataclasses.replace(spec, graph=name, files=(name,), compiled=COMPILED))
-    made = dataclasses.replace(
-        source, backend="tensorrt-rtx", engines=tuple(engines), files=describe_files(folder)
-    )
-    (folder / manifest.FILENAME).write_bytes(made.dumps())
-    return folder
+    return double.write_set(alpha_set, tmp_path_factory.mktemp("sets") / "double", COMPILED)
 
 
 @pytest.fixture(autouse=True)
