@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SET := engines/sets/default
-PICTURE := out/demo.png
+IMAGE := out/demo.png
 SHIPPED := engines/sets/default-bf16
 CODE := bifrost_rt export benchmarks scenes training tools tests examples
 # Modules are compiled when they are first imported: of torch's, most never are.
@@ -18,7 +18,7 @@ RECORD := benchmarks/results/gpu.json
 
 demo: $(SET)/manifest.json
 	@$(BIN)/bifrost-rt generate "a red circle above a blue square" \
-		--engines $(SET) --seed 1 --output $(PICTURE)
+		--engines $(SET) --seed 1 --output $(IMAGE)
 
 # bifrost_rt and export with the demo model's set inside, as it was trained: in bfloat16.
 wheel: $(SHIPPED)/manifest.json

@@ -75,7 +75,7 @@ class Bare:
         }
 
     def draw(self, request: Mapping[str, Any]) -> tuple[NDArray[np.uint8], dict[str, float]]:
-        """Pictures [n, H, W, 3], and seconds per engine, of the MLLM and in total."""
+        """Images [n, H, W, 3], and seconds per engine, of the MLLM and in total."""
         start = time.perf_counter()
         timings: dict[str, float] = {}
         calls = {name: self._meter.watch(call) for name, call in self._calls.items()}

@@ -77,7 +77,7 @@ class Candidate(Protocol):
     """Draws requests."""
 
     def draw(self, request: dict[str, Any]) -> tuple[NDArray[np.uint8], dict[str, float]]:
-        """Pictures [n, H, W, 3], and seconds per part, `mllm` and `total` among them."""
+        """Images [n, H, W, 3], and seconds per part, `mllm` and `total` among them."""
 
 
 def load(spec: Spec, meter: Meter) -> Candidate:

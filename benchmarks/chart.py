@@ -1,4 +1,4 @@
-"""A latency record as a picture: where the median image of each candidate goes."""
+"""A latency record as a chart: where the median image of each candidate goes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.figures import bars
 
-# One colour for a part in every picture: those of the planner's, in the order of the pipeline.
+# One colour for a part in every image: those of the planner's, in the order of the pipeline.
 COLORS = {
     "mllm_text": "#4e79a7",
     "visual_decode": "#f28e2b",
@@ -29,7 +29,7 @@ LABELLED = 0.06  # of the axis: what a part must be for its share to be written 
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
-    """Write the picture; the format is that of the file's name."""
+    """Write the image; the format is that of the file's name."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -40,7 +40,7 @@ from export.stages.catalog import DEFINITIONS
 
 MODULE = "benchmarks.compiling"
 TARGETS = ("sm86", "sm89", "sm120")
-# one picture of the release, with guidance
+# one image of the release, with guidance
 LARGEST = dims.of_run(text_tokens=300, steps=256, guided=True, revealed=256, **dims.ANSWERS)
 SIZES = Sizes({name: (1, high) for name, high in LARGEST.items()})
 # (what products compute in, where the weights are)

@@ -36,7 +36,7 @@ from export.compile import graphs
 from export.formats import FORMATS
 from export.synthetic.shapes import PRESETS
 
-# one picture, the release's steps; the prompt is the longest of the model
+# one image, the release's steps; the prompt is the longest of the model
 STEPS = 256
 # The last of visual_decode computes what a step reveals, and less than the others. Of denoise it is
 # one block of each kind in both networks, 4 GB in float32.
@@ -93,12 +93,12 @@ def product(
     from export.stages import Definition, Stage
 
     made = []
-    for form in forms:
+    for fmt in forms:
         torch.manual_seed(0)
         doors = (TensorSpec("x", "float32", (rows, width)), TensorSpec("y", "float32", (rows, out)))
         layer = nn.Sequential(nn.Linear(width, out, bias=False)).requires_grad_(False)
         stage = Stage(Definition("product", 1e-4), layer, doors[:1], doors[1:])
-        found = truncated_models.write(stage, form, folder, holes=False)
+        found = truncated_models.write(stage, fmt, folder, holes=False)
         made.append(dataclasses.replace(found, name=f"{rows}x{width} by {width}x{out}"))
     return made
 
@@ -124,13 +124,13 @@ def measure(
     rows, calls = [], []
     for spec in specs:
         for backend in BACKENDS:
-            form = spec.precision.requested
-            row = {"engine": spec.name, "precision": form, "backend": backend}
+            fmt = spec.precision.requested
+            row = {"engine": spec.name, "precision": fmt, "backend": backend}
             try:
                 calls.append(opened(folder, spec, sizes, backend))
                 rows.append(row)
             except BifrostError as error:
-                if (form, backend) == BASE:
+                if (fmt, backend) == BASE:
                     raise
                 yield {**row, "failed": error.message}
     times = turns(calls, rounds)

@@ -172,14 +172,14 @@ def psnr_outside(task: Task, edited: Pixels, side: int) -> float:
 
 
 def measure(generator: Generator, asked: Sequence[Task]) -> tuple[dict[str, Any], list[Pixels]]:
-    """Edit every render: shares in percent by kind, and the pictures."""
+    """Edit every render: shares in percent by kind, and the outputs."""
     side = round(generator.manifest.model.num_visual_tokens**0.5)
-    verdicts, distances, pictures = [], [], []
+    verdicts, distances, outputs = [], [], []
     for i, task in enumerate(asked):
         (edited,) = generator.run(
             task.prompt, image=task.image, mask=task.mask(), seed=i, output_type="np"
         ).images
-        pictures.append(edited)
+        outputs.append(edited)
         verdicts.append(verdict(task, edited))
         distances.append(psnr_outside(task, edited, side))
         if sys.stderr.isatty():
@@ -196,7 +196,7 @@ def measure(generator: Generator, asked: Sequence[Task]) -> tuple[dict[str, Any]
                 "psnr_mean": round(float(np.mean(db)), 1),
                 "psnr_least": round(min(db), 1),
             }
-    return found, pictures
+    return found, outputs
 
 
 def table(found: dict[str, Any]) -> str:
@@ -208,12 +208,12 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def sheet(asked: Sequence[Task], pictures: Sequence[Pixels], path: Path, columns: int = 6) -> None:
-    """Save a picture of tasks: the image, the image with its mask in gray, and what was made."""
+def sheet(asked: Sequence[Task], outputs: Sequence[Pixels], path: Path, columns: int = 6) -> None:
+    """Save a sheet of tasks: the image, the image with its mask in gray, and what was made."""
     edge = SIDE + FRAME
     rows = -(-len(asked) // columns)
     canvas = Image.new("RGB", (columns * (3 * edge + 2 * FRAME), rows * edge), "white")
-    for i, (task, edited) in enumerate(zip(asked, pictures, strict=True)):
+    for i, (task, edited) in enumerate(zip(asked, outputs, strict=True)):
         shown = np.where(task.mask()[..., None] > 0, task.image // 2 + 64, task.image)
         left, top = (i % columns) * (3 * edge + 2 * FRAME), (i // columns) * edge
         for j, pixels in enumerate((task.image, shown.astype(np.uint8), edited)):
@@ -234,11 +234,11 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     asked = tasks(given.limit)
     with Generator(given.engines, backend=given.backend) as generator:
-        found, pictures = measure(generator, asked)
+        found, outputs = measure(generator, asked)
         who = f"{generator.manifest.name}, {generator.backend.name}"
     print(f"{who}\n\n{table(found)}")
     if given.sheet:
-        sheet(asked[:36], pictures[:36], given.sheet)
+        sheet(asked[:36], outputs[:36], given.sheet)
     if given.json:
         result = {"machine": machine(), "set": who, "edits": found}
         given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -39,7 +39,7 @@ from export.planning import devices
 from export.stages.catalog import DEFINITIONS
 from export.synthetic.shapes import PRESETS
 
-# one picture, its longest prompt, the release's steps: what is timed
+# one image, its longest prompt, the release's steps: what is timed
 SIZES = dims.of_run(text_tokens=300, steps=256)
 # What engines are compiled for: the profile of the product, with guidance and with steps that
 # reveal more than one token. For one size alone the builder makes other kernels.
@@ -105,10 +105,10 @@ def main(arguments: list[str] | None = None) -> int:
 def forms() -> tuple[str, ...]:
     """Return the forms of the graphs that some backend runs here."""
     return tuple(
-        form
-        for form in FORMS
+        fmt
+        for fmt in FORMS
         if any(
-            truncated_models.stored_as(compute) == form
+            truncated_models.stored_as(compute) == fmt
             and backends.BACKENDS[name].unavailable() is None
             for name, compute, _, _ in CASES
         )
@@ -126,10 +126,10 @@ def unavailable(stage: str) -> Iterator[dict[str, Any]]:
 
 def measure(folder: Path, spec: EngineSpec, here: gpu.Gpu, steps: int) -> Iterator[dict[str, Any]]:
     """One row for every case of one graph."""
-    form = spec.precision.requested
+    fmt = spec.precision.requested
     work = flops.count(graphs.read(folder / spec.graph, spec.name), SIZES)
     for name, compute, weights, replayed in CASES:
-        if truncated_models.stored_as(compute) != form:
+        if truncated_models.stored_as(compute) != fmt:
             continue
         row: dict[str, Any] = {"stage": spec.name, "backend": name, "compute": compute}
         row |= {"weights": weights, "cuda_graphs": replayed}

@@ -32,12 +32,12 @@ from bifrost_rt.chat import ChatResult
 from bifrost_rt.errors import BifrostError
 from bifrost_rt.result import Result
 
-PICTURES = 5  # timed, after one that is not
+IMAGES = 5  # timed, after one that is not
 REQUEST = {**selftest.REQUEST, "output_type": "np"}
 LONGER = ("a red circle", "a red circle above a blue square and a green cross")
 UPLOAD = 256 << 20
 ANSWER = 48  # tokens, at most
-KERNELS = 25  # of a picture, the longest; their names are shortened
+KERNELS = 25  # of an image, the longest; their names are shortened
 # Longer than any of these takes; a process that hangs at its end is what is looked for.
 EXIT_SECONDS = 300
 LEAVES = """
@@ -102,8 +102,8 @@ def opening(subject: Subject) -> dict[str, Any]:
     return rows
 
 
-def picture(subject: Subject) -> dict[str, Any]:
-    """Return the self-test's picture against the builder's, and the memory of a generator's
+def generate(subject: Subject) -> dict[str, Any]:
+    """Return the self-test's image against the builder's, and the memory of a generator's
     life."""
     found: dict[str, Any] = {"free_bytes_before": gpu.free_bytes()}
     start = time.perf_counter()
@@ -112,13 +112,13 @@ def picture(subject: Subject) -> dict[str, Any]:
     found["free_bytes_open"] = gpu.free_bytes()
     start = time.perf_counter()
     drawn = selftest.draw(generator)
-    found["first_picture_s"] = _seconds(start)
+    found["first_image_s"] = _seconds(start)
     found["free_bytes_drawn"] = gpu.free_bytes()
     generator.close()
     del generator
     gc.collect()
     found["free_bytes_closed"] = gpu.free_bytes()
-    with Image.open(subject.folder / selftest.PICTURE) as image:
+    with Image.open(subject.folder / selftest.IMAGE) as image:
         found |= apart(drawn, np.asarray(image.convert("RGB")))
     return found
 
@@ -140,7 +140,7 @@ def recordings(subject: Subject) -> dict[str, Any]:
 
 
 def _against(generator: Generator, case: golden.Case) -> dict[str, float]:
-    """Return the largest differences to one case, after every step and in the picture."""
+    """Return the largest differences to one case, after every step and in the image."""
     steps: dict[str, list[NDArray[Any]]] = {"tokens": [], "latents": []}
 
     def keep(generator: Generator, step: int, t: float | None, now: dict[str, Any]) -> None:
@@ -171,7 +171,7 @@ def repeats(subject: Subject) -> dict[str, Any]:
         found[name] = row
         try:
             with subject.opened(backend) as generator:
-                # the second and third picture replay what the first one recorded
+                # the second and third image replay what the first one recorded
                 row["same"] = [_same(first, generator.run(**REQUEST)) for _ in "123"]
             row["little_memory"] = _with_little_memory(subject, backend, first)
         except BifrostError as error:
@@ -189,7 +189,7 @@ def _with_little_memory(subject: Subject, backend: Any, first: Result) -> dict[s
     sizes = memory_plan.sizes(facts, guided=True)
     needs = memory_plan.needs(facts, order, sizes, backend.weights_in_memory, backend.scratch_share)
     # room for the next one, and not for all
-    budget = (max(need.total for need in needs) + sum(need.held for need in needs)) // 2
+    budget = (max(need.total for need in needs) + sum(need.resident for need in needs)) // 2
     with subject.opened(backend, memory_budget=budget) as generator:
         same = [_same(first, generator.run(**REQUEST)) for _ in "123"]
         comes_and_goes = generator.no_previews() is not None
@@ -200,27 +200,27 @@ def times(subject: Subject) -> dict[str, Any]:
     """Milliseconds of the stages at the set's own steps, and of single steps: the first, the second
     and the others as they are seen from outside, each waited for; and the host's share, in which it
     queues a step."""
-    found: dict[str, Any] = {"pictures": PICTURES}
+    found: dict[str, Any] = {"images": IMAGES}
     request = {name: value for name, value in REQUEST.items() if not name.endswith("_steps")}
     for name, backend in subject.backends():
         with subject.opened(backend) as generator:
             cold, warm = (_stepped(generator, request) for _ in range(2))
-            timings = [generator.run(**request).timings for _ in range(1 + PICTURES)][1:]
+            timings = [generator.run(**request).timings for _ in range(1 + IMAGES)][1:]
             defaults = generator.manifest.defaults
         found[name] = {
             "stage_ms": {
                 stage: round(1e3 * float(np.median([t[stage] for t in timings])), 3)
                 for stage in timings[0]
             },
-            "loops_first_picture": cold,
-            "loops_second_picture": warm,
+            "loops_first_image": cold,
+            "loops_second_image": warm,
         }
     steps = {"decoding": defaults.decoding_steps, "denoising": defaults.num_inference_steps}
     return {"steps": steps, **found}
 
 
 def _stepped(generator: Generator, request: dict[str, Any]) -> dict[str, Any]:
-    """Return the steps of both loops of one picture. Every step is waited for by its copy to the
+    """Return the steps of both loops of one image. Every step is waited for by its copy to the
     host."""
     marks: dict[str, list[tuple[float, float]]] = {"tokens": [], "latents": []}
     last = [time.perf_counter()]
@@ -248,7 +248,7 @@ def _stepped(generator: Generator, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def prompt_lengths(subject: Subject) -> dict[str, Any]:
-    """Return what a picture costs whose prompt has a length that was not seen before, and then
+    """Return what an image costs whose prompt has a length that was not seen before, and then
     again."""
     found = {}
     for name, backend in subject.backends():
@@ -268,9 +268,9 @@ def _new_and_known(generator: Generator, prompt: str) -> dict[str, dict[str, flo
 
 
 def answers(subject: Subject) -> dict[str, Any]:
-    """Return what is said twice of the self-test's picture: the likeliest tokens, and drawn ones.
+    """Return what is said twice of the self-test's image: the likeliest tokens, and drawn ones.
     The second time a prefix is kept. Milliseconds, and whether the CPU says the same."""
-    image = subject.folder / selftest.PICTURE
+    image = subject.folder / selftest.IMAGE
     requests: dict[str, dict[str, Any]] = {
         "likeliest": {"max_new_tokens": ANSWER},
         "drawn": {"max_new_tokens": ANSWER, "temperature": 1.0, "top_k": 8, "seed": 3},
@@ -323,7 +323,7 @@ def transfers(subject: Subject, size: int = UPLOAD) -> dict[str, Any]:
 
 
 def kernels(subject: Subject) -> dict[str, Any]:
-    """Return the kernels of one picture by the time they take, and the calls to CUDA's runtime, as
+    """Return the kernels of one image by the time they take, and the calls to CUDA's runtime, as
     torch's profiler sees them: it watches the whole process, whoever calls."""
     if importlib.util.find_spec("torch") is None:
         return {"skipped": "torch, whose profiler names kernels, is not installed"}
@@ -390,7 +390,7 @@ def leaving(subject: Subject) -> dict[str, Any]:
 
 TRIALS: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "opening": opening,
-    "picture": picture,
+    "image": generate,
     "recordings": recordings,
     "repeats": repeats,
     "times": times,
@@ -403,7 +403,7 @@ TRIALS: dict[str, Callable[[Subject], dict[str, Any]]] = {
 
 
 def apart(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> dict[str, float]:
-    """Say how far two pictures are from each other: of 255, and in dB where they differ."""
+    """Say how far two images are from each other: of 255, and in dB where they differ."""
     off = np.abs(found.astype(np.int16) - expected)
     told = {"largest": int(off.max()), "mean": round(float(off.mean()), 5)}
     squared = float(np.square(off, dtype=np.float64).mean())

@@ -136,7 +136,7 @@ def _rates(remote: Remote, request: dict[str, Any], batches: list[int]) -> dict[
 
 
 def _about(remote: Remote, first: First, ours: First) -> dict[str, Any]:
-    """Say who it is, how it started, and how far its first picture is from the first
+    """Say who it is, how it started, and how far its first image is from the first
     candidate's."""
     cold = {
         "seconds": remote.start_seconds + first.timings["total"],
@@ -154,9 +154,9 @@ def _about(remote: Remote, first: First, ours: First) -> dict[str, Any]:
         "first_image_seconds": first.timings["total"],
         "cold_start": cold,
     }
-    if first.picture.shape == ours.picture.shape:
-        apart = np.abs(first.picture.astype(np.int16) - ours.picture.astype(np.int16))
-        found["picture_difference"] = int(apart.max())
+    if first.pixels.shape == ours.pixels.shape:
+        apart = np.abs(first.pixels.astype(np.int16) - ours.pixels.astype(np.int16))
+        found["image_difference"] = int(apart.max())
     return found
 
 

@@ -4,7 +4,7 @@
         [--max-waiting N] [--num-inference-steps N] [--json FILE]
 
 Starts `bifrost-rt serve` on this machine, so that what is measured is the product. A client that is
-told 429 waits as long as Retry-After says and asks again; anything else that is no picture is an
+told 429 waits as long as Retry-After says and asks again; anything else that is no image is an
 error, and the command ends with 1, as it does where the server's memory has grown: its highest in
 the last quarter of the requests may exceed that of the second by 5 %.
 """
@@ -123,7 +123,7 @@ def measure(
         "answers": dict(Counter(str(one.status) for one in served)),
         "refused_with_429": sum(one.refused for one in served),
         "seconds": took,
-        "pictures_per_second": len(waits) / took,
+        "images_per_second": len(waits) / took,
         "wait_seconds": {
             name: float(np.quantile(waits, q)) for name, q in (("p50", 0.5), ("p99", 0.99))
         },
@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--engines", required=True, metavar="DIR", help="the set")
-    add("--requests", type=count, default=200, metavar="N", help="pictures to ask for (200)")
+    add("--requests", type=count, default=200, metavar="N", help="images to ask for (200)")
     add("--clients", type=count, default=16, metavar="N", help="at once (16)")
     add("--max-waiting", type=int, metavar="N", help="the server's queue; default: its own")
     add("--num-inference-steps", type=count, metavar="N", help="default: the set's")

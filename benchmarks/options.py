@@ -4,8 +4,8 @@
 
 The prompts of benchmarks.quality with the same seeds. Every prompt is drawn with each option in
 turn before the next prompt, so a machine that slows down slows them all. PSNR and SSIM are against
-the pictures without options; the speed-up is the median time of a picture without over that with
-them, of the whole picture and of the part that the option changes. The table is Markdown.
+the images without options; the speed-up is the median time of an image without over that with
+them, of the whole image and of the part that the option changes. The table is Markdown.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from bifrost_rt.generator import DEFAULT_SET
 from scenes.heldout import HeldOut
 from scenes.scorer import judge
 
-COLUMNS = ("option", "MLLM", "denoising", "picture", "overall", "PSNR mean", "PSNR lowest", "SSIM")
+COLUMNS = ("option", "MLLM", "denoising", "image", "overall", "PSNR mean", "PSNR lowest", "SSIM")
 PARTS = {
     "MLLM": ("mllm_text", "visual_decode"),
     "denoising": ("denoise",),
-    "picture": ("total",),
+    "image": ("total",),
 }
 
 
@@ -56,8 +56,8 @@ def draw(
     for i, item in enumerate(items):
         for given, results in zip(options, found, strict=True):
             result = generator.run(item.prompt, seed=item.seed, output_type="np", **given)
-            picture = result.images[0]
-            results.append((picture, result.timings, judge(item.spec, picture).correct))
+            image = result.images[0]
+            results.append((image, result.timings, judge(item.spec, image).correct))
         if (i + 1) % 25 == 0 or i + 1 == len(items):
             print(f"{i + 1}/{len(items)} prompts", file=sys.stderr)
     return [record(given, found[0], results) for given, results in zip(options, found, strict=True)]
@@ -68,7 +68,7 @@ def record(
     exact: Sequence[tuple[NDArray[np.uint8], dict[str, float], bool]],
     drawn: Sequence[tuple[NDArray[np.uint8], dict[str, float], bool]],
 ) -> dict[str, Any]:
-    """One option's line: speed-up, score, and difference to the exact pictures."""
+    """One option's line: speed-up, score, and difference to the exact images."""
 
     def seconds(results: Sequence[tuple[Any, dict[str, float], bool]], part: str) -> float:
         return float(np.median([sum(timings[e] for e in PARTS[part]) for _, timings, _ in results]))
@@ -77,8 +77,8 @@ def record(
         "option": dict(given),
         "speedup": {part: round(seconds(exact, part) / seconds(drawn, part), 2) for part in PARTS},
         "overall": round(100 * sum(right for *_, right in drawn) / len(drawn), 1),
-        "pictures": len(drawn),
-        **closeness([picture for picture, *_ in drawn], [picture for picture, *_ in exact]),
+        "images": len(drawn),
+        **closeness([image for image, *_ in drawn], [image for image, *_ in exact]),
     }
 
 

@@ -89,13 +89,13 @@ def measure(
     """Yield a row for every stage, format, card that multiplies in it, and place of the weights."""
     targets = {card: capabilities.architecture(card) for card in cards}
     for spec in truncated_models.written(folder, stages, shapes(), forms):
-        form = spec.precision.requested
+        fmt = spec.precision.requested
         for card, target in targets.items():
-            if form not in ARCHITECTURES[target].precisions:
+            if fmt not in ARCHITECTURES[target].precisions:
                 continue
             for weights in WEIGHTS:
-                case = {"stage": spec.name, "card": card, "format": form, "weights": weights}
-                for row in compiling.in_a_process(folder, spec, form, weights, MODULE, card=card):
+                case = {"stage": spec.name, "card": card, "format": fmt, "weights": weights}
+                for row in compiling.in_a_process(folder, spec, fmt, weights, MODULE, card=card):
                     yield {**case, **row}
 
 

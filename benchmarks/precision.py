@@ -1,9 +1,9 @@
-"""What each precision costs: score, pictures and bytes of several sets of one model.
+"""What each precision costs: score, images and bytes of several sets of one model.
 
     python -m benchmarks.precision engines/sets/default engines/sets/default-int8 … [--json FILE]
 
 Every set draws the prompts of benchmarks.quality with the same seeds; PSNR and SSIM are against the
-first set's pictures. The table is Markdown.
+first set's images. The table is Markdown.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def record(
-    folder: Path, drawn: list[Drawn], pictures: list[NDArray[np.uint8]],
+    folder: Path, drawn: list[Drawn], images: list[NDArray[np.uint8]],
     reference: list[NDArray[np.uint8]],
 ) -> dict[str, Any]:  # fmt: skip
     """One set's line of the table."""
@@ -46,8 +46,8 @@ def record(
         "weight_bytes": weight_bytes(folder),
         "overall": percent(drawn),
         "families": {f: percent([d for d in drawn if d.family == f]) for f in FAMILIES},
-        "pictures": len(drawn),
-        **closeness(pictures, reference),
+        "images": len(drawn),
+        **closeness(images, reference),
     }
 
 
@@ -78,9 +78,9 @@ def main() -> int:
     for folder in given.sets:
         print(folder, file=sys.stderr)
         with Generator(folder) as generator:
-            drawn, pictures = measure(generator, items, "on", {})
-        reference = reference or pictures
-        records.append(record(folder, drawn, pictures, reference))
+            drawn, images = measure(generator, items, "on", {})
+        reference = reference or images
+        records.append(record(folder, drawn, images, reference))
         if given.json:
             given.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     print(table(records))

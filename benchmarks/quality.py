@@ -1,14 +1,14 @@
-"""How many pictures show what was asked: the scorer on 300 held-out prompts, through the runtime.
+"""How many images show what was asked: the scorer on 300 held-out prompts, through the runtime.
 
     python -m benchmarks.quality --engines DIR [--limit N] [--think] [--json FILE] [--sheet FILE]
 
 The scorer (scenes/scorer.py) knows the bundled model's world only, so the engine set must be built
 from engines/checkpoints/scenes. Every prompt has its own fixed seed; the same command gives the
-same pictures. `--bridge off` runs without the ControlNet and `--bridge shuffled` gives it each
-picture's own latents in wrong places: the difference to the default is what the bridge
+same images. `--bridge off` runs without the ControlNet and `--bridge shuffled` gives it each
+image's own latents in wrong places: the difference to the default is what the bridge
 contributes. With `--think` the MLLM answers every prompt first, and its answer is drawn.
 `--kept-out` takes only combinations that no training prompt has. `--against DIR` compares with
-another set's pictures for the same seeds.
+another set's images for the same seeds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from scenes.scorer import judge
 from scenes.world import FAMILIES, Spec
 
 BRIDGES = ("on", "off", "shuffled")
-SAME = 100.0  # dB, what identical pictures count as in the mean
+SAME = 100.0  # dB, what identical images count as in the mean
 FRAME = 3  # px of the contact sheet's frames
 
 
@@ -72,7 +72,7 @@ def chosen(limit: int | None, kept_out: bool = False) -> list[HeldOut]:
 def draw(
     generator: Generator, item: HeldOut, bridge: str, options: Mapping[str, Any]
 ) -> tuple[NDArray[np.uint8], str | None]:
-    """Return the picture of one prompt, uint8 [H, W, 3], and what was thought of it."""
+    """Return the image of one prompt, uint8 [H, W, 3], and what was thought of it."""
     arguments = dict(options)
     steps = arguments.get("decoding_steps") or generator.manifest.defaults.decoding_steps
     shuffled = np.random.default_rng(item.seed)
@@ -89,8 +89,8 @@ def draw(
     if bridge == "shuffled":
         arguments["callback_on_step_end"] = misplace
     result = generator.run(item.prompt, seed=item.seed, output_type="np", **arguments)
-    picture: NDArray[np.uint8] = result.image
-    return picture, result.thought
+    image: NDArray[np.uint8] = result.image
+    return image, result.thought
 
 
 def states(thought: str, spec: Spec) -> bool:
@@ -99,18 +99,18 @@ def states(thought: str, spec: Spec) -> bool:
     return layout is not None and judge(spec, render(*layout)).correct
 
 
-def compare(picture: NDArray[np.uint8], other: NDArray[np.uint8]) -> tuple[float, float]:
-    """PSNR in dB and SSIM of two pictures."""
-    same = np.array_equal(picture, other)
-    psnr = SAME if same else float(peak_signal_noise_ratio(other, picture, data_range=255))
-    return psnr, float(structural_similarity(other, picture, channel_axis=2, data_range=255))
+def compare(image: NDArray[np.uint8], other: NDArray[np.uint8]) -> tuple[float, float]:
+    """PSNR in dB and SSIM of two images."""
+    same = np.array_equal(image, other)
+    psnr = SAME if same else float(peak_signal_noise_ratio(other, image, data_range=255))
+    return psnr, float(structural_similarity(other, image, channel_axis=2, data_range=255))
 
 
 def closeness(
-    pictures: Sequence[NDArray[np.uint8]], others: Sequence[NDArray[np.uint8]]
+    images: Sequence[NDArray[np.uint8]], others: Sequence[NDArray[np.uint8]]
 ) -> dict[str, float]:
-    """Of pictures to others of the same prompts: PSNR in dB and SSIM."""
-    pairs = [compare(mine, other) for mine, other in zip(pictures, others, strict=True)]
+    """Of images to others of the same prompts: PSNR in dB and SSIM."""
+    pairs = [compare(mine, other) for mine, other in zip(images, others, strict=True)]
     return {
         "psnr_mean": round(float(np.mean([psnr for psnr, _ in pairs])), 1),
         "psnr_min": round(min(psnr for psnr, _ in pairs), 1),
@@ -130,25 +130,25 @@ def measure(
     options: Mapping[str, Any],
     other: Generator | None = None,
 ) -> tuple[list[Drawn], list[NDArray[np.uint8]]]:
-    """Draw and judge every item; with `other`, compare with its pictures."""
-    drawn, pictures = [], []
+    """Draw and judge every item; with `other`, compare with its images."""
+    drawn, images = [], []
     started = time.monotonic()
     for i, item in enumerate(items):
-        picture, thought = draw(generator, item, bridge, options)
-        verdict = judge(item.spec, picture)
+        image, thought = draw(generator, item, bridge, options)
+        verdict = judge(item.spec, image)
         psnr, ssim = (
-            compare(picture, draw(other, item, bridge, options)[0]) if other else (None, None)
+            compare(image, draw(other, item, bridge, options)[0]) if other else (None, None)
         )
         drawn.append(
             Drawn(item.prompt, item.spec.family, item.seed, item.kept_out,
                   verdict.correct, verdict.reason, psnr, ssim, thought,
                   None if thought is None else states(thought, item.spec))
         )  # fmt: skip
-        pictures.append(picture)
+        images.append(image)
         if (i + 1) % 25 == 0 or i + 1 == len(items):
             pace = (time.monotonic() - started) / (i + 1)
-            print(f"{i + 1}/{len(items)} pictures, {pace:.2f} s each", file=sys.stderr)
-    return drawn, pictures
+            print(f"{i + 1}/{len(items)} images, {pace:.2f} s each", file=sys.stderr)
+    return drawn, images
 
 
 def percent(drawn: list[Drawn]) -> float:
@@ -201,15 +201,15 @@ def table(result: dict[str, Any], drawn: list[Drawn]) -> str:
     return "\n".join(lines)
 
 
-def sheet(drawn: list[Drawn], pictures: list[NDArray[np.uint8]], columns: int = 25) -> Image.Image:
-    """All pictures, family by family: a green frame where right, a red one where not."""
+def sheet(drawn: list[Drawn], images: list[NDArray[np.uint8]], columns: int = 25) -> Image.Image:
+    """All images, family by family: a green frame where right, a red one where not."""
     order = sorted(range(len(drawn)), key=lambda i: FAMILIES.index(drawn[i].family))
     framed = []
     for i in order:
-        height, width, _ = pictures[i].shape
+        height, width, _ = images[i].shape
         frame = np.empty((height + 2 * FRAME, width + 2 * FRAME, 3), np.uint8)
         frame[:] = (0, 170, 0) if drawn[i].correct else (220, 0, 0)
-        frame[FRAME:-FRAME, FRAME:-FRAME] = pictures[i]
+        frame[FRAME:-FRAME, FRAME:-FRAME] = images[i]
         framed.append(frame)
     framed += [np.zeros_like(framed[0])] * (-len(framed) % columns)
     rows = [np.concatenate(framed[i : i + columns], 1) for i in range(0, len(framed), columns)]
@@ -226,7 +226,7 @@ def main() -> int:
     parser.add_argument("--kept-out", action="store_true", help="of these, kept-out combinations")
     parser.add_argument("--think", action="store_true", help="draw what the MLLM answers first")
     parser.add_argument("--bridge", choices=BRIDGES, default="on")
-    parser.add_argument("--against", type=Path, help="another set: PSNR and SSIM to its pictures")
+    parser.add_argument("--against", type=Path, help="another set: PSNR and SSIM to its images")
     parser.add_argument("--backend", help="default: the one that the set was built for")
     parser.add_argument("--steps", type=count, help="denoising steps")
     parser.add_argument("--decoding-steps", type=count)
@@ -246,7 +246,7 @@ def main() -> int:
     }
     with Generator(given.engines, backend=given.backend) as generator:
         other = Generator(given.against) if given.against else None
-        drawn, pictures = measure(
+        drawn, images = measure(
             generator, chosen(given.limit, given.kept_out), given.bridge, options, other
         )
         if other:
@@ -262,7 +262,7 @@ def main() -> int:
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if given.sheet:
-        sheet(drawn, pictures).save(given.sheet)
+        sheet(drawn, images).save(given.sheet)
     return 0
 
 

@@ -87,7 +87,7 @@ class Reference:
         )
 
     def compile(self) -> None:
-        """Put every network through `torch.compile`; its kernels are built at the first picture,
+        """Put every network through `torch.compile`; its kernels are built at the first image,
         which takes minutes.
 
         Raises:

@@ -21,16 +21,16 @@ from bifrost_rt.errors import BifrostError, EngineSetError
 
 @dataclass(frozen=True)
 class First:
-    """The first picture of a process.
+    """The first image of a process.
 
     Attributes:
-        picture: uint8 [n, H, W, 3].
+        pixels: uint8 [n, H, W, 3].
         timings: seconds per part.
-        cpu_seconds: of all threads from the start of the process to the picture, imports included.
+        cpu_seconds: of all threads from the start of the process to the image, imports included.
         engines_cpu_seconds: of these, opening and running engines; None where there are none.
     """
 
-    picture: NDArray[np.uint8]
+    pixels: NDArray[np.uint8]
     timings: dict[str, float]
     cpu_seconds: float
     engines_cpu_seconds: float | None
@@ -61,7 +61,7 @@ class Remote:
         return self._process.pid
 
     def first(self, request: dict[str, Any]) -> First:
-        """Draw the process's first picture."""
+        """Draw the process's first image."""
         self._pipe.send(("first", request))
         first: First = self._receive()
         return first
@@ -110,11 +110,11 @@ def _serve(spec: Spec, pipe: Connection) -> None:
             asked, request = pipe.recv()
             if asked == "end":
                 break
-            picture, timings = candidate.draw(request)
+            pixels, timings = candidate.draw(request)
             if asked == "first":
                 engines = meter.cpu_seconds if spec.runs_the_set else None
                 meter.stop()
-                pipe.send(("ok", First(picture, timings, time.process_time(), engines)))
+                pipe.send(("ok", First(pixels, timings, time.process_time(), engines)))
             else:
                 pipe.send(("ok", timings))
         pipe.send(("ok", _peak_bytes()))

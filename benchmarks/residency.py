@@ -1,10 +1,10 @@
-"""Memory that engines take, and a picture under a memory budget: measured, beside the prediction.
+"""Memory that engines take, and an image under a memory budget: measured, beside the prediction.
 
     python -m benchmarks.residency SET [--backend NAME] [--budget-share 0.5]
 
 First every engine alone: resident memory once it is open, at its highest while it opens, and when
-it is closed again, over the bytes of its files. Then one picture with everything resident and one
-under a share of what that takes; each runs in a process of its own, and the pictures must be equal
+it is closed again, over the bytes of its files. Then one image with everything resident and one
+under a share of what that takes; each runs in a process of its own, and the images must be equal
 to the bit. Resident memory counts from a process that has loaded the backend and nothing else.
 """
 
@@ -65,15 +65,15 @@ def engines(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def needs(folder: Path, name: str) -> list[Requirement]:
-    """Return what the schedule of one picture counts with."""
+    """Return what the schedule of one image counts with."""
     facts, backend = manifest.read(folder), backends.load(name)
     order = dims.drawing(facts.engines)
     at = memory_plan.sizes(facts, **STEPS)
     return memory_plan.needs(facts, order, at, backend.weights_in_memory, backend.scratch_share)
 
 
-def picture(folder: Path, name: str, budget: int) -> dict[str, Any]:
-    """Two pictures of one generator; the second finds what the first has left."""
+def image(folder: Path, name: str, budget: int) -> dict[str, Any]:
+    """Two images of one generator; the second finds what the first has left."""
     backend = backends.load(name)
     base = reset()
     with Generator(folder, backend=backend, memory_budget=budget, prompt_cache=0) as generator:
@@ -96,21 +96,21 @@ def measure(folder: Path, backend: str, share: float) -> dict[str, Any]:
         return json.loads(done.stdout)
 
     wanted = needs(folder, backend)
-    everything = sum(need.held for need in wanted) + max(need.tensors for need in wanted)
+    everything = sum(need.resident for need in wanted) + max(need.tensors for need in wanted)
     budget = max(int(everything * share), max(need.total for need in wanted))
-    ahead = backends.load(backend).opens_in_threads
-    planned = memory_plan.schedules_of(wanted, budget, ahead=ahead)
+    prefetch = backends.load(backend).opens_in_threads
+    planned = memory_plan.schedules_of(wanted, budget, prefetch=prefetch)
     return {
         "machine": machine.describe(),
         "set": folder.name,
         "backend": backend,
         "engines": fresh("engines"),
-        "everything": {"counted_bytes": everything, **fresh("picture", everything)},
+        "everything": {"counted_bytes": everything, **fresh("image", everything)},
         "budget": {
             "budget_bytes": budget,
             "planned_peak_bytes": max(step.peak for steps in planned for step in steps),
             "leaves": {step.engine: step.evict for step in planned[0] if step.evict},
-            **fresh("picture", budget),
+            **fresh("image", budget),
         },
     }
 
@@ -121,13 +121,13 @@ def main() -> int:
     parser.add_argument("set", type=Path)
     parser.add_argument("--backend", default="onnxruntime")
     parser.add_argument("--budget-share", type=float, default=0.5)
-    parser.add_argument("--only", choices=("engines", "picture"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("engines", "image"), help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only == "engines":
         print(json.dumps(engines(options.set, options.backend)))
-    elif options.only == "picture":
-        print(json.dumps(picture(options.set, options.backend, options.budget)))
+    elif options.only == "image":
+        print(json.dumps(image(options.set, options.backend, options.budget)))
     else:
         report = measure(options.set, options.backend, options.budget_share)
         print(json.dumps(report, indent=1))

@@ -59,7 +59,7 @@ def of_contender(
     why, where the machine's ceilings are known and the engines' arithmetic is not.
 
     Args:
-        request: one picture, with its steps.
+        request: one image, with its steps.
         seconds: of each engine, its "p50".
     """
     bounds = known.get(_place(spec) or "")

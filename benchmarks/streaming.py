@@ -78,13 +78,13 @@ def build(folder: Path, output: Path, precision: str) -> None:
     stage = visual_decode.stage(VisualDecode(checkpoint.visual_branch()), checkpoint.decoder)
     inputs = _inputs(stage)
     if not FORMATS[precision].quantized:
-        rest, layers = precision, {}
+        fallback, layers = precision, {}
         precisions.round_weights(stage.module, precision)
     else:
-        rest = HALF.name
-        layers = _quantize(stage, precision, rest, inputs, done)
+        fallback = HALF.name
+        layers = _quantize(stage, precision, fallback, inputs, done)
     traced = graph.to_graph(stage)
-    precisions.store(traced, rest)
+    precisions.store(traced, fallback)
     done("trace", largest_bytes=largest(stage.module))
     files, _ = graph.save(traced, output / "visual_decode.onnx")
     del traced
@@ -112,7 +112,7 @@ def build(folder: Path, output: Path, precision: str) -> None:
 
 
 def _inputs(stage: Any) -> dict[str, Any]:
-    """One picture at a short prompt, with random values."""
+    """One image at a short prompt, with random values."""
     import numpy as np
 
     from bifrost_rt import dims, schedules
@@ -134,7 +134,7 @@ def _inputs(stage: Any) -> dict[str, Any]:
 
 
 def _quantize(
-    stage: Any, form: str, rest: str, inputs: dict[str, Any], done: Any
+    stage: Any, fmt: str, fallback: str, inputs: dict[str, Any], done: Any
 ) -> dict[str, int]:
     """As `export.quantize.quantize` does, with the statistics of one call. Returns the number of
     layers by format."""
@@ -155,13 +155,13 @@ def _quantize(
     for hook in hooks:
         hook.remove()
     done("statistics")
-    choices = policy.choose([stage], form, rest, {}, {})
-    decisions = apply.decide({stage.name: stage}, choices, statistics, rest, "mse")
+    choices = policy.choose([stage], fmt, fallback, {}, {})
+    decisions = apply.decide({stage.name: stage}, choices, statistics, fallback, "mse")
     apply.replace({stage.name: stage}, decisions)
     others = {d.choice.path: d.given for d in decisions if d.scales is None}
-    round_weights(stage.module, rest, others)
+    round_weights(stage.module, fallback, others)
     given = [d.given for d in decisions]
-    layers = {form: given.count(form) for form in sorted(set(given))}
+    layers = {fmt: given.count(fmt) for fmt in sorted(set(given))}
     done("scales", layers=layers)
     return layers
 

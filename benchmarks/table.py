@@ -52,8 +52,8 @@ def _contender(row: Mapping[str, Any]) -> Iterator[str]:
     for batch, rate in row.get("images_per_second", {}).items():
         yield _line(f"batch {batch}", f"{rate:.2f} images a second")
     yield from _telemetry(row.get("telemetry", {}))
-    if row.get("picture_difference"):
-        yield _line("first picture", f"differs by up to {row['picture_difference']} of 255")
+    if row.get("image_difference"):
+        yield _line("first image", f"differs by up to {row['image_difference']} of 255")
 
 
 def _part(row: Mapping[str, Any], name: str, part: Mapping[str, float]) -> str:

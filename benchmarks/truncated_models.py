@@ -61,7 +61,7 @@ def written(
     parts = [folder / "checkpoint" / name for name in ("mllm", "bifrost", "flux")]
     synthesize(shapes, folder / "checkpoint", seed=None if holes else 0)
     known: list[str] = []
-    for form in forms:
+    for fmt in forms:
         known.clear()
         checkpoint = Checkpoint(parts[0], parts[1], parts[2], read=False)
         facts = assemble.facts(checkpoint)
@@ -69,9 +69,9 @@ def written(
             known.append(stage.name)
             if stage.name in stages:
                 start = time.perf_counter()
-                spec = write(stage, form, folder, holes=holes)
+                spec = write(stage, fmt, folder, holes=holes)
                 took = time.perf_counter() - start
-                print(f"{stage.name}, {form}: {took:.0f} s to the graph", file=sys.stderr)
+                print(f"{stage.name}, {fmt}: {took:.0f} s to the graph", file=sys.stderr)
                 yield spec
         for name in stages:
             if name not in known:
@@ -81,35 +81,35 @@ def written(
                 )
 
 
-def write(stage: Stage, form: str, folder: Path, *, holes: bool) -> EngineSpec:
+def write(stage: Stage, fmt: str, folder: Path, *, holes: bool) -> EngineSpec:
     """One stage's graph."""
     from export import graph, precision
     from export.compile import mixed_precision
 
-    path = folder / f"{stage.name}-{form}.onnx"
-    layers = {form: _quantize(stage, form)} if FORMATS[form].quantized else {}
+    path = folder / f"{stage.name}-{fmt}.onnx"
+    layers = {fmt: _quantize(stage, fmt)} if FORMATS[fmt].quantized else {}
     traced = graph.to_graph(stage)
     if holes:
         mixed_precision.convert(traced, stage.definition, HALF.dtype)
         bound.bind(traced)
         ir.save(traced, path)
     else:
-        precision.store(traced, HALF.name if layers else form)
+        precision.store(traced, HALF.name if layers else fmt)
         graph.save(traced, path)
-    asked = Precision(form, form if layers else "", "", layers)
+    asked = Precision(fmt, fmt if layers else "", "", layers)
     return dataclasses.replace(stage.outline(asked), graph=path.name)
 
 
-def _quantize(stage: Stage, form: str) -> int:
+def _quantize(stage: Stage, fmt: str) -> int:
     """Return the layers that a build would quantize, with scales that no calibration has chosen."""
     from export.quantize import apply, policy
     from export.quantize.apply import Decision
     from export.quantize.formats import activation_scale
     from export.quantize.scales import Scales
 
-    scales = Scales(activation_scale(LARGEST_INPUT, form))
-    choices = policy.choose([stage], form, HALF.name, {}, {})
-    decisions = [Decision(c, c.form, c.reason, scales if c.quantized else None) for c in choices]
+    scales = Scales(activation_scale(LARGEST_INPUT, fmt))
+    choices = policy.choose([stage], fmt, HALF.name, {}, {})
+    decisions = [Decision(c, c.fmt, c.reason, scales if c.quantized else None) for c in choices]
     apply.replace({stage.name: stage}, decisions)
     return sum(choice.quantized for choice in choices)
 

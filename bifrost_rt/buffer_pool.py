@@ -1,7 +1,7 @@
-"""Buffers and bound calls that stay from picture to picture.
+"""Buffers and bound calls that stay from image to image.
 
 Where the sizes are the same, so are the addresses: nothing is allocated, nothing is bound, and what
-a driver recorded for a call, such as a CUDA graph, is replayed for the next picture too.
+a driver recorded for a call, such as a CUDA graph, is replayed for the next image too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class BufferPool:
         self._calls: dict[tuple[int, ...], Callable[[], None]] = {}
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
-        """Return the buffer called `name`; what an earlier picture left there is still in it."""
+        """Return the buffer called `name`; what an earlier image left there is still in it."""
         kept = self._buffers.get(name)
         if kept is not None and kept.shape == shape and kept.dtype == np.dtype(dtype):
             return kept

@@ -60,7 +60,7 @@ CONTEXT = 4096  # tokens of the longest conversation, where the model takes so m
 CHUNK = 512  # tokens of a long prompt that one call of the text engine reads
 CANDIDATES = 1024  # tokens that top_k and top_p choose among, at most
 
-# One picture at a time, without guidance, is what an edge device does all day, and the release
+# One image at a time, without guidance, is what an edge device does all day, and the release
 # reveals one token in a step: there engines are to be fastest. Texts are the distinct texts that
 # the MLLM reads, prompts the distinct prompts; with guidance there is one more text, the empty one,
 # and a second branch. Steps are those of the loop that an engine belongs to, and `revealed` is the
@@ -119,7 +119,7 @@ def of_run(
     image_tokens: int = 1,
     answer_tokens: int = 1,
 ) -> dict[str, int]:
-    """Return the value of every size in a run: one picture without guidance where nothing else is
+    """Return the value of every size in a run: one image without guidance where nothing else is
     said.
 
     Args:
@@ -208,7 +208,7 @@ def loops(spec: EngineSpec) -> bool:
 
 
 def calls(spec: EngineSpec, sizes: Mapping[str, int]) -> int:
-    """Say how often an engine runs for a picture: once a step where a loop of drawing carries
+    """Say how often an engine runs for an image: once a step where a loop of drawing carries
     something from step to step, once in all where none does."""
     return sizes[STEPS] if loops(spec) else 1
 

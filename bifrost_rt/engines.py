@@ -39,7 +39,7 @@ class Engines:
         prompts: these outputs.
 
     Raises:
-        BudgetError: not even one picture can be drawn within the budget.
+        BudgetError: not even one image can be drawn within the budget.
         EngineSetError: a file changed since it was verified.
     """
 
@@ -63,7 +63,7 @@ class Engines:
         self._arriving: dict[str, Future[Engine]] = {}
         self._pool = ThreadPoolExecutor(os.cpu_count()) if backend.opens_in_threads else None
         self._buffer_pool = BufferPool(backend)
-        self._held: dict[str, int] = {}
+        self._resident: dict[str, int] = {}
         self._steps: dict[str, Step] = {}
         self._needs: dict[str, Requirement] = {}
         self._beside, self._leave_beside = 0, _nothing
@@ -119,10 +119,10 @@ class Engines:
         self._steps = {step.engine: step for step in steps}
         # buffers that stay are all in memory at once
         all_tensors = sum(need.tensors for need in needs)
-        held = dict(self._held)
+        resident = dict(self._resident)
         for need in needs:
-            held[need.engine] = max(need.held, held.get(need.engine, 0))
-        self._buffer_pool.keep = sum(held.values()) + all_tensors <= budget
+            resident[need.engine] = max(need.resident, resident.get(need.engine, 0))
+        self._buffer_pool.keep = sum(resident.values()) + all_tensors <= budget
         reloads = not memory_plan.everything_fits(steps)
         if waiting > 1 and reloads:
             self._buffer_pool.keep = False  # every run has buffers of its own
@@ -136,7 +136,7 @@ class Engines:
         return memory_plan.needs(self._manifest, order, at, weights, share, waiting)
 
     def _schedule(self, needs: Sequence[Requirement], budget: int) -> tuple[Step, ...]:
-        return memory_plan.schedule(needs, budget, self._held, ahead=self._pool is not None)
+        return memory_plan.schedule(needs, budget, self._resident, prefetch=self._pool is not None)
 
     def _room_for_prompts(self, needs: Sequence[Requirement]) -> int:
         """Say how many bytes of text outputs may stay in this run: none where a stage would not fit
@@ -163,9 +163,9 @@ class Engines:
     def _room_beside(self, needs: Sequence[Requirement], budget: int) -> bool:
         """Say whether a run finds everything that it uses in memory, with what is kept beside
         it."""
-        held = dict(self._held) | {need.engine: need.held for need in needs}
+        resident = dict(self._resident) | {need.engine: need.resident for need in needs}
         tensors = max((need.tensors for need in needs), default=0)
-        return sum(held.values()) + tensors + self._beside <= budget
+        return sum(resident.values()) + tensors + self._beside <= budget
 
     def _beside_leaves(self) -> None:
         if self._beside:
@@ -198,7 +198,7 @@ class Engines:
 
         ways = []
         if largest(in_memory) <= self.budget:
-            ways.append("draw one picture at a time")
+            ways.append("draw one image at a time")
         elif largest(half) <= self.budget:
             ways.append(f"rebuild the set with `python -m export.build --precision {HALF.name}`")
         least = max(need.total for need in needs)
@@ -220,12 +220,12 @@ class Engines:
         for leaving in step.evict if step else ():
             self._leave(leaving)
         if name not in self._open:
-            self._held.pop(name, None)  # counted again when it is there
+            self._resident.pop(name, None)  # counted again when it is there
             coming = self._arriving.pop(name, None)
             self._open[name] = self._opened(name) if coming is None else coming.result()
         self._count(name)
         self._used.add(name)
-        for coming_next in step.ahead if step else ():
+        for coming_next in step.prefetch if step else ():
             self._arrive(coming_next)
         return self._open[name]
 
@@ -255,10 +255,10 @@ class Engines:
 
     def _count(self, name: str) -> None:
         if name in self._needs:
-            self._held[name] = max(self._held.get(name, 0), self._needs[name].held)
+            self._resident[name] = max(self._resident.get(name, 0), self._needs[name].resident)
 
     def _leave(self, name: str) -> None:
-        self._held.pop(name, None)
+        self._resident.pop(name, None)
         if name in self._open:
             engine = self._open.pop(name)
             self._buffer_pool.forget(engine)

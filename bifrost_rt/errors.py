@@ -56,7 +56,7 @@ class StageInputError(BifrostError):
 
 
 class NumericsError(BifrostError):
-    """A tensor between two stages holds NaN or infinity, so that no picture can come of it."""
+    """A tensor between two stages holds NaN or infinity, so that no image can come of it."""
 
 
 class GeneratorStateError(BifrostError, RuntimeError):

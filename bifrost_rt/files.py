@@ -82,7 +82,7 @@ def atomic_write(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
+def atomic_output(target: Path) -> Iterator[Path]:
     """Write a user's file atomically: in the place of `target`, or of the file that `target` is a
     link to. Folders that are missing are made.
 

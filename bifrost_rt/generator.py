@@ -1,4 +1,4 @@
-"""The public face: open an engine set, run prompts, get pictures."""
+"""The public face: open an engine set, run prompts, get images."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ class Generator:
             set names for it.
         memory_budget: what engines and their tensors may take together, as bytes or as text
             ("8GiB"); the Python process itself comes on top. Engines leave and come back as it
-            demands, and the pictures stay the same. Default: what the device has free when the
+            demands, and the images stay the same. Default: what the device has free when the
             set is opened, less a tenth. Where everything fits, everything stays open.
         prompt_cache: how much of the budget may hold what the text models gave for earlier prompts,
             as bytes or as text; 0 keeps nothing. A prompt that comes again is then not read again,
-            and its pictures are the same bits. Default: 256 MiB, at most a sixteenth of the budget.
+            and its images are the same bits. Default: 256 MiB, at most a sixteenth of the budget.
 
     Attributes:
         backend: the backend's name, and why it was taken.
@@ -174,15 +174,15 @@ class Generator:
                 `think` it is called first after every piece of an answer, with `{"thought": …,
                 "prompt": …}`: the text so far, and the prompt that it is of.
             preview_every: after every so many denoising steps the callback's dict also has
-                `"preview"`, uint8 [n, H, W, 3]: what the picture will be, estimated from the step,
+                `"preview"`, uint8 [n, H, W, 3]: what the image will be, estimated from the step,
                 for the price of one VAE decode.
 
         Raises:
             RequestError, RequestTypeError: an argument that cannot be served.
-            BudgetError: so many pictures do not fit into the memory budget, or previews need
+            BudgetError: so many images do not fit into the memory budget, or previews need
                 engines that it does not keep.
             NumericsError: values between two stages are not finite, from an argument that is far
-                too large or from arithmetic in 16 bit; no picture is made of them.
+                too large or from arithmetic in 16 bit; no image is made of them.
             EngineSetError: the set's files changed since it was opened.
             GeneratorStateError: the generator is closed, or this is its own callback.
         """
@@ -319,7 +319,7 @@ class Generator:
         preview_every: int | None = None,
     ) -> list[pipeline.Output]:
         """Draw requests whose settings may differ. Where engines must leave for others, each is
-        opened once for all of them, and not once for each; the pictures stay the same.
+        opened once for all of them, and not once for each; the images stay the same.
 
         Args:
             callbacks: one for each request; the rest is as in `run`, and so are the errors. The
@@ -470,7 +470,7 @@ class Generator:
     def _previews(self, checked: request.Request, every: int) -> Previews:
         if reason := self.no_previews():
             raise BudgetError(reason, hint="leave previews out, or give a larger memory budget")
-        # too many pictures are refused before their noise is drawn
+        # too many images are refused before their noise is drawn
         self._engines.begin(pipeline.stages(checked), pipeline.sizes(self.manifest, checked))
         return Previews(self._engines, self.manifest, checked, every)
 
@@ -563,9 +563,9 @@ class Generator:
             if (
                 previews
                 and name == "latents"
-                and (picture := previews.after(step, current)) is not None
+                and (preview := previews.after(step, current)) is not None
             ):
-                tensors["preview"] = picture
+                tensors["preview"] = preview
             self._turns.in_callback = True
             returned = callback(self, step, timestep, tensors)
             self._turns.in_callback = False

@@ -26,7 +26,7 @@ def describe(manifest: Manifest) -> str:
     lines = [
         f"{manifest.name}: Bifrost-1 engine set for {manifest.backend}, {_bytes(total)}",
         "",
-        f"  picture    {m.image_width}x{m.image_height} px, {m.num_image_tokens} image tokens",
+        f"  image    {m.image_width}x{m.image_height} px, {m.num_image_tokens} image tokens",
         f"  latents    {m.num_visual_tokens} visual tokens of width {m.hidden_size}",
         f"  prompt     up to {manifest.text.mllm.max_length} tokens (MLLM), "
         f"{manifest.text.t5.max_length} (T5), {manifest.text.clip.max_length} (CLIP)",
@@ -67,9 +67,7 @@ def describe(manifest: Manifest) -> str:
 def simulation(manifest: Manifest) -> str | None:
     """Return what a set's number formats mean for its speed where its graphs run as they are; None
     where they are computed in."""
-    simulated = formats.simulated(
-        form for spec in manifest.engines for form in spec.precision.layers
-    )
+    simulated = formats.simulated(fmt for spec in manifest.engines for fmt in spec.precision.layers)
     if manifest.backend != "onnxruntime" or not simulated:
         return None
     return (
@@ -106,9 +104,9 @@ def precision(folder: Path, manifest: Manifest) -> str:
             reason = decided.get(f"{name}:{path}", {}).get("reason", "")
             groups.setdefault((layer["format"], reason), []).append((path, layer["bytes"]))
         rows = []
-        for (form, reason), layers in groups.items():
+        for (fmt, reason), layers in groups.items():
             size = sum(size for _, size in layers)
-            rows.append((form, str(len(layers)), _bytes(size), _alike([p for p, _ in layers])))
+            rows.append((fmt, str(len(layers)), _bytes(size), _alike([p for p, _ in layers])))
             if reason:
                 rows.append(("", "", "", f"({reason})"))
         lines += _table(rows)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bifrost_rt.errors import RequestError
-from bifrost_rt.files import written_aside
+from bifrost_rt.files import atomic_output
 
 _KEY = "bifrost-rt"
 _MADE_BY = "`bifrost-rt generate --save-tokens FILE` writes such a file"
@@ -42,7 +42,7 @@ class LatentsFile:
 
 
 def digest(array: NDArray[Any]) -> str:
-    """sha256 of an array's values: how a picture names what was passed in to make it."""
+    """sha256 of an array's values: how an image names what was passed in to make it."""
     return hashlib.sha256(array.tobytes()).hexdigest()
 
 
@@ -55,7 +55,7 @@ def save(path: str | Path, tokens: NDArray[np.float32], parameters: dict[str, An
     from safetensors.numpy import save as dumps
 
     kept = {name: value for name, value in parameters.items() if name != "injected"}
-    with written_aside(Path(path)) as aside:
+    with atomic_output(Path(path)) as aside:
         aside.write_bytes(dumps({"tokens": tokens}, metadata={_KEY: json.dumps(kept)}))
     return Path(path)
 

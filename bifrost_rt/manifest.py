@@ -135,7 +135,7 @@ class EngineSpec:
     """One compiled graph with named, typed inputs and outputs.
 
     `state` is what its loop hands from step to step; empty where it has no loop.
-    `scratch_bytes` is what its arithmetic needs between its inputs and outputs for one picture at
+    `scratch_bytes` is what its arithmetic needs between its inputs and outputs for one image at
     the default steps and the longest prompt, counted from the graph; 0 in sets that do not state
     it. `square_bytes` is what comes beside where all rows of a larger run see each other: that much
     for the square of its growth.
@@ -299,7 +299,7 @@ class File:
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far one picture is from another: the peak signal to noise ratio in dB, and the mean
+    """How far one image is from another: the peak signal to noise ratio in dB, and the mean
     difference of a pixel's channel, of 255."""
 
     psnr: float
@@ -369,7 +369,7 @@ class SetSpec(Protocol):
 class Manifest:
     """An engine set. `files` lists every file beside the manifest. `vision` is None where the set
     reads no images, `chat` where it holds no conversations. `selftest` is how far the self-test's
-    picture was from the builder's when the engines were simulated on a CPU, where they were."""
+    image was from the builder's when the engines were simulated on a CPU, where they were."""
 
     format: int
     name: str

@@ -47,14 +47,14 @@ class Requirement:
     tensors: int = 0
 
     @property
-    def held(self) -> int:
+    def resident(self) -> int:
         """Bytes that the open engine holds."""
         return self.weights + self.scratch
 
     @property
     def total(self) -> int:
         """Bytes that it takes to run it alone."""
-        return self.held + self.tensors
+        return self.resident + self.tensors
 
 
 @dataclass(frozen=True)
@@ -66,28 +66,28 @@ class Step:
     evict: tuple[str, ...]
     load: bool
     peak: int
-    ahead: tuple[str, ...] = ()
+    prefetch: tuple[str, ...] = ()
 
 
 def schedule(
     needs: Sequence[Requirement],
     budget: int,
-    held: Mapping[str, int] | None = None,
+    resident: Mapping[str, int] | None = None,
     *,
-    ahead: bool = False,
+    prefetch: bool = False,
 ) -> tuple[Step, ...]:
     """Return what leaves and what arrives before each stage, so that memory stays within `budget`.
 
     Runs repeat, so the engine that leaves first is the one whose next use is farthest away,
     counted in a circle (Belady's rule): the stage that has just ended before one that the next
-    picture needs sooner. What fits stays. The engine of the next stage is loaded while the current
+    image needs sooner. What fits stays. The engine of the next stage is loaded while the current
     one works, if there is room for both as they are: nothing leaves for it.
 
     Args:
         needs: one per stage, in the order of use; an engine is used once.
         budget: bytes.
-        held: bytes of the engines that are open when the run begins.
-        ahead: whether an engine may be loaded while another one works.
+        resident: bytes of the engines that are open when the run begins.
+        prefetch: whether an engine may be loaded while another one works.
 
     Raises:
         BudgetError: a stage takes more than the budget by itself; nothing was loaded.
@@ -103,7 +103,7 @@ def schedule(
             hint=f"give it at least {size_text(worst.total, up=True)}",
         )
     place = {need.engine: i for i, need in enumerate(needs)}
-    here = dict(held or {})
+    here = dict(resident or {})
     steps = []
     for i, need in enumerate(needs):
 
@@ -111,7 +111,7 @@ def schedule(
             return (place[engine] - now) % len(needs) if engine in place else len(needs)
 
         load = need.engine not in here
-        here[need.engine] = max(need.held, here.get(need.engine, 0))
+        here[need.engine] = max(need.resident, here.get(need.engine, 0))
         leaving: dict[str, int] = {}
         excess = sum(here.values()) + need.tensors - budget
         for engine in sorted(here.keys() - {need.engine}, key=lambda e: (-distance(e), e)):
@@ -121,8 +121,8 @@ def schedule(
         if excess > 0:
             # an earlier, larger run left it more scratch memory than this one needs
             leaving[need.engine] = here[need.engine]
-            excess += need.held - here[need.engine]
-            here[need.engine], load = need.held, True
+            excess += need.resident - here[need.engine]
+            here[need.engine], load = need.resident, True
         # a small one that left before a large one may have left in vain
         for engine in sorted(leaving.keys() - {need.engine}, key=lambda e: (distance(e), e)):
             if excess + leaving[engine] <= 0:
@@ -130,29 +130,30 @@ def schedule(
                 excess += here[engine]
         coming = [
             after.engine
-            for after in (needs[i + 1 : i + 2] if ahead else ())
-            if after.engine not in here and sum(here.values()) + need.tensors + after.held <= budget
+            for after in (needs[i + 1 : i + 2] if prefetch else ())
+            if after.engine not in here
+            and sum(here.values()) + need.tensors + after.resident <= budget
         ]
-        here.update((after.engine, after.held) for after in needs if after.engine in coming)
+        here.update((after.engine, after.resident) for after in needs if after.engine in coming)
         peak = sum(here.values()) + need.tensors
         steps.append(Step(need.engine, tuple(leaving), load, peak, tuple(coming)))
     return tuple(steps)
 
 
 def schedules_of(
-    needs: Sequence[Requirement], budget: int, *, ahead: bool = False
+    needs: Sequence[Requirement], budget: int, *, prefetch: bool = False
 ) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
-    """Of a first picture, and of those after it, which find what it has left.
+    """Of a first image, and of those after it, which find what it has left.
 
     Raises:
         BudgetError: as `schedule` does.
     """
-    first = schedule(needs, budget, ahead=ahead)
+    first = schedule(needs, budget, prefetch=prefetch)
     left: dict[str, int] = {}
     for step, need in zip(first, needs, strict=True):
-        left = {name: held for name, held in left.items() if name not in step.evict}
-        left[need.engine] = need.held
-    return first, schedule(needs, budget, left, ahead=ahead)
+        left = {name: resident for name, resident in left.items() if name not in step.evict}
+        left[need.engine] = need.resident
+    return first, schedule(needs, budget, left, prefetch=prefetch)
 
 
 def largest(of: Sequence[Sizes]) -> Sizes:
@@ -179,7 +180,7 @@ def sizes(
     decoding_steps: int | None = None,
     num_inference_steps: int | None = None,
 ) -> Sizes:
-    """Return what a run makes of the symbols of the engines' inputs and outputs: one picture where
+    """Return what a run makes of the symbols of the engines' inputs and outputs: one image where
     nothing else is said. Texts count as long as they can be, and images to look at as large."""
     defaults = manifest.defaults
     common = dims.of_run(
@@ -276,7 +277,7 @@ def _handed_on(manifest: SetSpec, before: Sequence[str], after: Sequence[str], a
 
 
 def growth(spec: EngineSpec, sizes: Mapping[str, int]) -> float:
-    """By how much scratch memory grows, at most, from one picture to `sizes`: with the pictures,
+    """By how much scratch memory grows, at most, from one image to `sizes`: with the images,
     with both branches of guidance, and with the steps where the engine computes all at once."""
     grows = [DIMS[name].rows for name in dims.used_by(spec) if name in DIMS]
     rows = max((dims.evaluate(rows, sizes) for rows in grows if rows is not None), default=1)

@@ -115,7 +115,7 @@ def of_part(
 
 def one_value(images: NDArray[np.uint8], engine: EngineSpec) -> Iterator[Note]:
     """Images [n, H, W, 3] whose values are all the same: the pixels of NaN look like that, and
-    uint8 does not tell them from a picture.
+    uint8 does not tell them from an image.
 
     Args:
         engine: that made them.
@@ -123,7 +123,7 @@ def one_value(images: NDArray[np.uint8], engine: EngineSpec) -> Iterator[Note]:
     for i, image in enumerate(images):
         if image.min() == image.max():
             text = (
-                f"every pixel is {image.flat[0]}; if this is no plain picture, then "
+                f"every pixel is {image.flat[0]}; if this is no plain image, then "
                 f"`{engine.name}`, which computes in {engine.precision.compute}, has overflowed"
             )
             yield Note(text=text, image=i)

@@ -167,7 +167,7 @@ class Parameters:
         Option(
             values=Integer(),
             default=1,
-            help="pictures",
+            help="images",
             doc="images for each prompt.",
             flags=("-n",),
             api_name="n",
@@ -220,7 +220,7 @@ class Parameters:
             default=1,
             help="compute every N-th denoising step",
             doc="compute every so many denoising steps and extrapolate the others. 1 is off; "
-            "above, pictures are another: `python -m benchmarks.options` says by how much.",
+            "above, images are another: `python -m benchmarks.options` says by how much.",
         ),
     ]
     controlnet_conditioning_scale: Annotated[

@@ -1,4 +1,4 @@
-"""What the picture will be, seen from the middle of denoising.
+"""What the image will be, seen from the middle of denoising.
 
 An Euler step leaves its velocity behind: v = (x' - x) / (sigma' - sigma). Followed to the end it
 arrives at x' - sigma' v, and the VAE makes that visible. The estimate costs nothing; the VAE costs
@@ -56,7 +56,7 @@ class Previews:
             latents: [n, S, C] after the step.
 
         Raises:
-            BudgetError: the schedule of this many pictures had the VAE leave.
+            BudgetError: the schedule of this many images had the VAE leave.
             NumericsError: the estimate is not finite.
         """
         x_t, self._x_t = self._x_t, latents.copy()
@@ -70,13 +70,13 @@ class Previews:
         if "vae_decode" not in self._engines.resident:
             raise BudgetError(
                 "previews need `vae_decode` in memory beside `denoise`, and the memory budget is "
-                "too small for that with so many pictures",
-                hint="leave previews out, or draw fewer pictures at a time",
+                "too small for that with so many images",
+                hint="leave previews out, or draw fewer images at a time",
             )
         began = time.perf_counter()
         self._checks.finite("denoise", f"latents, as estimated at step {step},", self._x_0, "image")
         given = self._engines.put("vae_decode", latents=self._x_0)
         decoded = self._engines.run("vae_decode", given, {})
-        picture: NDArray[np.uint8] = self._engines.backend.download(decoded["images"]).copy()
+        image: NDArray[np.uint8] = self._engines.backend.download(decoded["images"]).copy()
         self.seconds += time.perf_counter() - began
-        return picture
+        return image

@@ -139,7 +139,7 @@ class Request:
 
 def merge(requests: Sequence[Request]) -> Request:
     """One request for the images of several with the same settings, in their order. Every image
-    keeps its reveal order and noise, and so its picture."""
+    keeps its reveal order and noise, and so its image."""
     first, *others = requests
     assert all(other.settings == first.settings for other in others)
     if not others:

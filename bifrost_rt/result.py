@@ -15,35 +15,35 @@ from PIL import Image, PngImagePlugin
 
 from bifrost_rt import latents_file
 from bifrost_rt.errors import RequestError
-from bifrost_rt.files import check_writable, written_aside
+from bifrost_rt.files import atomic_output, check_writable
 from bifrost_rt.notes import Note, Truncation
 from bifrost_rt.request import Thought
 
 # The text chunk of a PNG that holds its parameters, as JSON.
 PNG_KEY = "bifrost-rt"
 THOUGHTS = "thoughts"  # its field with what the MLLM thought
-# What a picture is called in a folder.
-PICTURE = "out.png"
+# What an image is called in a folder.
+IMAGE = "out.png"
 SEPARATORS = tuple(separator for separator in ("/", os.sep, os.altsep) if separator)
 
 
-def picture_path(path: str | Path) -> tuple[Path, str]:
+def image_path(path: str | Path) -> tuple[Path, str]:
     """Return the path with its suffix, and the format that the suffix names. In a folder, one that
-    is there or one that is named with a slash at its end, the picture is called `out.png`.
+    is there or one that is named with a slash at its end, the image is called `out.png`.
 
     Raises:
-        RequestError: no picture format, or not one for pictures in colour.
+        RequestError: no image format, or not one for images in colour.
     """
     is_folder = str(path).endswith(SEPARATORS)
     path = Path(path)
     if is_folder or os.path.isdir(path):
-        path /= PICTURE
+        path /= IMAGE
     if path.suffix == "":
         path = path.with_name(f"{path.name}.png")
     file_format = Image.registered_extensions().get(path.suffix.lower())
     if file_format is None or not _writes_colour(file_format):
         raise RequestError(
-            f"{path}: {path.suffix!r} is not a picture format that Pillow writes",
+            f"{path}: {path.suffix!r} is not an image format that Pillow writes",
             hint="use .png, .jpg or .webp",
         )
     return path, file_format
@@ -58,14 +58,14 @@ def _writes_colour(file_format: str) -> bool:
     return True
 
 
-def picture_paths(path: str | Path, images: int) -> tuple[list[Path], str]:
+def image_paths(path: str | Path, images: int) -> tuple[list[Path], str]:
     """Say where `Result.save` writes so many images, and in which format; tries that they can be
     written, so that it can be asked before anything is drawn.
 
     Raises:
-        RequestError: no picture format, or a file cannot be written there.
+        RequestError: no image format, or a file cannot be written there.
     """
-    path, file_format = picture_path(path)
+    path, file_format = image_path(path)
     paths = [path] if images == 1 else [numbered(path, i) for i in range(images)]
     for one in paths:
         check_writable(one)
@@ -81,14 +81,14 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     """Return the parameters that `Result.save` wrote into a PNG, and `image`, its place in the run.
 
     Raises:
-        RequestError: not a picture, or not one of this package.
+        RequestError: not an image, or not one of this package.
     """
     try:
-        with Image.open(path) as picture:
-            text = picture.info.get(PNG_KEY)
+        with Image.open(path) as image:
+            text = image.info.get(PNG_KEY)
         parameters = json.loads(text) if isinstance(text, str) else None
     except (OSError, ValueError) as error:
-        raise RequestError(f"{path}: cannot be read as a picture: {error}") from None
+        raise RequestError(f"{path}: cannot be read as an image: {error}") from None
     if not isinstance(parameters, dict):
         raise RequestError(f"{path}: does not say how it was made; only PNGs of bifrost-rt do")
     return parameters
@@ -156,20 +156,20 @@ class Result:
 
         Several images get `-0`, `-1`, … before the suffix. A PNG carries its parameters, from which
         `bifrost-rt generate --like` makes it again. Each file is written aside and renamed,
-        so that an older picture is never half overwritten. The images stay in memory: where a disk
+        so that an older image is never half overwritten. The images stay in memory: where a disk
         is full, they can be saved to another place.
 
         Returns:
             The paths written.
 
         Raises:
-            RequestError: the run ended at the latents, the suffix names no picture format, or the
+            RequestError: the run ended at the latents, the suffix names no image format, or the
                 file cannot be written.
         """
         self._needs_pixels()
-        paths, file_format = picture_paths(path, len(self.images))
+        paths, file_format = image_paths(path, len(self.images))
         for i, target in enumerate(paths):
-            with written_aside(target) as aside:
+            with atomic_output(target) as aside:
                 aside.write_bytes(self.encode(i, file_format))
         return paths
 
@@ -183,21 +183,19 @@ class Result:
         return latents_file.save(path, self.tokens, self.parameters)
 
     def encode(self, image: int, file_format: str = "PNG") -> bytes:
-        """Return the bytes of one picture's file, in a format that Pillow writes.
+        """Return the bytes of one image's file, in a format that Pillow writes.
 
         Raises:
             RequestError: the run ended at the latents.
         """
         self._needs_pixels()
-        picture = self.images[image]
-        if not isinstance(picture, Image.Image):
-            picture = Image.fromarray(picture)
+        drawn = self.images[image]
+        if not isinstance(drawn, Image.Image):
+            drawn = Image.fromarray(drawn)
         about = PngImagePlugin.PngInfo()
         about.add_itxt(PNG_KEY, json.dumps({"image": image, **self.about}))
         file = io.BytesIO()
-        picture.save(
-            file, format=file_format, **({"pnginfo": about} if file_format == "PNG" else {})
-        )
+        drawn.save(file, format=file_format, **({"pnginfo": about} if file_format == "PNG" else {}))
         return file.getvalue()
 
     def _needs_pixels(self) -> None:

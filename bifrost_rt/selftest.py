@@ -1,4 +1,4 @@
-"""A short run whose picture travels with the set: does this machine draw what the builder drew?"""
+"""A short run whose image travels with the set: does this machine draw what the builder drew?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bifrost_rt.errors import EngineSetError
 from bifrost_rt.generator import Generator
 from bifrost_rt.manifest import Deviation, Manifest
 
-PICTURE = "selftest.png"
+IMAGE = "selftest.png"
 # Guided, so that both branches of the MLLM take part; few steps, so that it is soon over.
 REQUEST: dict[str, Any] = {
     "prompt": "a red circle above a blue square",
@@ -26,7 +26,7 @@ REQUEST: dict[str, Any] = {
 }
 # Another processor or backend rounds differently; a wrong float32 engine differs by far more.
 TOLERANCE = 2
-# What one type of products may do to the picture: some 10 dB below what simulating engines as they
+# What one type of products may do to the image: some 10 dB below what simulating engines as they
 # are compiled, on a CPU, showed against the graphs that drew it (each format has its figure, of the
 # demo model), and means that fit. Where activations are rounded, random weights are worse: in 8-bit
 # integers, exact on both sides, 2.2 of 255 in the mean between AVX-512 and AVX2, 1.2 between
@@ -41,11 +41,11 @@ MARGIN = 4  # over a deviation that was simulated for the very set
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """How far a picture is from the builder's, and how far it may be.
+    """How far an image is from the builder's, and how far it may be.
 
     Attributes:
         largest: of a pixel's channel, of 255.
-        found: the whole picture's deviation.
+        found: the whole image's deviation.
         allowed: the bound on it.
         why: where the bound comes from.
     """
@@ -57,7 +57,7 @@ class QuantizeResult:
 
     @property
     def passes(self) -> bool:
-        """A few levels are always allowed: a picture may show little else than rounding."""
+        """A few levels are always allowed: an image may show little else than rounding."""
         return self.largest <= TOLERANCE or (
             self.found.psnr >= self.allowed.psnr and self.found.mean <= self.allowed.mean
         )
@@ -72,26 +72,26 @@ class QuantizeResult:
 
 
 def draw(generator: Generator) -> NDArray[np.uint8]:
-    """Return the self-test's picture, uint8 [H, W, 3]."""
+    """Return the self-test's image, uint8 [H, W, 3]."""
     image: NDArray[np.uint8] = generator.run(**REQUEST, output_type="np").images[0]
     return image
 
 
 def expected(generator: Generator) -> NDArray[np.uint8]:
-    """Return the builder's picture, uint8 [H, W, 3].
+    """Return the builder's image, uint8 [H, W, 3].
 
     Raises:
         EngineSetError: the set has none.
     """
-    path = generator.path / PICTURE
+    path = generator.path / IMAGE
     if not path.is_file():
-        raise EngineSetError(f"{path}: the set has no self-test picture", hint="rebuild the set")
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
+        raise EngineSetError(f"{path}: the set has no self-test image", hint="rebuild the set")
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def deviation(found: NDArray[np.uint8], other: NDArray[np.uint8]) -> Deviation:
-    """Of two pictures."""
+    """Of two images."""
     apart = found.astype(np.float64) - other
     noise = float(np.mean(apart**2))
     psnr = 10 * math.log10(255**2 / noise) if noise else math.inf
@@ -99,7 +99,7 @@ def deviation(found: NDArray[np.uint8], other: NDArray[np.uint8]) -> Deviation:
 
 
 def allowed(manifest: Manifest) -> tuple[Deviation, str]:
-    """Say how far a set's picture may be from the builder's, and where that comes from: what was
+    """Say how far a set's image may be from the builder's, and where that comes from: what was
     simulated when it was compiled, where that is known, else the loosest of `BOUNDS` that its
     engines compute in."""
     if (known := manifest.selftest) is not None:
@@ -107,17 +107,17 @@ def allowed(manifest: Manifest) -> tuple[Deviation, str]:
         return bound, f"{MARGIN} times what was simulated when the set was compiled"
     types = {spec.precision.compute for spec in manifest.engines} & BOUNDS.keys()
     # layers whose activations are rounded, beside what most products compute in
-    layers = formats.of_layers(form for spec in manifest.engines for form in spec.precision.layers)
-    types |= {form.computes_in for form in layers if form.rounds_activations and form.computes_in}
+    layers = formats.of_layers(fmt for spec in manifest.engines for fmt in spec.precision.layers)
+    types |= {fmt.computes_in for fmt in layers if fmt.rounds_activations and fmt.computes_in}
     loosest = min(types, key=lambda dtype: BOUNDS[dtype].psnr, default=formats.FULL.dtype)
     return BOUNDS[loosest], f"the bound for {loosest}"
 
 
 def check(generator: Generator) -> QuantizeResult:
-    """Draw and compare with the builder's picture.
+    """Draw and compare with the builder's image.
 
     Raises:
-        EngineSetError: the set has no such picture, or this machine draws another.
+        EngineSetError: the set has no such image, or this machine draws another.
     """
     wanted = expected(generator)
     found = draw(generator)
@@ -130,7 +130,7 @@ def check(generator: Generator) -> QuantizeResult:
     )
     if not outcome.passes:
         raise EngineSetError(
-            f"{generator.path}: the self-test's picture differs from {PICTURE} by {outcome}",
+            f"{generator.path}: the self-test's image differs from {IMAGE} by {outcome}",
             hint="the backend computes something else here; try another with --backend",
         )
     return outcome

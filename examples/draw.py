@@ -1,4 +1,4 @@
-"""Draw one prompt and save the picture."""
+"""Draw one prompt and save the image."""
 
 import bifrost_rt
 

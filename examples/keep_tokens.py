@@ -1,4 +1,4 @@
-"""Keep the CLIP latents of a picture, and draw them again with another control scale."""
+"""Keep the CLIP latents of an image, and draw them again with another control scale."""
 
 import bifrost_rt
 from bifrost_rt import latents_file

@@ -1,4 +1,4 @@
-"""Draw within a memory budget: engines leave and come back, the picture stays the same."""
+"""Draw within a memory budget: engines leave and come back, the image stays the same."""
 
 import numpy as np
 

@@ -11,7 +11,7 @@ def on_step_end(generator, step, timestep, tensors):
     """Print the step: after every decoding step (timestep is None) and every denoising step."""
     loop = "decoding" if timestep is None else "denoising"
     print(loop, step)
-    if "preview" in tensors:  # uint8 [n, H, W, 3]: what the picture will be
+    if "preview" in tensors:  # uint8 [n, H, W, 3]: what the image will be
         Image.fromarray(tensors["preview"][0]).save(f"out/watch-{step}.png")
     # an exception from here ends the run and leaves the generator usable
 

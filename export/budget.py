@@ -27,7 +27,7 @@ COPIES = 3
 SCRATCH = 2.5
 # Of weights in float32: torch's, and the engine's with what it unpacks them from.
 UNPACKED = 2.5
-# Beside the weights: graphs, tokenizers, the picture.
+# Beside the weights: graphs, tokenizers, the image.
 BESIDE = 32 << 20
 
 

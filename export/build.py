@@ -19,7 +19,7 @@ from bifrost_rt import manifest as manifests
 from bifrost_rt.memory_plan import parse as parse_size
 from export import checkpoint_options, extras, shipped
 from export import recipe as recipes
-from export.engine_set import written_aside
+from export.engine_set import atomic_output
 from export.formats import FORMATS, FULL, HALF, SIXTEEN_BIT
 from export.recipe import Recipe
 
@@ -57,7 +57,7 @@ def build(
     checkpoint, model = build_plan.read_checkpoint(recipe)
     if reason := preprocessor.why_none(checkpoint):
         say(f"the set will read no images: {reason}")
-    with written_aside(output, finished=(stage_cache.REPORT, STATISTICS)) as folder:
+    with atomic_output(output, finished=(stage_cache.REPORT, STATISTICS)) as folder:
         cache = stage_cache.StageCache(folder, output, keep=[STATISTICS])
         plan = build_plan.draw_up(recipe, checkpoint, model, folder)
         for origin in plan.origins.values():
@@ -90,14 +90,14 @@ def _build_and_compile(
 
     # what cannot be compiled is refused before the graphs are built
     formats = {FULL.name, recipe.precision, *recipe.stages.values(), *recipe.layers.values()}
-    formats |= {recipe.rest} if recipe.quantized else set()
+    formats |= {recipe.fallback} if recipe.quantized else set()
     check_targets(builders.find(recipe.backend), recipe.target, sorted(formats))
     check_on_cpu(recipe.on_cpu, tuple(DEFINITIONS))
-    for pattern, form in recipe.layers.items():
+    for pattern, fmt in recipe.layers.items():
         stage = pattern.partition(":")[0]
         around = FORMATS[recipe.precision_of(stage)]
         if not around.quantized:
-            capabilities.check_pair(recipe.backend, stage, {form}, around.dtype)
+            capabilities.check_pair(recipe.backend, stage, {fmt}, around.dtype)
     graphs = build(graphs_of(recipe), progress, memory_budget)
     return compile_set(
         graphs,
@@ -191,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--precision", metavar="NAME", help=", ".join(FORMATS))
     parser.add_argument(
-        "--rest",
+        "--fallback",
         metavar="NAME",
         help=f"of a quantized set's other weights: {HALF.name} (default) or "
         + " or ".join(declared.name for declared in SIXTEEN_BIT if declared is not HALF),
@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         "--quality-budget",
         type=float,
         metavar="DB",
-        help="PSNR to float32 that the pictures keep: the worst layers stay in 16 bit",
+        help="PSNR to float32 that the images keep: the worst layers stay in 16 bit",
     )
     parser.add_argument("--backend", metavar="NAME", help="onnxruntime, or tensorrt-rtx")
     parser.add_argument("--mllm-max-length", type=int, metavar="N", help="tokens of a chat prompt")

@@ -6,7 +6,7 @@ write_engines   trace, cast and write every engine that is not there already
 read_back       what every layer of the files really is
 compare         every engine beside torch, on the values of a real run
 write_report    what was asked, built and found
-draw_selftest   the picture that the set is known by
+draw_selftest   the image that the set is known by
 write_manifest  the description of all that, with the hash of every file
 """
 
@@ -71,16 +71,16 @@ def write_engines(
     configs = stage_cache.configs_digest(
         checkpoint.mllm, checkpoint.bifrost, *checkpoint.flux.paths
     )
-    counted = memory.one_picture(plan.mllm_max_length)
+    counted = memory.one_image(plan.mllm_max_length)
     largest = None if plan.vision is None else image_processor.limits(plan.vision)
     shared, engines = SharedWeights(plan.stages.values()), []
     for name, stage in plan.stages.items():
-        rest = layers.rest[name]
-        key = stage_cache.key(stage, configs, rest, counted, shared.before(stage))
+        fallback = layers.fallback[name]
+        key = stage_cache.key(stage, configs, fallback, counted, shared.before(stage))
         done = cache.get(name, key)
         if done is None:
             say(f"building {name}")
-            made = engine_files.write(stage, folder, rest, counted, largest, shared)
+            made = engine_files.write(stage, folder, fallback, counted, largest, shared)
             done = cache.put(name, key, *made)
         else:
             say(f"{name} is there already")
@@ -147,13 +147,13 @@ def write_report(
 
 
 def draw_selftest(built: BuildPlan, folder: Path, share: Share, say: Say) -> None:
-    """Draw the picture that other machines compare theirs with, uint8 [H, W, 3], and write it."""
-    say("drawing the self-test picture")
+    """Draw the image that other machines compare theirs with, uint8 [H, W, 3], and write it."""
+    say("drawing the self-test image")
     checked = request.check(built, **selftest.REQUEST, output_type="np")
     backend = _backend(built, share)
     drawn = torch_pipeline.draw(folder, built, backend, checked, memory_budget=share.engines)
     assert drawn.images is not None
-    Image.fromarray(drawn.images[0]).save(folder / selftest.PICTURE)
+    Image.fromarray(drawn.images[0]).save(folder / selftest.IMAGE)
 
 
 def write_manifest(

@@ -21,7 +21,7 @@ from export.stages import Stage
 def write(
     stage: Stage,
     folder: Path,
-    rest: str,
+    fallback: str,
     counted: Mapping[str, int],
     largest: Limits | None = None,
     shared: SharedWeights | None = None,
@@ -29,7 +29,7 @@ def write(
     """Trace a stage and write its graph and weights.
 
     Args:
-        rest: the precision of what is not quantized.
+        fallback: the precision of what is not quantized.
         counted: the sizes for which scratch memory is stated.
         largest: image to look at.
         shared: what earlier engines of the set have stored.
@@ -45,7 +45,7 @@ def write(
     """
     start = time.perf_counter()
     traced = graph.to_graph(stage)
-    precision.store(traced, rest)
+    precision.store(traced, fallback)
     facts: dict[str, Any] = {
         "weight_bytes": precision.weight_bytes(traced),
         "scratch_bytes": memory.scratch_bytes(traced, counted),

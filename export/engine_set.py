@@ -29,7 +29,7 @@ LONGEST_NAME = 120
 
 
 @contextlib.contextmanager
-def written_aside(output: Path, finished: Sequence[str] = ()) -> Iterator[Path]:
+def atomic_output(output: Path, finished: Sequence[str] = ()) -> Iterator[Path]:
     """Return a folder to build in; on success it takes the place of `output`, or of the folder that
     `output` is a link to.
 

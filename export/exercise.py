@@ -31,13 +31,13 @@ def draw_look_answer(
     out = pipeline.generate(engines, tokenizers, manifest, request)
     if manifest.vision is None or out.images is None:
         return out
-    pictures = [Image.fromarray(image) for image in out.images]
-    for picture in pictures if manifest.chat is None else pictures[1:]:
-        seen = image_processor.patches(picture, manifest.vision)
+    images = [Image.fromarray(image) for image in out.images]
+    for image in images if manifest.chat is None else images[1:]:
+        seen = image_processor.patches(image, manifest.vision)
         vision.encode(engines, manifest, seen, out.timings)
     if manifest.chat is not None:  # who answers looks at the first
         asked = ChatParameters.fill({"max_new_tokens": TOKENS, "seed": 0})
-        turn = Turn("user", (pictures[0], QUESTION))
+        turn = Turn("user", (images[0], QUESTION))
         speaker = chat.Speaker(engines, tokenizers, manifest)
         speaker.answer([turn], asked, lambda piece: None)
     return out

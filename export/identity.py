@@ -1,7 +1,7 @@
 """Which model every part of a checkpoint must be, as its config states it.
 
 Another model of the same sizes has the same tensors and draws nonsense: qwen2_vl in the place of
-qwen2_5_vl gives a blank picture, and no shape differs. A key that is absent, as older tools leave
+qwen2_5_vl gives a blank image, and no shape differs. A key that is absent, as older tools leave
 it, says nothing; a value that differs is refused.
 """
 

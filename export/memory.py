@@ -23,7 +23,7 @@ SCORES = 2 * 4  # bytes: scores and softmax, in float32
 ARENA = 1.5
 
 
-def one_picture(text_tokens: int) -> dict[str, int]:
+def one_image(text_tokens: int) -> dict[str, int]:
     """Return the sizes for which a manifest states scratch memory: the longest prompt, the default
     steps, no guidance; one window of an image to look at."""
     return dims.of_run(text_tokens=text_tokens, steps=COUNTED_STEPS)

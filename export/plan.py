@@ -51,9 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
                 content["estimate"] = dataclasses.asdict(times)
             options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         if options.plot:
-            from export.planning import picture
+            from export.planning import chart
 
-            picture.draw(plan, times).save(options.plot)
+            chart.draw(plan, times).save(options.plot)
         from export.planning import kernel_report, report
 
         print(report.describe(plan))
@@ -225,7 +225,7 @@ def _storage(name: str | None) -> Format | None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export.plan",
-        description="Memory, schedule and least time of one picture on a device.",
+        description="Memory, schedule and least time of one image on a device.",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--recipe", metavar="FILE", help="what it would build; or one that ships")
@@ -243,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
         "--memory-budget", metavar="SIZE", help="like 8GiB; default: nine tenths of the device's"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the plan as a picture")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the plan as an image")
     parser.add_argument("--debug", action="store_true", help="show the trace of an error")
     return parser
 

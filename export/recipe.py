@@ -56,7 +56,7 @@ class Recipe:
             the checkpoint's limit, at most 1280 tokens.
         think: what the MLLM is asked where it thinks before it draws; `{prompt}` stands for the
             prompt.
-        rest: what a quantized set stores its other weights in.
+        fallback: what a quantized set stores its other weights in.
         stages: stage -> precision, where it is not the set's.
         layers: pattern of `stage:path` -> precision, such as "t5_text:*.block.0.*"; of several
             that fit, the last counts.
@@ -64,7 +64,7 @@ class Recipe:
         calibration_steps: of both loops, where the set's defaults take too long; None: all.
         statistics: a calibration.safetensors of the same checkpoint, instead of calibrating.
         scales: how an activation's range is chosen: "mse", "percentile" or "max".
-        quality_budget: PSNR in dB that the pictures must keep to those in float32, on average;
+        quality_budget: PSNR in dB that the images must keep to those in float32, on average;
             layers that cost most stay in 16 bit until they do.
     """
 
@@ -82,7 +82,7 @@ class Recipe:
     on_cpu: tuple[str, ...] = ()
     max_image_pixels: int | None = None
     think: str = REWRITE
-    rest: str = HALF.name
+    fallback: str = HALF.name
     stages: dict[str, str] = field(default_factory=dict)
     layers: dict[str, str] = field(default_factory=dict)
     calibration_prompts: str | None = None
@@ -172,7 +172,7 @@ class Recipe:
         known = tuple(FORMATS)
         yield "precision", self.precision, known
         yield "backend", self.backend, BACKENDS
-        yield "rest", self.rest, tuple(f.name for f in SIXTEEN_BIT)
+        yield "fallback", self.fallback, tuple(f.name for f in SIXTEEN_BIT)
         yield "scales", self.scales, METHODS
         for name, precision in self.stages.items():
             yield f"stages.{name}", precision, known

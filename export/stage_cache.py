@@ -49,7 +49,7 @@ class Finished:
 def key(
     stage: Stage,
     configs: str,
-    rest: str,
+    fallback: str,
     counted: Mapping[str, int],
     before: Mapping[str, str] | None = None,
 ) -> str:
@@ -58,7 +58,7 @@ def key(
     Args:
         stage: its tensors' sources say what was rounded and quantized, and how.
         configs: of the checkpoint, `configs_digest`.
-        rest: the precision in which tensors are stored that have none of their own.
+        fallback: the precision in which tensors are stored that have none of their own.
         counted: the sizes for which scratch memory is stated.
         before: as `SharedWeights.before` gives it.
     """
@@ -69,7 +69,7 @@ def key(
         "state": [dataclasses.astuple(state) for state in stage.state],
         "tensors": {name: s.identity for name, s in lazy_tensors.named(stage.module).items()},
         "configs": configs,
-        "rest": rest,
+        "fallback": fallback,
         "modules": str(stage.module),
         "counted": {name: counted[name] for name in sorted(dims.used_by(stage.outline()))},
         "before": before or {},

@@ -63,7 +63,7 @@ def write(checkpoint: Checkpoint, folder: Path, mllm_max_length: int, t5_max_len
 
 
 def _check_clip_end(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
-    """CLIP's picture of a prompt is the output at its end token: the first one of `eos_token_id`,
+    """CLIP's image of a prompt is the output at its end token: the first one of `eos_token_id`,
     or where that is 2, as the published config says, the highest id."""
     end = checkpoint.clip.config.eos_token_id
     tokenizer.no_truncation()

@@ -99,7 +99,7 @@ def run(
     generate: pipeline.Generate = pipeline.generate,
     **options: Any,
 ) -> pipeline.Output:
-    """Draw one picture per prompt.
+    """Draw one image per prompt.
 
     Args:
         folder: holds the tokenizers that the manifest names.

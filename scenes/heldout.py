@@ -23,7 +23,7 @@ WORDINGS = 2  # at most, of one meaning: training must be left with others
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One prompt with its meaning, the seed its picture is drawn with, and whether its
+    """One prompt with its meaning, the seed its image is drawn with, and whether its
     combination (not only its wording) was kept out of training."""
 
     prompt: str

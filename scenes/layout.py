@@ -1,7 +1,7 @@
 """Where things stand: one canonical place and size per meaning, with a few pixels of jitter.
 
-The jitter keeps pictures from being identical; it is small against the 32 px patches of the
-vision tower, so the mean over it is still a picture of the same scene.
+The jitter keeps images from being identical; it is small against the 32 px patches of the
+vision tower, so the mean over it is still an image of the same scene.
 """
 
 from __future__ import annotations

@@ -30,9 +30,9 @@ def _outline(shape: str, x: float, y: float, size: float) -> list[tuple[float, f
 
 
 def render(objects: Sequence[Placed], background: str) -> NDArray[np.uint8]:
-    """uint8[128, 128, 3] picture of the objects, later ones on top."""
-    picture = np.empty((SIDE, SIDE, 3), np.float32)
-    picture[:] = BACKGROUNDS[background]
+    """uint8[128, 128, 3] image of the objects, later ones on top."""
+    image = np.empty((SIDE, SIDE, 3), np.float32)
+    image[:] = BACKGROUNDS[background]
     for thing in objects:
         left = max(0, int(thing.x - thing.size / 2) - 1)
         top = max(0, int(thing.y - thing.size / 2) - 1)
@@ -46,7 +46,7 @@ def render(objects: Sequence[Placed], background: str) -> NDArray[np.uint8]:
         else:
             draw.polygon(_outline(thing.shape, x, y, size), fill=255)
         cover = np.asarray(mask.reduce(_FINE), np.float32)[..., None] / 255
-        window = picture[top : top + extent, left : left + extent]
+        window = image[top : top + extent, left : left + extent]
         cover = cover[: window.shape[0], : window.shape[1]]
         window += cover * (np.array(COLOURS[thing.colour], np.float32) - window)
-    return np.round(picture).astype(np.uint8)
+    return np.round(image).astype(np.uint8)

@@ -1,6 +1,6 @@
-"""The scorer: reads a picture with classical image processing and judges it against a meaning.
+"""The scorer: reads an image with classical image processing and judges it against a meaning.
 
-Deterministic and free of learned parts, so a score means the same on every machine. A picture
+Deterministic and free of learned parts, so a score means the same on every machine. An image
 passes only if it holds exactly the objects that were asked for, and nothing else.
 """
 
@@ -27,7 +27,7 @@ PURITY = 0.85  # share of an object's inner pixels that must carry its colour
 
 @dataclass(frozen=True)
 class Found:
-    """One object in a picture; shape or colour is None where it is none that the world knows."""
+    """One object in an image; shape or colour is None where it is none that the world knows."""
 
     shape: str | None
     colour: str | None
@@ -38,7 +38,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Reading:
-    """All that a picture holds; the background is None where it is no known colour."""
+    """All that an image holds; the background is None where it is no known colour."""
 
     background: str | None
     objects: tuple[Found, ...]
@@ -46,7 +46,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`reason` says in words what is wrong, and is empty for a correct picture."""
+    """`reason` says in words what is wrong, and is empty for a correct image."""
 
     correct: bool
     reason: str = ""
@@ -88,9 +88,9 @@ def _shape(filled: NDArray[np.bool_]) -> str | None:
     return best if overlap[best] >= OVERLAP else None
 
 
-def read(picture: NDArray[np.uint8]) -> Reading:
-    """Return what a uint8[H, W, 3] picture holds."""
-    pixels = picture.astype(np.float32)
+def read(image: NDArray[np.uint8]) -> Reading:
+    """Return what a uint8[H, W, 3] image holds."""
+    pixels = image.astype(np.float32)
     rim = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3),
                           pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])  # fmt: skip
     ground = np.median(rim, axis=0)
@@ -132,9 +132,9 @@ def _relation_holds(relation: str, first: Found, second: Found) -> bool:
     return ahead > 10 and ahead > abs(aside)
 
 
-def judge(spec: Spec, picture: NDArray[np.uint8]) -> Verdict:
-    """Say whether the picture shows `spec` exactly. Unnamed attributes may take any known value."""
-    reading = read(picture)
+def judge(spec: Spec, image: NDArray[np.uint8]) -> Verdict:
+    """Say whether the image shows `spec` exactly. Unnamed attributes may take any known value."""
+    reading = read(image)
     if reading.background is None:
         return Verdict(False, "the background is no known colour")
     if spec.background and reading.background != spec.background:

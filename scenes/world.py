@@ -89,7 +89,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Placed:
-    """One object in a picture: centre and extent in pixels of a 128 px picture."""
+    """One object in an image: centre and extent in pixels of a 128 px image."""
 
     shape: str
     colour: str

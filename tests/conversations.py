@@ -72,7 +72,7 @@ class Judge:
         self.model = model.eval()
 
     def asks(self, turns: Turns, seed: int) -> Asked:
-        """Random words and pictures of a conversation."""
+        """Random words and images of a conversation."""
         rng = np.random.default_rng(seed)
         config = self.model.config
         vision, image_id = config.vision_config, config.image_token_id

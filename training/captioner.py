@@ -1,7 +1,7 @@
 """The MLLM as an image captioner, so that the vision tower's patch latents mean something.
 
-Three tasks share one language model: describe a picture exactly, caption it, and, without a
-picture, answer a request for one with the exact description of the scene it implies. The last
+Three tasks share one language model: describe an image exactly, caption it, and, without an
+image, answer a request for one with the exact description of the scene it implies. The last
 makes the text branch work out counts and places, whose traces the visual branch then reads.
 """
 
@@ -65,7 +65,7 @@ def mllm_config(config: Config) -> Qwen2_5_VLConfig:
             "patch_size": PATCH,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
-            # one window holds the whole picture, and every layer attends over all of it
+            # one window holds the whole image, and every layer attends over all of it
             "window_size": SIDE,
             "fullatt_block_indexes": list(range(config.tower_layers)),
         },
@@ -77,11 +77,11 @@ def mllm_config(config: Config) -> Qwen2_5_VLConfig:
     )
 
 
-def patches(pictures: Tensor) -> Tensor:
+def patches(images: Tensor) -> Tensor:
     """[B, 3, 128, 128] -> [B * 64, 3 * 2 * 16 * 16] in the order of Qwen's image processor:
-    merge groups row by row, and the four patches of each inside; the picture twice in time."""
-    rows, half = pictures.shape[0], 2
-    x = pictures.view(rows, 3, GRID, half, PATCH, GRID, half, PATCH)
+    merge groups row by row, and the four patches of each inside; the image twice in time."""
+    rows, half = images.shape[0], 2
+    x = images.view(rows, 3, GRID, half, PATCH, GRID, half, PATCH)
     x = x.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, 3, 1, PATCH, PATCH)
     return x.expand(-1, -1, 2, -1, -1).reshape(x.shape[0], -1)
 
@@ -98,14 +98,14 @@ class Captioner(nn.Module):
         self.mllm = Qwen2_5_VLForConditionalGeneration._from_config(mllm_config(config))
         self.normalise = nn.BatchNorm1d(config.hidden, affine=False, momentum=0.02)
 
-    def latents(self, pictures: Tensor) -> Tensor:
+    def latents(self, images: Tensor) -> Tensor:
         """Patch latents [B, 16, D] of [B, 3, 128, 128]."""
-        grid = torch.tensor([[1, 2 * GRID, 2 * GRID]] * pictures.shape[0])
-        merged = self.mllm.model.visual(patches(pictures), grid_thw=grid).pooler_output
-        return self.normalise(merged.float()).view(pictures.shape[0], PLACES, -1)
+        grid = torch.tensor([[1, 2 * GRID, 2 * GRID]] * images.shape[0])
+        merged = self.mllm.model.visual(patches(images), grid_thw=grid).pooler_output
+        return self.normalise(merged.float()).view(images.shape[0], PLACES, -1)
 
     def forward(self, ids: Tensor, latents: Tensor | None) -> Tensor:
-        """Logits [B, L, V]; picture tokens, if any, stand at the same places in every row."""
+        """Logits [B, L, V]; image tokens, if any, stand at the same places in every row."""
         model = self.mllm.model.language_model
         embeds = model.embed_tokens(ids)
         length = ids.shape[1]
@@ -143,7 +143,7 @@ def padded(rows: list[list[int]], fill: int) -> Tensor:
 
 
 class CaptionerStage:
-    """Describe a picture, or plan one: see the module's docstring."""
+    """Describe an image, or plan one: see the module's docstring."""
 
     name = "captioner"
 
@@ -162,8 +162,8 @@ class CaptionerStage:
         return F.cross_entropy(logits.flatten(0, 1).float(), targets[:, 1:].flatten())
 
     def loss(self, step: int, batch: int, rng: np.random.Generator) -> Tensor:
-        """Cross-entropy per answer token, over pictures and plans."""
-        pictures, answers = [], []
+        """Cross-entropy per answer token, over images and plans."""
+        images, answers = [], []
         for _ in range(batch):
             if rng.random() < 0.6:
                 objects = scatter(rng, int(rng.integers(1, 5)))
@@ -171,7 +171,7 @@ class CaptionerStage:
             else:
                 spec = training_spec(rng)
                 objects, background = place(spec, rng), spec.drawn_background
-            pictures.append(render(objects, background))
+            images.append(render(objects, background))
             answers.append(describe(objects, background))
         requests, plans = [], []
         for _ in range(batch // 2):
@@ -181,7 +181,7 @@ class CaptionerStage:
             requests.append(self.tokenizer.encode(ask_for_plan(text)).ids)
             plans.append(describe(place(spec), spec.drawn_background))
         with torch.autocast(torch.get_default_device().type, torch.bfloat16):
-            latents = self.module.latents(to_pixels(pictures))
+            latents = self.module.latents(to_pixels(images))
             seen = self._error([self.frame] * batch, answers, latents)
             planned = self._error(requests, plans, None)
         return seen + 0.3 * planned

@@ -1,4 +1,4 @@
-"""The VAE's decoder alone, on whole scenes: latents stay as they are, pictures get sharper.
+"""The VAE's decoder alone, on whole scenes: latents stay as they are, images get sharper.
 
 The VAE stage decodes samples of a wide posterior, which is what makes its latents easy to model
 and its edges soft. What the diffusion model draws lies close to the posterior's centre, so the

@@ -25,9 +25,9 @@ from training.vae import to_pixels
 
 
 @torch.no_grad()
-def round_trip(vae: AutoencoderKL, pictures: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+def round_trip(vae: AutoencoderKL, images: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     """uint8 [B, H, W, 3] after encoding and decoding."""
-    output = vae.decode(vae.encode(to_pixels(pictures)).latent_dist.mode()).sample
+    output = vae.decode(vae.encode(to_pixels(images)).latent_dist.mode()).sample
     pixels = (output / 2 + 0.5).clamp(0, 1) * 255
     return pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
@@ -35,9 +35,9 @@ def round_trip(vae: AutoencoderKL, pictures: list[NDArray[np.uint8]]) -> NDArray
 def measure(
     vae: AutoencoderKL, count: int, seed: int = 0
 ) -> tuple[list[bool], list[bool], list[float], list[NDArray[np.uint8]]]:
-    """Right before, right after, PSNR in dB and the pictures after, for random scenes."""
+    """Right before, right after, PSNR in dB and the images after, for random scenes."""
     rng = np.random.default_rng(seed)
-    before, after, psnr, pictures = [], [], [], []
+    before, after, psnr, images = [], [], [], []
     for start in range(0, count, 20):
         families = [FAMILIES[i % len(FAMILIES)] for i in range(start, min(count, start + 20))]
         specs = [any_spec(rng, family) for family in families]
@@ -48,8 +48,8 @@ def measure(
             after.append(judge(spec, new).correct)
             error = np.mean((old.astype(np.float64) - new) ** 2)
             psnr.append(float(10 * np.log10(255**2 / error)))
-        pictures += returned
-    return before, after, psnr, pictures
+        images += returned
+    return before, after, psnr, images
 
 
 def main() -> None:
@@ -60,12 +60,12 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path)
     given = parser.parse_args()
     vae = AutoencoderKL.from_pretrained(given.checkpoint / "flux" / "vae").float().eval()
-    before, after, psnr, pictures = measure(vae, given.count)
+    before, after, psnr, images = measure(vae, given.count)
     print(f"scorer on renders           {100 * np.mean(before):6.2f} %  of {len(before)}")
     print(f"scorer after the VAE        {100 * np.mean(after):6.2f} %")
     print(f"PSNR of the VAE             {np.mean(psnr):6.2f} dB")
     if given.sheet:
-        rows = [np.concatenate(pictures[i : i + 12], 1) for i in range(0, 48, 12)]
+        rows = [np.concatenate(images[i : i + 12], 1) for i in range(0, 48, 12)]
         Image.fromarray(np.concatenate(rows)).save(given.sheet)
 
 

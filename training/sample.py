@@ -2,7 +2,7 @@
 
     python -m training.sample --out DIR [--tokens predicted|true|off] [--limit N] [--sheet FILE]
 
-`true` feeds the ControlNet the patch latents of a ground-truth picture: what remains wrong then is
+`true` feeds the ControlNet the patch latents of a ground-truth image: what remains wrong then is
 the diffusion model's own. `off` runs without the ControlNet.
 """
 
@@ -73,13 +73,13 @@ def draw(
     return pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def sheet(pictures: list[NDArray[np.uint8]], columns: int, marks: list[bool]) -> Image.Image:
-    """Return a grid of pictures, each framed green where it is right and red where not."""
+def sheet(images: list[NDArray[np.uint8]], columns: int, marks: list[bool]) -> Image.Image:
+    """Return a grid of images, each framed green where it is right and red where not."""
     framed = []
-    for picture, right in zip(pictures, marks, strict=True):
-        frame = np.empty((picture.shape[0] + 6, picture.shape[1] + 6, 3), np.uint8)
+    for image, right in zip(images, marks, strict=True):
+        frame = np.empty((image.shape[0] + 6, image.shape[1] + 6, 3), np.uint8)
         frame[:] = (0, 170, 0) if right else (220, 0, 0)
-        frame[3:-3, 3:-3] = picture
+        frame[3:-3, 3:-3] = image
         framed.append(frame)
     blank = np.zeros_like(framed[0])
     framed += [blank] * (-len(framed) % columns)
@@ -104,7 +104,7 @@ def main() -> None:
     every = max(1, 300 // options.limit)
     chosen: list[HeldOut] = list(heldout())[::every]
     right: dict[str, list[bool]] = defaultdict(list)
-    pictures: list[NDArray[np.uint8]] = []
+    images: list[NDArray[np.uint8]] = []
     for start in range(0, len(chosen), 32):
         items = chosen[start : start + 32]
         prompts, tokens = [item.prompt for item in items], None
@@ -115,10 +115,10 @@ def main() -> None:
             with torch.no_grad():
                 tokens = captioner.latents(to_pixels(truth))
         drawn = draw(flux, vae, pool, prompts, start, control, tokens, steps=options.steps)
-        for item, picture in zip(items, drawn, strict=True):
-            verdict = judge(item.spec, picture)
+        for item, image in zip(items, drawn, strict=True):
+            verdict = judge(item.spec, image)
             right[item.spec.family].append(verdict.correct)
-            pictures.append(picture)
+            images.append(image)
             if not verdict.correct:
                 print(f"{item.prompt!r}: {verdict.reason}")
     for family, marks in right.items():
@@ -126,7 +126,7 @@ def main() -> None:
     flat = [mark for marks in right.values() for mark in marks]
     print(f"{'overall':12} {100 * np.mean(flat):5.1f} %  of {len(flat)}")
     if options.sheet:
-        sheet(pictures, 20, flat).save(options.sheet)
+        sheet(images, 20, flat).save(options.sheet)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ _ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def ask_for_image(prompt: str) -> str:
-    """Return a request for a picture, up to the place where the picture begins."""
+    """Return a request for an image, up to the place where the image begins."""
     return f"{_SYSTEM}<|im_start|>user\nGenerate an image of {prompt}{_ANSWER}<|vision_start|>"
 
 
@@ -34,6 +34,6 @@ def ask_for_plan(prompt: str) -> str:
 
 
 def ask_for_words(places: int) -> str:
-    """Return a question about a picture of `places` tokens, up to the answer."""
-    picture = "<|vision_start|>" + "<|image_pad|>" * places + "<|vision_end|>"
-    return f"{_SYSTEM}<|im_start|>user\n{picture}Describe the scene.{_ANSWER}"
+    """Return a question about an image of `places` tokens, up to the answer."""
+    image = "<|vision_start|>" + "<|image_pad|>" * places + "<|vision_end|>"
+    return f"{_SYSTEM}<|im_start|>user\n{image}Describe the scene.{_ANSWER}"

@@ -43,9 +43,9 @@ def build_vae(config: Config) -> AutoencoderKL:
     )
 
 
-def to_pixels(pictures: list[NDArray[np.uint8]]) -> Tensor:
-    """uint8 pictures to float [B, 3, H, W] in -1…1."""
-    stacked = torch.as_tensor(np.stack(pictures))
+def to_pixels(images: list[NDArray[np.uint8]]) -> Tensor:
+    """uint8 images to float [B, 3, H, W] in -1…1."""
+    stacked = torch.as_tensor(np.stack(images))
     return stacked.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
 
 
@@ -55,13 +55,13 @@ def random_background(rng: np.random.Generator) -> str:
 
 
 def _crop(rng: np.random.Generator) -> NDArray[np.uint8]:
-    picture = render(scatter(rng, int(rng.integers(5, 9))), random_background(rng))
+    image = render(scatter(rng, int(rng.integers(5, 9))), random_background(rng))
     top, left = rng.integers(0, SIDE - CROP + 1, 2)
-    return picture[top : top + CROP, left : left + CROP]
+    return image[top : top + CROP, left : left + CROP]
 
 
 def whole_scene(rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return a picture of a prompt's scene, or of objects anywhere."""
+    """Return an image of a prompt's scene, or of objects anywhere."""
     if rng.random() < 0.3:
         return render(scatter(rng, int(rng.integers(1, 5))), random_background(rng))
     spec = training_spec(rng)

@@ -31,7 +31,7 @@ def choose(manifest: Manifest, processor: Processor | None = None) -> Choice:
     if manifest.backend != "onnxruntime":
         return Choice(manifest.backend, "the set was built for it")
     here = processors.here() if processor is None else processor
-    names = {form for spec in manifest.engines for form in spec.precision.layers}
+    names = {fmt for spec in manifest.engines for fmt in spec.precision.layers}
     if simulated := formats.simulated(names):
         return Choice("onnxruntime", f"the only one that simulates {' and '.join(simulated)}")
     bytewise = formats.multiplying_bytes(names)

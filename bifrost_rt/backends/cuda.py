@@ -155,7 +155,7 @@ class Cuda:
 
     def _hint(self, status: int) -> str | None:
         if status == FULL:
-            return "give it a smaller --memory-budget, or draw fewer pictures at a time"
+            return "give it a smaller --memory-budget, or draw fewer images at a time"
         if status == OLD_DRIVER:
             here = _release(self._runtime.cudaDriverGetVersion()[1])
             wanted = _release(self._runtime.CUDART_VERSION)

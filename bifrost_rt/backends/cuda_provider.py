@@ -85,7 +85,7 @@ def in_words(what: str) -> Iterator[None]:
         raise BackendError(
             f"{what}: onnxruntime {ort.__version__} failed: "
             + (cuda.group().strip() if cuda else text[:400]),
-            hint="give it a smaller --memory-budget, or draw fewer pictures at a time"
+            hint="give it a smaller --memory-budget, or draw fewer images at a time"
             if full
             else None,
         ) from error

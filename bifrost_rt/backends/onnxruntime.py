@@ -93,10 +93,10 @@ def session_options(
     # Without it, weights of 4 bits quietly get activations of 8.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     there = formats.of_layers(spec.precision.layers)
-    for entry in (entry for form in there for entry in form.session_entries.items()):
+    for entry in (entry for fmt in there for entry in fmt.session_entries.items()):
         options.add_session_config_entry(*entry)
     keep_exact(options, spec, processor)
-    return options, [name for form in there for name in form.disabled_optimizers]
+    return options, [name for fmt in there for name in fmt.disabled_optimizers]
 
 
 def keep_exact(

@@ -60,8 +60,8 @@ class OnnxRuntimeCuda:
     """The CUDA execution provider.
 
     Args:
-        graphs: whether the steps of loops become CUDA graphs, by the provider's own option. A
-            picture of the demo model then takes half of the time on an H200. Off by default:
+        graphs: whether the steps of loops become CUDA graphs, by the provider's own option. An
+            image of the demo model then takes half of the time on an H200. Off by default:
             onnxruntime's memory cannot grow while it records. On an H200 that failed, and took the
             process with it, where another thread drew, and where engines came and went; one thread
             with all engines in memory drew right.

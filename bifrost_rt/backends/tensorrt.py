@@ -225,7 +225,7 @@ class TensorRt:
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(own)
         # kernels for a shape are compiled when it first comes: compiled in the background they
-        # would take over in the middle of a loop, and one seed would not give one picture
+        # would take over in the middle of a loop, and one seed would not give one image
         strategies = self._library.DynamicShapesKernelSpecializationStrategy
         config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         self._kernels.use(config)

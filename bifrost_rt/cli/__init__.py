@@ -82,7 +82,7 @@ def _verify(options: argparse.Namespace) -> int:
         outcome = selftest.check(generator)
     print(
         f"{options.engines}: {files} files as built, {engines} engines load, "
-        f"self-test picture within {outcome}"
+        f"self-test image within {outcome}"
     )
     return 0
 

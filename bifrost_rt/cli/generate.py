@@ -30,9 +30,9 @@ from bifrost_rt.pipeline import TOGETHER
 from bifrost_rt.result import (
     THOUGHTS,
     Result,
+    image_path,
+    image_paths,
     numbered,
-    picture_path,
-    picture_paths,
     read_parameters,
 )
 
@@ -41,8 +41,8 @@ log = logging.getLogger("bifrost_rt")
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One run, and where its pictures go. `image` is the one that is wanted; None wants all.
-    `notes` are on options that do nothing in it, `thoughts` those of the picture that it makes
+    """One run, and where its images go. `image` is the one that is wanted; None wants all.
+    `notes` are on options that do nothing in it, `thoughts` those of the image that it makes
     again."""
 
     request: dict[str, Any]
@@ -55,8 +55,8 @@ class Task:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Draw what was asked for. Pictures appear as they are done."""
-    picture_paths(options.output, 1)
+    """Draw what was asked for. Images appear as they are done."""
+    image_paths(options.output, 1)
     tasks = list(_tasks(options))
     folder = default_set() if options.engines is None else Path(options.engines)
     _check(tasks, manifest.read(folder))
@@ -89,16 +89,16 @@ def _check(tasks: Sequence[Task], facts: manifest.Manifest) -> None:
         drawn = requests.check(facts, **{"prompt": "", **asked}).images
         if task.image is not None and task.image >= drawn:
             raise RequestError(
-                f"--like: that picture is number {task.image} of its run, which would have only "
+                f"--like: that image is number {task.image} of its run, which would have only "
                 f"{drawn} now",
                 hint="leave out --num-images-per-prompt",
             )
-        paths, _ = picture_paths(task.output, drawn if task.image is None else 1)
+        paths, _ = image_paths(task.output, drawn if task.image is None else 1)
         if task.tokens is not None:
             check_writable(task.tokens)
             if os.path.realpath(task.tokens) in map(os.path.realpath, paths):
                 raise RequestError(
-                    f"{task.tokens}: is named for the picture and for --save-tokens",
+                    f"{task.tokens}: is named for the image and for --save-tokens",
                     hint="name two files",
                 )
 
@@ -215,7 +215,7 @@ def _tasks(options: argparse.Namespace) -> Iterator[Task]:
         given["width"], given["height"] = options.size
     if options.think is not None:
         given["think"] = options.think
-    output, _ = picture_path(options.output)
+    output, _ = image_path(options.output)
     tokens = Path(options.save_tokens) if options.save_tokens else None
     if options.prompts is not None:
         others = (options.prompt, options.like, options.tokens, options.image, options.mask)
@@ -249,7 +249,7 @@ def _tasks(options: argparse.Namespace) -> Iterator[Task]:
 def _base(
     options: argparse.Namespace,
 ) -> tuple[dict[str, Any], int | None, tuple[requests.Thought, ...]]:
-    """Return what an older picture, an image or a file of tokens asks for, which image of it is
+    """Return what an earlier result, an image or a file of tokens asks for, which image of it is
     wanted, and what the MLLM had thought of it."""
     if options.image and options.tokens:
         raise RequestError("--image and --tokens are two sources of CLIP latents", hint="give one")
@@ -276,7 +276,7 @@ def _base(
 def _like(
     path: str, made: latents_file.LatentsFile | None, read: dict[str, Image.Image]
 ) -> tuple[dict[str, Any], int, tuple[requests.Thought, ...]]:
-    """Return what a picture's own parameters ask for, with the files that it was made from."""
+    """Return what an image's own parameters ask for, with the files that it was made from."""
     parameters = read_parameters(path)
     try:
         thoughts = tuple(requests.Thought(**one) for one in parameters.pop(THOUGHTS, ()))
@@ -288,7 +288,7 @@ def _like(
         raise RequestError(f"{path}: was made by a version of bifrost-rt with other parameters")
     if not set(injected) <= {"tokens", "image", "mask"}:
         raise RequestError(
-            f"{path}: was made with order or latents passed in, which a picture does not hold"
+            f"{path}: was made with order or latents passed in, which an image does not hold"
         )
     given = {name: latents_file.digest(np.asarray(pixels)) for name, pixels in read.items()}
     if made is not None:

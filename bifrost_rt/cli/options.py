@@ -27,7 +27,7 @@ MODULES = {
 def parser() -> argparse.ArgumentParser:
     """Return the parser; every command sets `command` to its name."""
     root = argparse.ArgumentParser(
-        prog="bifrost-rt", description="Run Bifrost-1 engine sets: prompts to pictures."
+        prog="bifrost-rt", description="Run Bifrost-1 engine sets: prompts to images."
     )
     root.add_argument("--debug", action="store_true", help="show the trace of an error")
     root.add_argument("--version", action="version", version=bifrost_rt.__version__)
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         "--plan", action="store_true", help="what a call of every compiled engine does"
     )
 
-    verify = commands.add_parser("verify", help="check a set: hashes, engines, a test picture")
+    verify = commands.add_parser("verify", help="check a set: hashes, engines, a test image")
     verify.add_argument("engines", metavar="DIR", help="the engine set")
     verify.add_argument("--backend", metavar="NAME", help="default: the fastest that is installed")
     _no_cache(verify)
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     _answers(chat)
 
     commands.add_parser("doctor", help="say what this machine can run, and why not the rest")
-    _serve(commands.add_parser("serve", help="serve pictures over HTTP, with a page"))
+    _serve(commands.add_parser("serve", help="serve images over HTTP, with a page"))
     for name, command in MODULES.items():
         text = f"{command.help} (python -m {command.module})"
         commands.add_parser(name, help=text, add_help=False)
@@ -94,9 +94,9 @@ def _generate(command: argparse.ArgumentParser) -> None:
         "--output",
         default="out.png",
         metavar="FILE",
-        help="picture to write, or a folder for it (out.png)",
+        help="image to write, or a folder for it (out.png)",
     )
-    add("--like", metavar="PNG", help="make a picture again; other options on top of its own")
+    add("--like", metavar="PNG", help="make an image again; other options on top of its own")
     add("--image", metavar="FILE", help="draw this image again; a prompt, if any, varies it")
     add("--mask", metavar="FILE", help="what of it is drawn anew: white, or transparent")
     add(
@@ -116,7 +116,7 @@ def _generate(command: argparse.ArgumentParser) -> None:
     for option in OPTIONS.values():
         add_option(command, option)
     add("--size", type=size, metavar="WxH", help="refused where it is not the set's own")
-    add("--json", action="store_true", help="one line of JSON per picture, instead of its path")
+    add("--json", action="store_true", help="one line of JSON per image, instead of its path")
     _runs_a_set(command)
 
 
@@ -180,20 +180,20 @@ def _serve(command: argparse.ArgumentParser) -> None:
         help="an origin whose pages may use the server from a browser, like "
         "https://app.example; may be repeated (none)",
     )
-    add("--max-batch", type=int, default=4, metavar="N", help="pictures drawn together (4)")
+    add("--max-batch", type=int, default=4, metavar="N", help="images drawn together (4)")
     add(
         "--max-waiting",
         type=int,
         default=64,
         metavar="N",
-        help="pictures and answers in the queue (64)",
+        help="images and answers in the queue (64)",
     )
     add(
         "--max-images",
         type=int,
         default=8,
         metavar="N",
-        help="pictures of one request, drawn or looked at (8)",
+        help="images of one request, drawn or looked at (8)",
     )
     add("--max-prompt", type=int, default=4000, metavar="N", help="characters of a prompt (4000)")
     add("--max-steps", type=int, default=200, metavar="N", help="denoising steps (200)")

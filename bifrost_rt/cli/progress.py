@@ -1,4 +1,4 @@
-"""One line on a terminal, for as long as a picture takes."""
+"""One line on a terminal, for as long as an image takes."""
 
 from __future__ import annotations
 

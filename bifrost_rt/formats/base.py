@@ -21,7 +21,7 @@ class Format:
             calls it; None where only weights are stored so.
         quantized: whether weights and activations need scales.
         largest: its largest number, where that is far below float32's.
-        deviation: what products in it may do to the self-test's picture; None with `computes_in`.
+        deviation: what products in it may do to the self-test's image; None with `computes_in`.
         kernels: of a quantized format, the operators that onnxruntime's CPU provider computes its
             layers with; none where it simulates them.
         multiplies_bytes: whether a CPU multiplies 8-bit integers, which is exact on some alone.

@@ -11,7 +11,7 @@ FORMAT = Format(
     weight_bits=16,
     order=1,
     computes_in="bfloat16",
-    # simulated against the graphs that drew the picture of the demo model: 59.9 dB
+    # simulated against the graphs that drew the image of the demo model: 59.9 dB
     deviation=Deviation(47.0, 1.0),
     # Measured, benchmarks/results/residency.md: 2.42 in onnxruntime while opening, 4.24 in OpenVINO
     # after the first run; benchmarks/results/gpu.md: 2.15 on an H200.

@@ -12,7 +12,7 @@ FORMAT = Format(
     order=2,
     computes_in="float16",
     largest=65504.0,
-    # simulated against the graphs that drew the picture of the demo model: 67.8 dB
+    # simulated against the graphs that drew the image of the demo model: 67.8 dB
     deviation=Deviation(55.0, 0.3),
     # as for the other 16-bit format, which was measured
     in_memory={"onnxruntime": 2.45, "openvino": 4.3, "onnxruntime-cuda": 2.2},

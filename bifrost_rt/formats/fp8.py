@@ -12,7 +12,7 @@ FORMAT = Format(
     order=4,
     computes_in="float8_e4m3fn",
     quantized=True,
-    # simulated against the graphs that drew the picture of the demo model: 43.4 dB
+    # simulated against the graphs that drew the image of the demo model: 43.4 dB
     deviation=Deviation(33.0, 5.0),
     # There are no kernels of 8-bit floats: they are rounded to and computed in float32.
     session_entries={"session.disable_quant_qdq": "1"},

@@ -12,7 +12,7 @@ FORMAT = Format(
     order=3,
     computes_in="int8",
     quantized=True,
-    # simulated against the graphs that drew the picture of the demo model: 49.8 dB
+    # simulated against the graphs that drew the image of the demo model: 49.8 dB
     deviation=Deviation(33.0, 5.0),
     kernels=("MatMulIntegerToFloat",),
     multiplies_bytes=True,

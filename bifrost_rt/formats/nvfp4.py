@@ -12,7 +12,7 @@ FORMAT = Format(
     order=5,
     computes_in="float4_e2m1fn",
     quantized=True,
-    # simulated against the graphs that drew the picture of the demo model: 32.1 dB; its picture
+    # simulated against the graphs that drew the image of the demo model: 32.1 dB; its image
     # from another seed has 28 to 30 dB, so the two cannot be told apart
     deviation=Deviation(29.0, 8.0),
     in_memory={"onnxruntime": 40.0},  # measured on 24 layers of width 2048: 39

@@ -1,4 +1,4 @@
-"""Pictures over HTTP: `bifrost-rt serve`, or one application of Ray Serve on many devices.
+"""Images over HTTP: `bifrost-rt serve`, or one application of Ray Serve on many devices.
 
     gate -> app -> queue -> worker
     who      what   when      drawing

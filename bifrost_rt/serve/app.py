@@ -33,7 +33,7 @@ from bifrost_rt.serve.settings import Settings
 
 EDITS, VARIATIONS, EDIT_JOBS, VARIATION_JOBS = FORMS
 PAGE = Path(__file__).parent / "page"
-# The page runs what comes from this server and shows pictures that it was sent; nothing else.
+# The page runs what comes from this server and shows images that it was sent; nothing else.
 READERS = 2  # conversations whose images are unpacked at once
 POLICY = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"
 
@@ -90,12 +90,10 @@ def create_app(job_queue: JobQueue, manifest: Manifest, settings: Settings) -> F
 
     @app.post("/v1/images/generations", response_model_exclude_none=True)
     async def generations(body: schema.ImageRequest, http: Request) -> schema.ImageResponse:
-        """Draw, and answer with the pictures. Who hangs up cancels."""
-        return await pictures_of(submitted(body, previews=False), body, http)
+        """Draw, and answer with the images. Who hangs up cancels."""
+        return await images_of(submitted(body, previews=False), body, http)
 
-    async def pictures_of(
-        job: Job, body: schema.ImageRequest, http: Request
-    ) -> schema.ImageResponse:
+    async def images_of(job: Job, body: schema.ImageRequest, http: Request) -> schema.ImageResponse:
         try:
             await _unless_gone(job.wait(), http)
         finally:
@@ -108,12 +106,12 @@ def create_app(job_queue: JobQueue, manifest: Manifest, settings: Settings) -> F
         return schema.ImageResponse(
             created=int(job.created),
             data=[
-                schema.Picture(url=base + _place(job, i), revised_prompt=_revised(job))
+                schema.ImageFile(url=base + _place(job, i), revised_prompt=_revised(job))
                 if by_url
-                else schema.Picture(
-                    b64_json=base64.b64encode(picture).decode(), revised_prompt=_revised(job)
+                else schema.ImageFile(
+                    b64_json=base64.b64encode(file).decode(), revised_prompt=_revised(job)
                 )
-                for i, picture in enumerate(job.pictures)
+                for i, file in enumerate(job.files)
             ],
             output_format=body.output_format or "png",
             size=_size(manifest),
@@ -137,15 +135,15 @@ def create_app(job_queue: JobQueue, manifest: Manifest, settings: Settings) -> F
 
     @app.post(EDITS, response_model_exclude_none=True, **form(EDITS, mask=True))
     async def edits(http: Request) -> schema.ImageResponse:
-        """Draw a part of an image anew, and answer with the pictures. Who hangs up cancels."""
+        """Draw a part of an image anew, and answer with the images. Who hangs up cancels."""
         body, job = await with_image(http, previews=False)
-        return await pictures_of(job, body, http)
+        return await images_of(job, body, http)
 
     @app.post(VARIATIONS, response_model_exclude_none=True, **form(VARIATIONS, mask=False))
     async def variations(http: Request) -> schema.ImageResponse:
-        """Draw an image again, and answer with the pictures. Who hangs up cancels."""
+        """Draw an image again, and answer with the images. Who hangs up cancels."""
         body, job = await with_image(http, previews=False)
-        return await pictures_of(job, body, http)
+        return await images_of(job, body, http)
 
     async def started(http: Request, answer: Response) -> schema.JobResponse:
         _, job = await with_image(http, previews=True)
@@ -221,12 +219,12 @@ def create_app(job_queue: JobQueue, manifest: Manifest, settings: Settings) -> F
             yield ServerSentEvent(event=name, data=_described(job, job_queue))
 
     @app.get("/v1/jobs/{job_id}/images/{image}", response_class=Response)
-    async def picture(image: int, job: Job = of_path) -> Response:
-        """One picture's file."""
-        if not 0 <= image < len(job.pictures):
-            raise _Refused(fault(404, "no such picture, or not yet", code="not_found"))
+    async def image_file(image: int, job: Job = of_path) -> Response:
+        """One image's file."""
+        if not 0 <= image < len(job.files):
+            raise _Refused(fault(404, "no such image, or not yet", code="not_found"))
         media = f"image/{job.file_format.lower()}"
-        return Response(job.pictures[image], media_type=media)
+        return Response(job.files[image], media_type=media)
 
     @app.get("/v1/models")
     async def models() -> schema.ModelList:
@@ -440,7 +438,7 @@ def _described(job: Job, job_queue: JobQueue) -> schema.JobResponse:
         step=job.step,
         steps=job.steps,
         thought=_revised(job) or job.thought,
-        images=[_place(job, i) for i in range(len(job.pictures))],
+        images=[_place(job, i) for i in range(len(job.files))],
         parameters=job.request.parameters.as_dict(),
         seconds=job.seconds,
         warnings=job.warnings,

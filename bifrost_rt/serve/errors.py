@@ -40,7 +40,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         401: "no bearer token where the server asks for one, or a wrong one",
         403: "a Host header or an origin that the server does not answer to; it is started with "
         "--allow-host and --cors-origin for others than this machine's own",
-        404: "no such model, job, picture or path",
+        404: "no such model, job, image or path",
         405: "a method that the path does not have",
         413: "more bytes than the server reads",
         429: "the queue is full; Retry-After says when to come back",

@@ -1,7 +1,7 @@
 """Waiting jobs and conversations, and the workers that draw and answer them. No HTTP in here.
 
 Every worker has a thread. It takes the job that has waited longest, and with it the next ones that
-share its settings, as many as a batch may hold: their pictures come out of one run and are those
+share its settings, as many as a batch may hold: their images come out of one run and are those
 that each would have got alone. Where a worker's engines leave for others, it takes several such
 batches, so that each engine is loaded once for all of them. A conversation is answered by itself,
 when nothing has waited longer.
@@ -35,17 +35,17 @@ from bifrost_rt.serve.settings import Limits
 from bifrost_rt.serve.worker import Said, Worker
 
 log = logging.getLogger("bifrost_rt.serve")
-# How much the newest picture counts in the estimate behind Retry-After.
+# How much the newest image counts in the estimate behind Retry-After.
 NEWEST = 0.2
 INTERNAL = "internal error; the server's log says more"
 STOPPING = Failure("the server is shutting down; try again", 503)
 
 
 class FullError(BifrostError):
-    """Too many pictures and answers wait. `retry_after` is in whole seconds."""
+    """Too many images and answers wait. `retry_after` is in whole seconds."""
 
-    def __init__(self, pictures: int, answers: int, retry_after: int) -> None:
-        counts = {"pictures": pictures, "answers": answers}
+    def __init__(self, images: int, answers: int, retry_after: int) -> None:
+        counts = {"images": images, "answers": answers}
         waiting = " and ".join(f"{n} {name}" for name, n in counts.items() if n)
         super().__init__(f"{waiting} are waiting already; try again in {retry_after} s")
         self.retry_after = retry_after
@@ -90,8 +90,8 @@ class JobQueue:
         self._running: set[str] = set()
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._answers: set[Answer] = set()
-        self._seconds_each = 1.0  # of a picture or an answer
-        metrics.watch(self.waiting_pictures, self.waiting_answers, lambda: len(self._running))
+        self._seconds_each = 1.0  # of an image or an answer
+        metrics.watch(self.waiting_images, self.waiting_answers, lambda: len(self._running))
         self._threads = [
             threading.Thread(target=self._work, args=(worker,), name=f"worker-{i}", daemon=True)
             for i, worker in enumerate(workers)
@@ -103,7 +103,7 @@ class JobQueue:
         """Put a job at the end of the queue.
 
         Raises:
-            FullError: no room for its pictures.
+            FullError: no room for its images.
             StoppingError: the server is shutting down.
         """
         with self._changed:
@@ -115,7 +115,7 @@ class JobQueue:
             self._changed.notify()
 
     def submit_answer(self, answer: Answer) -> None:
-        """Put a conversation at the end of the queue, where it counts as one picture.
+        """Put a conversation at the end of the queue, where it counts as one image.
 
         Raises:
             FullError: no room for it.
@@ -144,16 +144,16 @@ class JobQueue:
 
     def cancel(self, job: Job) -> None:
         """End a job. One that runs alone ends at its next step; in a batch the others go on, and
-        its pictures are dropped."""
+        its images are dropped."""
         self._finish(job, "cancelled")
 
     def forget(self, job: Job) -> None:
-        """Let go of a finished job's pictures."""
+        """Let go of a finished job's images."""
         with self._changed:
             self._jobs.pop(job.id, None)
 
-    def waiting_pictures(self) -> int:
-        """Pictures in the queue."""
+    def waiting_images(self) -> int:
+        """Images in the queue."""
         return sum(work.request.images for work in self._waiting if isinstance(work, Job))
 
     def waiting_answers(self) -> int:
@@ -192,11 +192,11 @@ class JobQueue:
             worker.close()
 
     def _refuse_full(self, more: int) -> None:
-        pictures, answers = self.waiting_pictures(), self.waiting_answers()
-        waiting = pictures + answers
+        images, answers = self.waiting_images(), self.waiting_answers()
+        waiting = images + answers
         if waiting and waiting + more > self.limits.waiting:
             seconds = math.ceil(waiting * self._seconds_each / len(self._workers))
-            raise FullError(pictures, answers, max(1, seconds))
+            raise FullError(images, answers, max(1, seconds))
 
     def _took(self, seconds_each: float) -> None:
         self._seconds_each += NEWEST * (seconds_each - self._seconds_each)
@@ -243,14 +243,14 @@ class JobQueue:
     def _take_batch(self) -> list[Job]:
         """Take the job that has waited longest, and those that can be drawn in one run with it."""
         first, *others = [work for work in self._waiting if isinstance(work, Job)]
-        batch, pictures = [first], first.request.images
+        batch, total = [first], first.request.images
         for job in others:
             images = job.request.images
             same = job.request.settings == batch[0].request.settings
             same = same and first.arguments is None and job.arguments is None
-            if same and pictures + images <= self.limits.batch:
+            if same and total + images <= self.limits.batch:
                 batch.append(job)
-                pictures += images
+                total += images
         self._waiting = [job for job in self._waiting if job not in batch]
         for job in batch:
             job.state = "running"
@@ -330,7 +330,7 @@ class JobQueue:
 
         Raises:
             BudgetError: they do not fit into the memory budget.
-            NumericsError: there is no picture of one of them.
+            NumericsError: there is no image of one of them.
             _AccidentError: anything else happened to one of several batches.
         """
         jobs = list(itertools.chain(*batches))
@@ -413,8 +413,8 @@ class JobQueue:
                 job.request.as_dict(),
                 thoughts=job.request.thoughts,
             )
-            pictures = [result.encode(i, job.file_format) for i in range(job.request.images)]
-            self._finish(job, "done", pictures=pictures, seconds=out.timings)
+            files = [result.encode(i, job.file_format) for i in range(job.request.images)]
+            self._finish(job, "done", files=files, seconds=out.timings)
 
     def _fail(self, batches: list[list[Job]], failure: Failure) -> None:
         """End the jobs of one batch. Where there are several, nobody knows whose fault it was.
@@ -432,7 +432,7 @@ class JobQueue:
         job: Job,
         state: State,
         failure: Failure | None = None,
-        pictures: Sequence[bytes] = (),
+        files: Sequence[bytes] = (),
         seconds: Mapping[str, float] | None = None,
     ) -> None:
         """Note the end of a job; the first counts."""
@@ -443,7 +443,7 @@ class JobQueue:
                 self._waiting.remove(job)
             self._running.discard(job.id)
             job.failure, job.preview = failure, None
-            job.pictures, job.seconds = list(pictures), dict(seconds or {})
+            job.files, job.seconds = list(files), dict(seconds or {})
             job.state = state
             over = [known for known in self._jobs.values() if known.finished]
             for known in over[: max(0, len(over) - self.limits.keep)]:
@@ -452,7 +452,7 @@ class JobQueue:
         job.changed()
 
 
-def _webp(picture: NDArray[np.uint8]) -> bytes:
+def _webp(image: NDArray[np.uint8]) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, format="WEBP", quality=80)
+    Image.fromarray(image).save(file, format="WEBP", quality=80)
     return file.getvalue()

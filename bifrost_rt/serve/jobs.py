@@ -22,7 +22,7 @@ Stage = Literal["thinking", "decoding", "denoising"]
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a job has no pictures, or a conversation no answer: in words for the client, the HTTP
+    """Why a job has no images, or a conversation no answer: in words for the client, the HTTP
     status that says so, and a code for programs."""
 
     message: str
@@ -89,17 +89,17 @@ class Work:
 
 @dataclass(eq=False)
 class Job(Work):
-    """Pictures on their way.
+    """Images on their way.
 
     Attributes:
         request: checked; its images are drawn in one run, alone or with those of other jobs.
         arguments: of `Generator.run`, where images are among them: the request is made of them
             before it is drawn, and until then `request` stands for what else is asked for.
-        file_format: of the pictures, as Pillow calls it.
+        file_format: of the images, as Pillow calls it.
         previews: whether someone wants to see it become.
         thought: what the MLLM has said so far of its prompt, where it is to.
-        preview: (denoising step, WebP) of the first picture.
-        pictures: the files, when it is done.
+        preview: (denoising step, WebP) of the first image.
+        files: of the images, when it is done.
         warnings: what was asked for and not done, in words; see `bifrost_rt.notes`.
     """
 
@@ -111,7 +111,7 @@ class Job(Work):
     thought: str | None = None
     preview: tuple[int, bytes] | None = None
     arguments: dict[str, Any] | None = None
-    pictures: list[bytes] = field(default_factory=list)
+    files: list[bytes] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 

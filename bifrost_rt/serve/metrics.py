@@ -19,7 +19,7 @@ from bifrost_rt.serve.jobs import Answer, Job
 
 MEDIA_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
-_PICTURES = (1, 2, 4, 8, 16)
+_IMAGES = (1, 2, 4, 8, 16)
 
 
 class Metrics:
@@ -34,15 +34,15 @@ class Metrics:
             registry=self._registry,
         )
         self._jobs = Counter("bifrost_jobs", "Ended jobs", ["state"], registry=self._registry)
-        self._pictures = Counter("bifrost_pictures", "Pictures drawn", registry=self._registry)
+        self._images = Counter("bifrost_images", "Images drawn", registry=self._registry)
         self._job_seconds = Histogram(
             "bifrost_job_seconds",
-            "From a request to its pictures, waiting included",
+            "From a request to its images, waiting included",
             buckets=_SECONDS,
             registry=self._registry,
         )
         self._batch = Histogram(
-            "bifrost_batch_pictures", "Pictures per run", buckets=_PICTURES, registry=self._registry
+            "bifrost_batch_images", "Images per run", buckets=_IMAGES, registry=self._registry
         )
         self._stages = Summary(
             "bifrost_stage_seconds",
@@ -71,7 +71,7 @@ class Metrics:
             registry=self._registry,
         )
         self._waiting = Gauge(
-            "bifrost_waiting_pictures", "Pictures in the queue", registry=self._registry
+            "bifrost_waiting_images", "Images in the queue", registry=self._registry
         )
         self._waiting_answers = Gauge(
             "bifrost_waiting_answers", "Conversations in the queue", registry=self._registry
@@ -81,10 +81,10 @@ class Metrics:
         )
 
     def watch(
-        self, pictures: Callable[[], int], answers: Callable[[], int], running: Callable[[], int]
+        self, images: Callable[[], int], answers: Callable[[], int], running: Callable[[], int]
     ) -> None:
         """Read these numbers whenever the figures are asked for."""
-        self._waiting.set_function(pictures)
+        self._waiting.set_function(images)
         self._waiting_answers.set_function(answers)
         self._running.set_function(running)
 
@@ -92,9 +92,9 @@ class Metrics:
         """One HTTP answer; `route` is the pattern, so that clients cannot make new series."""
         self._requests.labels(method, route, str(status)).inc()
 
-    def batch(self, pictures: int) -> None:
+    def batch(self, images: int) -> None:
         """Note that a run begins."""
-        self._batch.observe(pictures)
+        self._batch.observe(images)
 
     def stage(self, name: str, seconds: float) -> None:
         """Note an engine's share of a run."""
@@ -104,7 +104,7 @@ class Metrics:
         """Note that a job ended."""
         self._jobs.labels(job.state).inc()
         if job.state == "done":
-            self._pictures.inc(job.request.images)
+            self._images.inc(job.request.images)
             self._job_seconds.observe(time.time() - job.created)
 
     def spoken(self, answer: Answer) -> None:

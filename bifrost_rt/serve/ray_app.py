@@ -179,7 +179,7 @@ class Remote:
                 if isinstance(told, list):
                     return told
                 on_step(*told)
-        raise AssertionError("a replica ended without pictures")
+        raise AssertionError("a replica ended without images")
 
     def answer(
         self, turns: Sequence[Turn], parameters: ChatParameters, on_text: OnText

@@ -81,7 +81,7 @@ class OpenAIRequest(_Given):
         None, description="without effect: the prompt decides"
     )
     background: Literal["auto", "opaque"] | None = Field(
-        None, description="without effect: pictures are opaque here"
+        None, description="without effect: images are opaque here"
     )
     moderation: Literal["auto", "low"] | None = Field(
         None, description="without effect: nothing is moderated here"
@@ -90,7 +90,7 @@ class OpenAIRequest(_Given):
         None, description="without effect: /v1/jobs is for what tells of its progress"
     )
     partial_images: Annotated[Literal[0], Whole] | None = Field(
-        None, description="without effect: /v1/jobs is for pictures that are seen becoming"
+        None, description="without effect: /v1/jobs is for images that are seen becoming"
     )
     user: str | None = Field(None, description="without effect")
     safety_identifier: str | None = Field(None, description="without effect")
@@ -143,7 +143,7 @@ class JobRequest(ImageRequest):
     """A request that is not waited for."""
 
     previews: bool | None = Field(
-        None, description="send pictures of the first image as it becomes; default false"
+        None, description="send previews of the first image as it becomes; default false"
     )
 
 
@@ -362,8 +362,8 @@ class Chunk(BaseModel):
     warnings: list[str] | None = None
 
 
-class Picture(BaseModel):
-    """One picture, as its bytes or as a place to get them."""
+class ImageFile(BaseModel):
+    """One image, as its bytes or as a place to get them."""
 
     b64_json: str | None = None
     url: str | None = None
@@ -371,11 +371,11 @@ class Picture(BaseModel):
 
 
 class ImageResponse(BaseModel):
-    """OpenAI's answer, the seed that gives these pictures again, and in `warnings` what was asked
+    """OpenAI's answer, the seed that gives these images again, and in `warnings` what was asked
     for and not done, such as the end of a prompt that is longer than the model reads."""
 
     created: int
-    data: list[Picture]
+    data: list[ImageFile]
     output_format: Literal["png", "jpeg", "webp"]
     size: str
     seed: int
@@ -400,7 +400,7 @@ class FaultResponse(BaseModel):
 class JobResponse(BaseModel):
     """How far a job is. `position`: jobs before it in the queue; `steps`: 0 while it thinks;
     `thought`: with think, what the MLLM says, as far as it is, which is drawn then; `images`: where
-    its pictures are; `seconds`: what each engine took for its whole batch."""
+    its images are; `seconds`: what each engine took for its whole batch."""
 
     id: str
     object: Literal["job"] = "job"

@@ -17,8 +17,8 @@ SHORTEST_TOKEN = 16
 @dataclass(frozen=True)
 class Limits:
     """Attributes:
-    batch: pictures of one run.
-    waiting: pictures in the queue.
+    batch: images of one run.
+    waiting: images in the queue.
     keep: finished jobs that are remembered.
     preview_every: denoising steps from preview to preview; None draws none.
     """
@@ -35,7 +35,7 @@ class Settings:
         token: what requests must carry as `Authorization: Bearer …`; None asks for nothing.
         allow_hosts: names in the Host header besides this machine's own; `*` is any.
         cors_origins: origins whose pages may use the server from a browser; `*` is any.
-        max_images, max_prompt, max_steps, max_body: of one request: pictures, characters,
+        max_images, max_prompt, max_steps, max_body: of one request: images, characters,
             denoising steps, bytes.
         max_image_body: bytes of a request that may hold images.
         fetch_hosts: names from which images are fetched that a conversation gives by address; see

@@ -46,7 +46,7 @@ class Worker(Protocol):
         are faster."""
 
     def no_previews(self) -> str | None:
-        """Say why it cannot show pictures as they become, or None where it can."""
+        """Say why it cannot show images as they become, or None where it can."""
 
     def close(self) -> None:
         """Free everything."""

@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         help="sm86,sm89,sm120 or rtx-4090,rtx-5090 …; default: the architecture of this machine's "
         "GPU; current: that very card",
     )
-    parser.add_argument("--max-images", metavar="N", type=positive, help="pictures per run")
+    parser.add_argument("--max-images", metavar="N", type=positive, help="images per run")
     parser.add_argument(
         "--max-steps", metavar="N", type=positive, help="steps of a loop; default: the set's own"
     )

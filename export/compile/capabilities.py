@@ -94,7 +94,7 @@ def check(builder: str, targets: Sequence[str], dtypes: Iterable[str]) -> tuple[
     """
     found = tuple(dict.fromkeys(architecture(target) for target in targets))
     known = ((dtype, formats.of_type(dtype)) for dtype in dtypes)
-    wanted = dict.fromkeys(dtype if form is None else form.name for dtype, form in known)
+    wanted = dict.fromkeys(dtype if fmt is None else fmt.name for dtype, fmt in known)
     for name in found:
         about = ARCHITECTURES[name]
         if builder not in about.builders:
@@ -150,4 +150,4 @@ def _instead(missing: Sequence[str], wanted: Iterable[str], name: str) -> str:
         newest_first = sorted(formats.eight_bit(), key=lambda declared: -declared.since)
         return "--precision " + next(f.name for f in newest_first if f.name in there)
     quantized = any(precision in FORMATS and FORMATS[precision].quantized for precision in wanted)
-    return f"--{'rest' if quantized else 'precision'} {OLDEST_HALF.name}"
+    return f"--{'fallback' if quantized else 'precision'} {OLDEST_HALF.name}"

@@ -35,7 +35,7 @@ from export.compile.network import Arithmetic
 from export.compile.options import COMPUTE
 from export.compile.profiles import Sizes, sizes
 from export.compile.rewriting import rewrite
-from export.engine_set import describe_files, written_aside
+from export.engine_set import atomic_output, describe_files
 from export.errors import CompileError
 from export.exercise import draw_look_answer
 from export.formats import HALF, OLDEST_HALF
@@ -79,7 +79,7 @@ def compile_set(
             hold less than `BOUND_FROM`. Those of 4 bits are always baked: see `bound`.
         measure: whether to compute the 16-bit graphs here, beside the float32 ones, and to refuse
             what differs by more than the engine's `half_tolerance`; the set keeps how far its
-            self-test's picture may then be from the builder's. Not for sets with quantized layers.
+            self-test's image may then be from the builder's. Not for sets with quantized layers.
         on_cpu: engines that stay ONNX graphs and run on the CPU, so that the GPU's memory has room
             for the others. Their inputs and outputs are copied at every call.
         definitions: of the set's engines, by name.
@@ -115,7 +115,7 @@ def compile_set(
     bounds = sizes(manifest.dimensions, manifest.defaults, max_images, max_steps)
     stay = {name for spec in elsewhere for name in (*spec.files, *spec.shared)}
     used = {name for spec in given for name in spec.files} - stay
-    with written_aside(output) as folder:
+    with atomic_output(output) as folder:
         say("checking the set's files")
         opened.verify(source, manifest)
         jobs = [
@@ -198,7 +198,7 @@ def _prepare(
         raise CompileError(
             f"stage `{spec.name}` has {', '.join(formats)} layers: beside them a value rounded "
             "to 16 bit moves others by whole steps, which is no measure of an error",
-            hint="leave --measure out; `export.build --quality-budget` holds pictures to float32",
+            hint="leave --measure out; `export.build --quality-budget` holds images to float32",
         )
     return _Job.prepare(graph, spec, engine, compute, weights)
 

@@ -30,7 +30,7 @@ from export.formats import FULL, HALF
 from export.stages import Definition, Stage
 from export.stages.catalog import DEFINITIONS
 
-MOST_PSNR = 100.0  # of pictures that are the same: JSON has no infinity
+MOST_PSNR = 100.0  # of images that are the same: JSON has no infinity
 
 
 def measure(
@@ -49,7 +49,7 @@ def measure(
 
     Returns:
         Per stage in 16 bit: max_error, largest_value, tolerance, calls; as `parity.compare`. And
-        how far the self-test's picture is from the builder's, where `generate` is the product's.
+        how far the self-test's image is from the builder's, where `generate` is the product's.
 
     Raises:
         CompileError: a stage differs by more than its `half_tolerance` allows, or overflows.
@@ -76,18 +76,18 @@ def measure(
                 f"or --compute {FULL.name}",
             ) from error
         product = generate is draw_look_answer  # what a generator runs
-        deviation = _picture(source, folder, manifest, backend) if product else None
+        deviation = _image(source, folder, manifest, backend) if product else None
     return {n: record for n, record in found.items() if types[n] != "float32"}, deviation
 
 
-def _picture(source: Path, folder: Path, manifest: Manifest, backend: Backend) -> Deviation:
+def _image(source: Path, folder: Path, manifest: Manifest, backend: Backend) -> Deviation:
     """Return the self-test through the simulated engines of `folder`, against the set's own
-    picture."""
+    image."""
     engines = tuple(
         dataclasses.replace(spec, files=(spec.graph, f"{spec.name}.simulated"))
         for spec in manifest.engines
     )
-    shutil.copyfile(source / selftest.PICTURE, folder / selftest.PICTURE)
+    shutil.copyfile(source / selftest.IMAGE, folder / selftest.IMAGE)
     there = dataclasses.replace(manifest, engines=engines, files=describe_files(folder))
     (folder / manifests.FILENAME).write_bytes(there.dumps())
     with Generator(folder, backend=backend) as generator:

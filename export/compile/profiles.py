@@ -46,7 +46,7 @@ def sizes(
     """Bounds for a set.
 
     Args:
-        max_images: pictures per run; needed where the set has no limit of its own.
+        max_images: images per run; needed where the set has no limit of its own.
         max_steps: steps of either loop; None takes the larger of the set's two defaults.
 
     Raises:
@@ -55,7 +55,7 @@ def sizes(
     """
     if max_images is None and dimensions[IMAGES].max is None:
         raise CompileError(
-            "the set draws any number of pictures in one run, an engine needs a limit: its memory "
+            "the set draws any number of images in one run, an engine needs a limit: its memory "
             "is planned for the largest run",
             hint="give one, such as --max-images 1",
         )

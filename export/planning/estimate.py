@@ -43,13 +43,13 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A picture on a device.
+    """An image on a device.
 
     Attributes:
         fits: whether it can run within the budget.
         peak_bytes: most memory at once; where it does not fit, what the largest stage needs.
         resident_bytes: what it takes to keep every engine in memory.
-        load_bytes: weights that each picture after the first loads anew.
+        load_bytes: weights that each image after the first loads anew.
         seconds, joules: at least; None where a figure is not known.
         limit: what most of the time goes to.
         changes: what does not fit or has to give, and what to change.
@@ -80,18 +80,18 @@ def plan(
     storage: Format | None,
     budget: int | None = None,
     in_memory: InMemory | None = None,
-    ahead: bool = False,
+    prefetch: bool = False,
     scratch_share: float = 1.0,
     ideal: Mapping[str, tuple[float, str]] | None = None,
 ) -> Plan:
-    """Plan one picture.
+    """Plan one image.
 
     Args:
         storage: the precision of the weights; None for that of a built set.
         budget: bytes, instead of the device's.
         in_memory: (engine, stored bytes) -> bytes once a backend has opened it. Default: as stored,
             which is what a compiled engine takes on a GPU.
-        ahead: whether the backend opens the next engine while one works.
+        prefetch: whether the backend opens the next engine while one works.
         scratch_share: what it takes of the scratch memory that is counted.
         ideal: engine -> least seconds of a call and their limit, where its kernels are known; None
             counts a roofline at one rate for each engine.
@@ -105,7 +105,7 @@ def plan(
         for w in works
     ]
     try:
-        steps, later = memory_plan.schedules_of(needs, budget, ahead=ahead)
+        steps, later = memory_plan.schedules_of(needs, budget, prefetch=prefetch)
     except BudgetError:
         steps, later = (), ()
     supported = _supported(device, storage)
@@ -121,7 +121,7 @@ def plan(
         budget_bytes=budget,
         fits=bool(steps) and supported,
         peak_bytes=max([*(s.peak_bytes for s in stages), *(step.peak for step in later)]),
-        resident_bytes=sum(n.held for n in needs) + max(n.tensors for n in needs),
+        resident_bytes=sum(n.resident for n in needs) + max(n.tensors for n in needs),
         load_bytes=_loaded(works, later, storage),
         seconds=seconds,
         joules=None if seconds is None or watts is None else seconds * watts,
@@ -144,7 +144,7 @@ def _tokens_per_second(
 
 def _loaded(works: Sequence[Work], steps: Sequence[Step], storage: Format | None) -> int:
     loaded = {step.engine for step in steps if step.load}
-    loaded.update(engine for step in steps for engine in step.ahead)
+    loaded.update(engine for step in steps for engine in step.prefetch)
     return sum(work.weights(storage) for work in works if work.engine in loaded)
 
 
@@ -262,7 +262,7 @@ def _changes(
                 for stage in leaving
             )
         )
-        said.append(f"every further picture loads {size_text(result.load_bytes)} of weights")
+        said.append(f"every further image loads {size_text(result.load_bytes)} of weights")
     if storage is not None:
         said += _smaller(result.fits, works, device, storage, budget, keep)
     if not result.fits:

@@ -1,4 +1,4 @@
-"""Where the time of a compiled set goes, kernel by kernel: a table and a picture."""
+"""Where the time of a compiled set goes, kernel by kernel: a table and an image."""
 
 from __future__ import annotations
 

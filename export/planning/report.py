@@ -37,7 +37,7 @@ def describe(plan: Plan) -> str:
         if stage.evict
     ]
     if moves:
-        lines += ["", "schedule of the first picture", *moves]
+        lines += ["", "schedule of the first image", *moves]
     if plan.changes:
         lines += ["", "what gives" if plan.fits else "what to change"]
         lines += [f"  {change}" for change in plan.changes]

@@ -1,4 +1,4 @@
-"""What one picture asks of each engine: weights, memory and arithmetic.
+"""What one image asks of each engine: weights, memory and arithmetic.
 
 From a checkpoint's outline (config files and tensor headers, `Checkpoint(read=False)`), by running
 the project's own modules on the meta device, where tensors have shapes and no values; or from a
@@ -36,11 +36,11 @@ KV = ("text_keys.", "text_values.")
 
 @dataclass(frozen=True)
 class Work:
-    """One engine of one picture. Bytes of memory as if it computed in float32.
+    """One engine of one image. Bytes of memory as if it computed in float32.
 
     Attributes:
         weights: bytes of weights at a storage, None for the storage that a set was built with.
-        calls: how often it runs for a picture.
+        calls: how often it runs for an image.
         flops: of one call; a multiply-add counts two.
         cache: bytes of the K/V cache among its tensors.
         tensors: bytes of its inputs and outputs.
@@ -97,7 +97,7 @@ def of_set(
     Args:
         steps: denoising steps.
         decoding_steps: of the MLLM. Default: the set's.
-        at: engine -> a number for every symbol of its inputs and outputs. Default: one picture of
+        at: engine -> a number for every symbol of its inputs and outputs. Default: one image of
             the longest prompt, without guidance.
     """
     decoding_steps = decoding_steps or manifest.defaults.decoding_steps

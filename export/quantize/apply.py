@@ -18,7 +18,7 @@ from export.quantize.scales import Scales
 from export.quantize.statistics import Observer, Statistics
 from export.stages import Stage
 
-# Below it, an int8 layer's own error is a quarter of its output: no picture survives that.
+# Below it, an int8 layer's own error is a quarter of its output: no image survives that.
 LEAST_SIGNAL_TO_NOISE = 12.0
 
 
@@ -39,7 +39,7 @@ class Decision:
 
     def record(self) -> dict[str, object]:
         """For the report."""
-        line: dict[str, object] = {"asked": self.choice.form, "given": self.given}
+        line: dict[str, object] = {"asked": self.choice.fmt, "given": self.given}
         if self.reason:
             line["reason"] = self.reason
         if self.scales is not None and self.scales.input_scale is not None:
@@ -53,42 +53,46 @@ def decide(
     stages: Mapping[str, Stage],
     choices: Sequence[Choice],
     statistics: Statistics | None,
-    rest: str,
+    fallback: str,
     method: str,
 ) -> list[Decision]:
     """Return what every layer becomes, from what was seen of its inputs and outputs."""
     seen = {} if statistics is None else statistics.layers
     decisions = []
     for choice in choices:
-        decisions.append(_decide(stages[choice.stage], choice, seen.get(choice.name), rest, method))
+        decisions.append(
+            _decide(stages[choice.stage], choice, seen.get(choice.name), fallback, method)
+        )
         return_freed_memory()  # a layer's copies are many, and of all sizes
     return decisions
 
 
 def _decide(
-    stage: Stage, choice: Choice, seen: Observer | None, rest: str, method: str
+    stage: Stage, choice: Choice, seen: Observer | None, fallback: str, method: str
 ) -> Decision:
     if not choice.quantized:
-        return Decision(choice, choice.form, choice.reason)
+        return Decision(choice, choice.fmt, choice.reason)
     weight = lazy_tensors.read(stage.module.get_submodule(choice.path), "weight").float().T
     if not torch.any(weight):
-        return Decision(choice, rest, "all its weights are 0: there is nothing to scale")
-    if not FORMATS[choice.form].calibrated:
-        return Decision(choice, choice.form, choice.reason, Scales(None))
+        return Decision(choice, fallback, "all its weights are 0: there is nothing to scale")
+    if not FORMATS[choice.fmt].calibrated:
+        return Decision(choice, choice.fmt, choice.reason, Scales(None))
     if seen is None or seen.rows == 0:
-        return Decision(choice, rest, "never reached in calibration: its inputs are not known")
+        return Decision(choice, fallback, "never reached in calibration: its inputs are not known")
     if seen.largest == 0:
-        return Decision(choice, rest, "saw only zeros in calibration: there is nothing to scale")
-    found = scales.choose(seen, weight, choice.form, method)
+        return Decision(
+            choice, fallback, "saw only zeros in calibration: there is nothing to scale"
+        )
+    found = scales.choose(seen, weight, choice.fmt, method)
     if found.signal_to_noise is not None and found.signal_to_noise < LEAST_SIGNAL_TO_NOISE:
         return Decision(
             choice,
-            rest,
-            f"outliers: {choice.form} would leave {found.signal_to_noise:.0f} dB of its output, "
+            fallback,
+            f"outliers: {choice.fmt} would leave {found.signal_to_noise:.0f} dB of its output, "
             f"less than {LEAST_SIGNAL_TO_NOISE:.0f}",
         )
     reason = "; ".join(text for text in (choice.reason, found.note) if text)
-    return Decision(choice, choice.form, reason, found)
+    return Decision(choice, choice.fmt, reason, found)
 
 
 def replace(stages: Mapping[str, Stage], decisions: Sequence[Decision]) -> None:

@@ -47,11 +47,11 @@ class Layer:
     """One weight as a file holds it.
 
     Attributes:
-        form: as recipes call it, or `stored/input` where recipes have no name for it.
+        fmt: as recipes call it, or `stored/input` where recipes have no name for it.
         bytes: of the weight and its block scales.
     """
 
-    form: str
+    fmt: str
     shape: tuple[int, ...]
     bytes: int
 
@@ -154,10 +154,10 @@ def kernels(folder: Path, spec: EngineSpec) -> Counter[str] | None:
     return Counter(node.op_type for node in made.graph.node)
 
 
-def _too_small(layer: Layer, form: str) -> bool:
+def _too_small(layer: Layer, fmt: str) -> bool:
     """Say whether it is stored in float32 because 16 bit is not worth a node."""
-    sixteen_bit = form in (declared.name for declared in SIXTEEN_BIT)
-    return sixteen_bit and layer.form == FULL.name and layer.bytes < SMALL
+    sixteen_bit = fmt in (declared.name for declared in SIXTEEN_BIT)
+    return sixteen_bit and layer.fmt == FULL.name and layer.bytes < SMALL
 
 
 def audit(
@@ -179,9 +179,9 @@ def audit(
         layers = read(folder / spec.graph)
         wanted = asked[spec.name]
         wrong = [
-            f"{path}: asked {form}, found {layers[path].form}"
-            for path, form in wanted.items()
-            if path in layers and layers[path].form != form and not _too_small(layers[path], form)
+            f"{path}: asked {fmt}, found {layers[path].fmt}"
+            for path, fmt in wanted.items()
+            if path in layers and layers[path].fmt != fmt and not _too_small(layers[path], fmt)
         ]
         if wrong:
             raise PrecisionError(
@@ -192,7 +192,7 @@ def audit(
         _check_kernels(spec, layers, used)
         report[spec.name] = {
             "layers": {
-                path: {"format": layer.form, "shape": list(layer.shape), "bytes": layer.bytes}
+                path: {"format": layer.fmt, "shape": list(layer.shape), "bytes": layer.bytes}
                 for path, layer in layers.items()
             },
             "unused": sorted(wanted.keys() - layers.keys()),
@@ -204,12 +204,12 @@ def audit(
 def _check_kernels(
     spec: EngineSpec, layers: Mapping[str, Layer], used: Counter[str] | None
 ) -> None:
-    for form in (declared for declared in RUNTIME.values() if declared.kernels):
-        wanted = sum(layer.form == form.name for layer in layers.values())
-        found = wanted if used is None else sum(used[name] for name in form.kernels)
+    for fmt in (declared for declared in RUNTIME.values() if declared.kernels):
+        wanted = sum(layer.fmt == fmt.name for layer in layers.values())
+        found = wanted if used is None else sum(used[name] for name in fmt.kernels)
         if found < wanted:
             raise PrecisionError(
-                f"engine `{spec.name}`: {wanted} layers are {form.name}, but onnxruntime "
+                f"engine `{spec.name}`: {wanted} layers are {fmt.name}, but onnxruntime "
                 f"{ort.__version__} would compute {wanted - found} of them in float32",
                 hint="build with another version of onnxruntime, or keep these layers in 16 bit",
             )
@@ -217,12 +217,12 @@ def _check_kernels(
 
 def formats(layers: Mapping[str, Layer]) -> dict[str, int]:
     """Say how many layers have each format, the most frequent first."""
-    return dict(Counter(layer.form for layer in layers.values()).most_common())
+    return dict(Counter(layer.fmt for layer in layers.values()).most_common())
 
 
 def compute(layers: Mapping[str, Layer]) -> str:
     """Return what the layers of an engine compute in on a CPU, for the manifest."""
-    forms = {layer.form for layer in layers.values()}
+    forms = {layer.fmt for layer in layers.values()}
     if computed := next((f.computes_in for f in of_layers(forms) if f.multiplies_bytes), None):
         return computed
     simulated = runtime.simulated(forms)

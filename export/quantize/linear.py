@@ -26,7 +26,7 @@ class QuantizedLinear(nn.Module):
     it is read, from the source that the linear layer's weight has.
 
     Attributes:
-        form: a name of `FORMATS`.
+        fmt: a name of `FORMATS`.
         codes, scale, tensor_scale: the stored weight [K, N], see `formats.Quantized`.
         input_scale: [] of the activations, or None where they are not quantized.
         smoothing: [K] factors that move outliers of the inputs into the weights, or None.
@@ -41,13 +41,13 @@ class QuantizedLinear(nn.Module):
     def __init__(
         self,
         linear: nn.Linear,
-        form: str,
+        fmt: str,
         input_scale: float | None = None,
         smoothing: Tensor | None = None,
     ) -> None:
         super().__init__()
-        assert FORMATS[form].calibrated == (input_scale is not None)
-        self.form = form
+        assert FORMATS[fmt].calibrated == (input_scale is not None)
+        self.fmt = fmt
         self.in_features, self.out_features = linear.in_features, linear.out_features
         held = None if input_scale is None else torch.tensor(input_scale)
         self.register_buffer("input_scale", held)
@@ -60,10 +60,10 @@ class QuantizedLinear(nn.Module):
     def _register_stored(self, weight: LazyTensor) -> None:
         shape = (self.in_features, self.out_features)
         # shapes and dtypes, from a weight of zeros that takes no memory
-        outline = quantize(torch.zeros(shape, device="meta"), self.form)
+        outline = quantize(torch.zeros(shape, device="meta"), self.fmt)
         for name in PARTS:
             self.register_buffer(name, getattr(outline, name))
-        for name, source in _stored(weight, outline, self.form, self.smoothing).items():
+        for name, source in _stored(weight, outline, self.fmt, self.smoothing).items():
             lazy_tensors.attach(self, name, source)
 
     @property
@@ -81,8 +81,8 @@ class QuantizedLinear(nn.Module):
         if self.smoothing is not None:
             x = x * self.smoothing
         if self.input_scale is not None:
-            x = round_activations(x, self.input_scale, self.form)
-        weight = dequantized(self.codes, self.scale, self.tensor_scale, self.form)
+            x = round_activations(x, self.input_scale, self.fmt)
+        weight = dequantized(self.codes, self.scale, self.tensor_scale, self.fmt)
         y = torch.matmul(x, weight)
         return y if self.bias is None else y + self.bias
 
@@ -93,10 +93,10 @@ _unread: dict[str, Tensor] = {}
 
 
 def _stored(
-    weight: LazyTensor, outline: Quantized, form: str, smoothing: Tensor | None
+    weight: LazyTensor, outline: Quantized, fmt: str, smoothing: Tensor | None
 ) -> dict[str, LazyTensor]:
     """Return the parts of a stored weight, from the source of the weight [N, K]."""
-    what = form
+    what = fmt
     if smoothing is not None:
         what += f" after {hashlib.sha256(smoothing.numpy().tobytes()).hexdigest()}"
     empty = {name: getattr(outline, name) for name in PARTS}
@@ -104,11 +104,11 @@ def _stored(
 
     def quantized(rows: Tensor) -> Quantized:
         values = rows.float().T.contiguous()
-        return quantize(values if smoothing is None else values / smoothing[:, None], form)
+        return quantize(values if smoothing is None else values / smoothing[:, None], fmt)
 
     def compute() -> dict[str, Tensor]:
         values = weight.read()
-        if FORMATS[form].scaled_whole:
+        if FORMATS[fmt].scaled_whole:
             whole = quantized(values)
             return {name: getattr(whole, name) for name in keys}
         found = {name: torch.empty_like(empty[name], device="cpu") for name in keys}

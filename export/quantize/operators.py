@@ -102,7 +102,7 @@ class _Writer:
     def __init__(
         self, graph: ir.Graph, path: str, layer: QuantizedLinear, rounded: Rounded
     ) -> None:
-        self.graph, self.path, self.layer, self.form = graph, path, layer, layer.form
+        self.graph, self.path, self.layer, self.fmt = graph, path, layer, layer.fmt
         self._rounded = rounded
 
     def write(self, weight: ir.Value) -> None:
@@ -150,7 +150,7 @@ class _Writer:
 
     def _round(self, x: ir.Value) -> ir.Value:
         """Return the activations, after their format."""
-        key = (x, self.form, self._identity("smoothing"), self._identity("input_scale"))
+        key = (x, self.fmt, self._identity("smoothing"), self._identity("input_scale"))
         if key not in self._rounded:
             into: list[ir.Node] = []
             self._rounded[key] = self._round_into(into, x)
@@ -168,7 +168,7 @@ class _Writer:
         if layer.input_scale is None:
             return x
         scale = self._initializer("input_scale")
-        rounded = FORMATS[self.form].inputs[0]
+        rounded = FORMATS[self.fmt].inputs[0]
         if any(rounded == function.name for function in FUNCTIONS):
             return self._add(into, rounded, [x, scale], name, x, domain=DOMAIN.domain)
         codes = ir.DataType[rounded.upper()]
@@ -183,8 +183,8 @@ class _Writer:
     def _dequantized(self, into: list[ir.Node]) -> ir.Value:
         """Return the weight [K, N] in float32."""
         codes, scale = self._initializer("codes"), self._initializer("scale")
-        block, name = FORMATS[self.form].block, f"{self.path}.dequantized"
-        if (function := FORMATS[self.form].weight_function) is not None:
+        block, name = FORMATS[self.fmt].block, f"{self.path}.dequantized"
+        if (function := FORMATS[self.fmt].weight_function) is not None:
             inputs = [codes, scale, self._initializer("tensor_scale")]
             return self._add(into, function, inputs, name, codes, domain=DOMAIN.domain)
         if block is None:
@@ -228,8 +228,8 @@ class _Writer:
         source = lazy_tensors.of(self.layer, part)
         stored = TorchTensor(lazy_tensors.get(self.layer, part)).dtype
         tensor: ir.TensorProtocol = Weight(source, stored, name)
-        if part == "codes" and FORMATS[self.form].packed:
-            stored = ir.DataType[FORMATS[self.form].stored.upper()]
+        if part == "codes" and FORMATS[self.fmt].packed:
+            stored = ir.DataType[FORMATS[self.fmt].stored.upper()]
             tensor = ir.LazyTensor(
                 functools.partial(_packed, tensor, stored), stored, tensor.shape, name=name
             )

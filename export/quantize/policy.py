@@ -24,7 +24,7 @@ class Choice:
 
     stage: str
     path: str
-    form: str
+    fmt: str
     reason: str = ""
 
     @property
@@ -35,7 +35,7 @@ class Choice:
     @property
     def quantized(self) -> bool:
         """Whether it leaves 16 bit."""
-        return self.form in FORMATS
+        return self.fmt in FORMATS
 
 
 def linears(stage: Stage) -> Iterator[tuple[str, nn.Linear]]:
@@ -48,7 +48,7 @@ def linears(stage: Stage) -> Iterator[tuple[str, nn.Linear]]:
 def choose(
     stages: Sequence[Stage],
     precision: str,
-    rest: str,
+    fallback: str,
     of_stages: Mapping[str, str],
     of_layers: Mapping[str, str],
 ) -> list[Choice]:
@@ -56,7 +56,7 @@ def choose(
 
     Args:
         precision: what the set was asked for.
-        rest: what layers that are not quantized are stored in.
+        fallback: what layers that are not quantized are stored in.
         of_stages: stage -> precision, from the recipe.
         of_layers: pattern of `stage:path` -> precision, from the recipe; the last that fits counts.
 
@@ -76,16 +76,16 @@ def choose(
         wanted = of_stages.get(stage.name, precision)
         for path, linear in linears(stage):
             name = f"{stage.name}:{path}"
-            form, reason = wanted, ""
+            fmt, reason = wanted, ""
             if wanted in FORMATS:
                 reason = stage.definition.exception(path)
-                form = rest if reason else wanted
+                fmt = fallback if reason else wanted
             fitting = [pattern for pattern in of_layers if fnmatchcase(name, pattern)]
             used.update(fitting)
             if fitting:
-                form, reason = of_layers[fitting[-1]], f"recipe: {fitting[-1]}"
-            form, reason = _divisible(linear, form, reason, rest)
-            choices.append(Choice(stage.name, path, form, reason))
+                fmt, reason = of_layers[fitting[-1]], f"recipe: {fitting[-1]}"
+            fmt, reason = _divisible(linear, fmt, reason, fallback)
+            choices.append(Choice(stage.name, path, fmt, reason))
     for pattern in of_layers:
         if pattern not in used:
             raise RecipeError(
@@ -96,8 +96,11 @@ def choose(
     return choices
 
 
-def _divisible(linear: nn.Linear, form: str, reason: str, rest: str) -> tuple[str, str]:
-    block = FORMATS[form].block if form in FORMATS else None
+def _divisible(linear: nn.Linear, fmt: str, reason: str, fallback: str) -> tuple[str, str]:
+    block = FORMATS[fmt].block if fmt in FORMATS else None
     if block is not None and linear.in_features % block:
-        return rest, f"its {linear.in_features} inputs are no multiple of {form}'s block of {block}"
-    return form, reason
+        return (
+            fallback,
+            f"its {linear.in_features} inputs are no multiple of {fmt}'s block of {block}",
+        )
+    return fmt, reason

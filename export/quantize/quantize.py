@@ -32,12 +32,12 @@ class QuantizeResult:
     """What became of every linear layer.
 
     Attributes:
-        rest: stage -> what its other weights are stored in.
+        fallback: stage -> what its other weights are stored in.
         calibration: None where no layer needed one.
         swept: None where no quality budget was set.
     """
 
-    rest: dict[str, str]
+    fallback: dict[str, str]
     decisions: tuple[Decision, ...]
     calibration: Calibration | None
     swept: Sweep | None = None
@@ -48,7 +48,7 @@ class QuantizeResult:
 
     def sixteen_bit(self, stage: str) -> dict[str, str]:
         """path -> precision, of a stage's linear layers that are not quantized."""
-        return {path: form for path, form in self.of(stage).items() if form not in FORMATS}
+        return {path: fmt for path, fmt in self.of(stage).items() if fmt not in FORMATS}
 
     def record(self) -> dict[str, dict[str, Any]]:
         """For the report: what every layer was asked to be, is, and why."""
@@ -80,14 +80,14 @@ def quantize(
         CalibrationError: prompts or statistics that cannot calibrate this checkpoint.
     """
     choices = policy.choose(
-        list(stages.values()), recipe.precision, recipe.rest, recipe.stages, recipe.layers
+        list(stages.values()), recipe.precision, recipe.fallback, recipe.stages, recipe.layers
     )
     statistics, calibration = None, None
-    if any(c.quantized and FORMATS[c.form].calibrated for c in choices):
+    if any(c.quantized and FORMATS[c.fmt].calibrated for c in choices):
         statistics, calibration = _statistics(
             recipe, folder, manifest, stages, say, kept, older, generate
         )
-    decisions = apply.decide(stages, choices, statistics, recipe.rest, recipe.scales)
+    decisions = apply.decide(stages, choices, statistics, recipe.fallback, recipe.scales)
     swept = None
     if recipe.quality_budget is not None:
         prompts = (
@@ -95,21 +95,23 @@ def quantize(
         )
         bench = sweep.Bench(folder, manifest, stages, prompts, kept)
         swept = sweep.sweep(bench, decisions, recipe.quality_budget, say)
-        decisions = sweep.keep(decisions, swept.kept, recipe.rest)
+        decisions = sweep.keep(decisions, swept.kept, recipe.fallback)
     apply.replace(stages, decisions)
     outcome = QuantizeResult({}, tuple(decisions), calibration, swept)
-    rest = {n: _rest(recipe.precision_of(n), outcome.of(n), recipe.rest) for n in stages}
+    fallback = {
+        n: _fallback(recipe.precision_of(n), outcome.of(n), recipe.fallback) for n in stages
+    }
     for name, stage in stages.items():
-        precision.round_weights(stage.module, rest[name], outcome.sixteen_bit(name))
-    return dataclasses.replace(outcome, rest=rest)
+        precision.round_weights(stage.module, fallback[name], outcome.sixteen_bit(name))
+    return dataclasses.replace(outcome, fallback=fallback)
 
 
-def _rest(asked: str, layers: Mapping[str, str], rest: str) -> str:
+def _fallback(asked: str, layers: Mapping[str, str], fallback: str) -> str:
     """Return what a stage stores that is no linear layer: float32 only where all of it is."""
     full = declared.FULL.name
     if asked in precision.PRECISIONS and (asked != full or set(layers.values()) <= {full}):
         return asked
-    return rest
+    return fallback
 
 
 def _prompts(recipe: Recipe) -> Path:

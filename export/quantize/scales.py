@@ -2,7 +2,7 @@
 
 Errors are predicted, not measured, from what calibration recorded: a value rounded to steps of s
 is off by s²/12 in the mean square, and such errors add up along a row of the weight. The sweep
-measures what they do to the picture.
+measures what they do to the image.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class Scales:
     note: str = ""
 
 
-def clip(seen: Observer, method: str, form: str) -> float:
+def clip(seen: Observer, method: str, fmt: str) -> float:
     """Return the largest magnitude that the input's scale holds, by "mse", "percentile" or "max".
 
     Formats of floating point keep their relative precision however large their range is, so they
     take the maximum: clipping can only lose.
     """
-    if method == "max" or not FORMATS[form].even:
+    if method == "max" or not FORMATS[fmt].even:
         return seen.largest
     width = seen.top / len(seen.counts)
     ends = torch.arange(1, len(seen.counts) + 1, dtype=torch.float64) * width
@@ -59,22 +59,22 @@ def clip(seen: Observer, method: str, form: str) -> float:
     beyond = (middles - candidates[:, None]).clamp(min=0).square()
     errors = (beyond * seen.counts).sum(1)
     inside = (middles <= candidates[:, None]).to(torch.float64) @ seen.counts
-    errors += inside * (candidates / FORMATS[form].largest).square() / 12
+    errors += inside * (candidates / FORMATS[fmt].largest).square() / 12
     return float(candidates[errors.argmin()])
 
 
-def choose(seen: Observer, weight: Tensor, form: str, method: str) -> Scales:
+def choose(seen: Observer, weight: Tensor, fmt: str, method: str) -> Scales:
     """Return the scales of one layer.
 
     Args:
         weight: float32 [K, N].
     """
-    if not FORMATS[form].calibrated:
+    if not FORMATS[fmt].calibrated:
         return Scales(None)
-    largest = clip(seen, method, form)
-    if not FORMATS[form].even:
-        return Scales(activation_scale(largest, form))
-    steps = FORMATS[form].largest
+    largest = clip(seen, method, fmt)
+    if not FORMATS[fmt].even:
+        return Scales(activation_scale(largest, fmt))
+    steps = FORMATS[fmt].largest
     squares = seen.channel_square / max(1, seen.rows)
     energy, magnitude = of_inputs(weight)
     lost = clipped(seen, largest) * float(energy.sum()) / weight.shape[0]
@@ -94,7 +94,7 @@ def choose(seen: Observer, weight: Tensor, form: str, method: str) -> Scales:
             note = f"outliers migrate into the weights, strength {strength}: {gained:.0f} dB"
     power = seen.output_square / max(1, seen.rows)
     return Scales(
-        activation_scale(largest, form),
+        activation_scale(largest, fmt),
         smoothing,
         10 * math.log10(max(power, SMALLEST) / max(best, SMALLEST)),
         note,

@@ -1,11 +1,11 @@
 """What each group of layers costs, measured; and a set that keeps to a quality budget.
 
 One group at a time is quantized, everything else stays as it was trained, and the chain draws the
-same pictures as in float32. Three figures say where an error is and what becomes of it:
+same images as in float32. Three figures say where an error is and what becomes of it:
 
     tokens      cosine of the CLIP latents that the MLLM hands over
     residuals   error of the ControlNet's residuals in the first denoising step
-    picture     PSNR, the mean over the prompts
+    image     PSNR, the mean over the prompts
 
 and `output` is the error of the group's own stage on the very inputs that it has in float32.
 """
@@ -35,7 +35,7 @@ from export.weight_offloading import streamed
 
 PROMPTS = 4
 SEED = 20
-SAME = 100.0  # dB, what identical pictures count as
+SAME = 100.0  # dB, what identical images count as
 Buffers = Mapping[str, NDArray[Any]]
 
 
@@ -72,7 +72,7 @@ class Sweep:
     stages: every stage alone, and `all` together.
     groups: every group alone.
     kept: the groups that stay in 16 bit.
-    psnr: of the pictures with these kept.
+    psnr: of the images with these kept.
     """
 
     stages: dict[str, Cost]
@@ -190,9 +190,9 @@ def group_of(decision: Decision) -> str:
 def sweep(
     bench: Bench, decisions: Sequence[Decision], budget: float, say: Callable[[str], None]
 ) -> Sweep:
-    """Measure every group, then keep the costliest in 16 bit until the pictures keep `budget` dB.
+    """Measure every group, then keep the costliest in 16 bit until the images keep `budget` dB.
 
-    How many must stay is found by halving: with more of the worst kept, pictures get better.
+    How many must stay is found by halving: with more of the worst kept, images get better.
 
     Raises:
         PrecisionError: they do not keep it with all layers in 16 bit.
@@ -227,17 +227,17 @@ def sweep(
         found[low] = reached(low)
     if found[low] < budget:
         raise PrecisionError(
-            f"quality budget {budget:g} dB: with every layer in 16 bit the pictures keep "
+            f"quality budget {budget:g} dB: with every layer in 16 bit the images keep "
             f"{found[low]:.1f} dB",
             hint="ask for less",
         )
     return Sweep(stages, groups, tuple(worst_first[:low]), found[low])
 
 
-def keep(decisions: Sequence[Decision], kept: Sequence[str], rest: str) -> list[Decision]:
+def keep(decisions: Sequence[Decision], kept: Sequence[str], fallback: str) -> list[Decision]:
     """Return the decisions with some groups in 16 bit, for the budget's sake."""
     return [
-        Decision(d.choice, rest, "quality budget: its group costs the picture most")
+        Decision(d.choice, fallback, "quality budget: its group costs the image most")
         if d.scales is not None and group_of(d) in kept
         else d
         for d in decisions

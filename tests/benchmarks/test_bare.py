@@ -1,4 +1,4 @@
-"""The bare run is an honest opponent: our pictures, on the backend's own settings."""
+"""The bare run is an honest opponent: our images, on the backend's own settings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REQUESTS: tuple[dict[str, Any], ...] = (
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_its_pictures_are_ours(alpha_set: Path, generators: Any, backend: str) -> None:
+def test_its_images_are_ours(alpha_set: Path, generators: Any, backend: str) -> None:
     generator = generators(backend)
     bare = Bare(str(alpha_set), backend, Meter())
     for request in REQUESTS:

@@ -1,4 +1,4 @@
-"""The tasks of the editing benchmark and their verdicts, on pictures that are right by making."""
+"""The tasks of the editing benchmark and their verdicts, on images that are right by making."""
 
 from __future__ import annotations
 

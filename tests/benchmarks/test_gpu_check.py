@@ -35,7 +35,7 @@ def test_one_command_writes_one_record(
     monkeypatch.setattr(gpu, "find", lambda *load: "there is no NVIDIA driver")
     record = tmp_path / "gpu.json"
     arguments = ["--engines", str(alpha_set), "--backend", "onnxruntime"]
-    trials = ["opening", "picture", "recordings", "leaving", "kernels"]
+    trials = ["opening", "image", "recordings", "leaving", "kernels"]
     assert (
         gpu_check.main(
             [*arguments, "--recordings", str(ALPHA), "--json", str(record), "--trials", *trials]
@@ -49,7 +49,7 @@ def test_one_command_writes_one_record(
     assert (row["engines"], row["backend"]) == (alpha_set.name, "onnxruntime")
     assert row["opening"].keys() >= {"denoise", "vae_decode"}
     assert row["opening"]["denoise"]["file_bytes"] > 0
-    assert row["picture"]["largest"] <= 1
+    assert row["image"]["largest"] <= 1
     assert len(row["recordings"]) == 8
     for case in row["recordings"].values():
         assert case["tokens"] < 1e-4
@@ -97,7 +97,7 @@ def test_times_are_those_of_stages_and_of_single_steps(subject: Subject) -> None
     for name in ("without_graphs", "with_graphs"):
         row = found[name]
         assert row["stage_ms"].keys() >= {"mllm_text", "denoise", "vae_decode", "total"}
-        for loops in (row["loops_first_picture"], row["loops_second_picture"]):
+        for loops in (row["loops_first_image"], row["loops_second_image"]):
             assert loops.keys() == {"visual_decode", "denoise"}
             for loop in loops.values():
                 assert all(value > 0 for value in loop.values())
@@ -140,12 +140,12 @@ def test_a_trial_that_fails_stands_in_the_record(
     def fails(subject: Subject) -> dict[str, Any]:
         raise RuntimeError("of a kind that nobody foresaw")
 
-    monkeypatch.setitem(gpu_trials.TRIALS, "picture", fails)
+    monkeypatch.setitem(gpu_trials.TRIALS, "image", fails)
     record = tmp_path / "gpu.json"
     arguments = ["--engines", str(alpha_set), "--backend", "onnxruntime", "--json", str(record)]
-    assert gpu_check.main([*arguments, "--trials", "picture", "transfers"]) == 1
+    assert gpu_check.main([*arguments, "--trials", "image", "transfers"]) == 1
     (row,) = json.loads(record.read_text())["sets"]
-    assert row["picture"] == {"failed": "RuntimeError: of a kind that nobody foresaw"}
+    assert row["image"] == {"failed": "RuntimeError: of a kind that nobody foresaw"}
     assert row["transfers"]["read_gb_s"] > 0  # the others are run all the same
     assert "Traceback" in capsys.readouterr().err
 

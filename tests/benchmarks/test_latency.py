@@ -19,11 +19,11 @@ from benchmarks.metering import Meter
 def test_the_record_holds_what_the_figures_need(
     alpha_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, picture = tmp_path / "a" / "record.json", tmp_path / "b" / "stages.png"
+    path, plot = tmp_path / "a" / "record.json", tmp_path / "b" / "stages.png"
     versus = ["--versus", "reference", "--versus", "bare", "--versus", "bare@openvino"]
     arguments = ["--engines", str(alpha_set), *versus, "--images", "2"]
     cut = ["--decoding-steps", "4", "--num-inference-steps", "2", "--batches", "2"]
-    outputs = ["--json", str(path), "--plot", str(picture)]
+    outputs = ["--json", str(path), "--plot", str(plot)]
     assert latency.main([*arguments, *cut, *outputs]) == 0
     record = json.loads(path.read_text())
     ours, reference, bare, _ = record["candidates"]
@@ -40,11 +40,11 @@ def test_the_record_holds_what_the_figures_need(
         assert candidate["load_seconds"] > 0
         assert candidate["images_per_second"]["2"] > 0
         assert candidate["seconds"]["total"]["min"] <= candidate["seconds"]["total"]["p50"]
-        assert candidate["picture_difference"] <= 1
+        assert candidate["image_difference"] <= 1
         cold = candidate["cold_start"]
         assert cold["cpu_seconds"] > 0
         assert cold["seconds"] > candidate["load_seconds"] + candidate["first_image_seconds"]
-    assert bare["picture_difference"] == 0
+    assert bare["image_difference"] == 0
     found = [candidate["backend"] for candidate in record["candidates"]]
     assert found == ["onnxruntime", "torch", "onnxruntime", "openvino"]
     for candidate in (ours, bare):
@@ -57,7 +57,7 @@ def test_the_record_holds_what_the_figures_need(
     assert "roofline" not in reference
     assert "measured" in record["ceilings"]["cpu"]["fp32"]["source"]
     assert record["machine"]["cpu"]["cores"] >= 1
-    assert picture.stat().st_size > 1000
+    assert plot.stat().st_size > 1000
     said = capsys.readouterr().out
     for words in ("reference over", "% of the roofline", "ms a step", "cold start", "beyond them"):
         assert words in said
@@ -108,7 +108,7 @@ def test_the_table_says_what_the_device_told() -> None:
         **{"gpu_sm_mhz": {"min": 1800.0, "mean": 2200.0, "max": 2520.0}},
         **{"limited_by": {"power_cap": 0.25}, "cpu_core_throttle_events": 4.0},
     }
-    device = {"telemetry": told, "peak_device_memory_bytes": 3 << 20, "picture_difference": 2}
+    device = {"telemetry": told, "peak_device_memory_bytes": 3 << 20, "image_difference": 2}
     text = table.text(record(row("ours", 0.3, **device)))
     for words in (
         *("40 °C before, 71 °C after", "1 MiB, 3 MiB on the device"),

@@ -1,4 +1,4 @@
-"""What the options cost: every one is drawn, compared with the exact picture, and in the table."""
+"""What the options cost: every one is drawn, compared with the exact image, and in the table."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def test_every_option_has_its_line(
     exact, *others = json.loads(path.read_text())["options"]
     assert exact["option"] == {}
     assert exact["psnr_min"] == 100.0
-    assert exact["speedup"] == {"MLLM": 1.0, "denoising": 1.0, "picture": 1.0}
+    assert exact["speedup"] == {"MLLM": 1.0, "denoising": 1.0, "image": 1.0}
     found = [record["option"] for record in others]
     assert {"cache_interval": 2} in found
     assert {"decoding_steps": 8} in found
     assert {"decoding_steps": 8, "cache_interval": 2} in found
-    assert all(10 < record["psnr_mean"] < 100 for record in others)  # another picture, not noise
+    assert all(10 < record["psnr_mean"] < 100 for record in others)  # another image, not noise
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 1 + len(others)
     assert "| `cache_interval=2` |" in "\n".join(lines)

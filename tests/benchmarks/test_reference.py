@@ -24,7 +24,7 @@ def reference() -> Iterator[Reference]:
     torch.set_num_threads(before)
 
 
-def test_every_step_and_the_picture_are_the_official_ones(case: Case, reference: Reference) -> None:
+def test_every_step_and_the_image_are_the_official_ones(case: Case, reference: Reference) -> None:
     arguments = case.request()
     found = reference.run(arguments.pop("prompt"), **arguments)
 

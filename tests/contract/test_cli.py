@@ -31,7 +31,7 @@ from tests.processors import KINDS, named
 FEW = ["--seed", "1", "--num-inference-steps", "2"]
 
 
-def test_generate_writes_a_picture_and_prints_its_path(
+def test_generate_writes_a_image_and_prints_its_path(
     alpha_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "deep" / "a.png"
@@ -40,11 +40,11 @@ def test_generate_writes_a_picture_and_prints_its_path(
     captured = capsys.readouterr()
     assert captured.out == f"{out}\n"
     assert captured.err == ""  # quiet in a pipe
-    with Image.open(out) as picture:
-        assert picture.size == (128, 128)
+    with Image.open(out) as drawn:
+        assert drawn.size == (128, 128)
 
 
-def test_several_prompts_and_pictures(
+def test_several_prompts_and_images(
     alpha_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["generate", "a", "b", "-n", "2", "--engines", str(alpha_set)]
@@ -90,7 +90,7 @@ def test_inspect_reads_like_a_description(
         assert piece in text
 
 
-def test_a_picture_is_made_again_from_its_own_file(
+def test_a_image_is_made_again_from_its_own_file(
     alpha_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["generate", "--engines", str(alpha_set)]
@@ -103,9 +103,9 @@ def test_a_picture_is_made_again_from_its_own_file(
     assert (tmp_path / "c.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
-def test_like_refuses_foreign_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_like_refuses_foreign_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "other.png")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     for name, message in (("other", "does not say how it was made"), ("text", "cannot be read")):
         like = str(tmp_path / f"{name}.png")
         assert main(["generate", "--like", like, "--engines", "e"]) == 1
@@ -113,7 +113,7 @@ def test_like_refuses_foreign_pictures(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("name", ["file/a.png", "a.xyz"])
-def test_a_place_that_takes_no_picture_is_said_before_drawing(
+def test_a_place_that_takes_no_image_is_said_before_drawing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     (tmp_path / "file").write_text("x")
@@ -149,15 +149,15 @@ def test_tokens_go_from_one_run_to_another(alpha_set: Path, tmp_path: Path) -> N
         return path.read_bytes()
 
     def pixels(name: str) -> bytes:
-        with Image.open(tmp_path / f"{name}.png") as picture:
-            return picture.tobytes()
+        with Image.open(tmp_path / f"{name}.png") as drawn:
+            return drawn.tobytes()
 
     draw("first", "a cow", "--seed", "1", "--steps", "2", "--save-tokens", tokens)
     draw("again", "--tokens", tokens)
     assert pixels("again") == pixels("first")
     draw("other", "--tokens", tokens, "--seed", "9", "--controlnet-conditioning-scale", "0.2")
     assert pixels("other") != pixels("first")
-    # a picture of tokens is made again from itself and them
+    # an image of tokens is made again from itself and them
     like = ["--like", str(tmp_path / "other.png")]
     assert draw("like", *like, "--tokens", tokens) == (tmp_path / "other.png").read_bytes()
 
@@ -173,8 +173,8 @@ def test_an_image_is_drawn_again(
     def draw(name: str, *arguments: str) -> bytes:
         path = tmp_path / f"{name}.png"
         assert main(["generate", *common, *FEW, "-o", str(path), *arguments]) == 0
-        with Image.open(path) as picture:
-            return picture.tobytes()
+        with Image.open(path) as drawn:
+            return drawn.tobytes()
 
     assert main(["encode", str(image), *common, "-o", tokens]) == 0
     assert capsys.readouterr().out == f"{tokens}\n"
@@ -188,7 +188,7 @@ def test_an_image_is_drawn_again(
     other = draw("other", "a cow", "--image", str(image))
     assert other == draw("other_by_file", "--tokens", tokens)
     assert other != expected
-    # a picture of an image is made again from itself and the image
+    # what was drawn from an image is made again from itself and that image
     assert draw("like", "--like", str(tmp_path / "other.png"), "--image", str(image)) == other
 
 
@@ -204,8 +204,8 @@ def test_a_part_of_an_image_is_drawn_anew(
     def draw(name: str, *arguments: str) -> bytes:
         path = tmp_path / f"{name}.png"
         assert main([*common, "-o", str(path), *arguments]) == 0
-        with Image.open(path) as picture:
-            return picture.tobytes()
+        with Image.open(path) as drawn:
+            return drawn.tobytes()
 
     edited = draw("edited", "a cow", "--image", str(image), "--mask", str(mask))
     with Generator(alpha_set) as opened:
@@ -273,7 +273,7 @@ def test_hand_over_refuses_what_it_cannot_draw(
     assert not Path("out.png").exists()
 
 
-def test_a_picture_that_asks_for_unknown_arguments_is_refused(
+def test_a_image_that_asks_for_unknown_arguments_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     about = PngImagePlugin.PngInfo()
@@ -296,10 +296,10 @@ def test_a_picture_that_asks_for_unknown_arguments_is_refused(
         (["--prompts", "two.txt", "-o", f"{'x' * 251}.png"], "File name too long"),
         (["a", "-n", "2", "-o", "p.png"], "p-1.png: cannot be written: it is a folder"),
         (["a", "--save-tokens", "p-1.png"], "p-1.png: cannot be written: it is a folder"),
-        (["a", "-o", "q.png", "--save-tokens", "q.png"], "is named for the picture and for"),
-        (["a", "-o", "q.xbm"], "'.xbm' is not a picture format that Pillow writes"),
+        (["a", "-o", "q.png", "--save-tokens", "q.png"], "is named for the image and for"),
+        (["a", "-o", "q.xbm"], "'.xbm' is not an image format that Pillow writes"),
         (["a", "-o", "two.txt/q.png"], "cannot be written: Not a directory"),
-        (["--like", "third.png", "-n", "2"], "that picture is number 2 of its run"),
+        (["--like", "third.png", "-n", "2"], "that image is number 2 of its run"),
         (["a", "--size", "64x64"], "was built for 128x128"),
     ],
 )
@@ -328,7 +328,7 @@ def test_what_cannot_be_drawn_or_written_is_said_before_the_set_is_opened(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_pictures_go_into_a_folder(
+def test_images_go_into_a_folder(
     alpha_set: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -411,7 +411,7 @@ def test_verify_draws_what_the_builder_drew(
     if reason := backends.BACKENDS[backend].unavailable():
         pytest.skip(reason)
     assert main(["verify", str(set_for(backend)), "--backend", backend]) == 0
-    assert "9 engines load, self-test picture within" in capsys.readouterr().out
+    assert "9 engines load, self-test image within" in capsys.readouterr().out
 
 
 def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
@@ -551,7 +551,7 @@ def test_a_prompt_that_is_cut_is_a_line_on_stderr(
     assert [f"warning: {text}" for text in warnings] == lines
 
 
-def test_a_picture_that_would_be_black_is_an_error(
+def test_a_image_that_would_be_black_is_an_error(
     alpha_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["generate", "a cow", "--engines", str(alpha_set), "-o", str(tmp_path / "a.png")]

@@ -19,7 +19,7 @@ from bifrost_rt.cli import generate, main
 from bifrost_rt.errors import RequestError
 from bifrost_rt.result import Result
 
-LIMIT = 1000  # bytes of a file, less than any picture
+LIMIT = 1000  # bytes of a file, less than any image
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def backend(request: pytest.FixtureRequest) -> OnnxRuntimeCuda:
     return OnnxRuntimeCuda(graphs=request.param, provider=CPU, device="cpu")
 
 
-def test_a_whole_picture_through_the_driver(alpha_set: Path, backend: OnnxRuntimeCuda) -> None:
+def test_a_whole_image_through_the_driver(alpha_set: Path, backend: OnnxRuntimeCuda) -> None:
     case = load_case("case_04")
     with Generator(alpha_set, backend=backend) as generator:
         for _ in range(2):
@@ -204,7 +204,7 @@ def test_engines_open_in_threads_unless_steps_are_recorded() -> None:
     assert OnnxRuntimeCuda(provider=CPU, device="cpu").opens_in_threads
 
 
-def test_replayed_steps_draw_the_same_picture(alpha_set: Path) -> None:
+def test_replayed_steps_draw_the_same_image(alpha_set: Path) -> None:
     case = load_case("case_04")
     backend = OnnxRuntimeCuda(graphs=True, provider=CPU, device="cpu")
     with Generator(alpha_set, backend=backend) as generator:

@@ -65,7 +65,7 @@ def opened(folder: Path, backend: TensorRtRtx, **changes: Any) -> Any:
     return backend.open(folder, spec, facts.dimensions)
 
 
-def test_a_whole_picture_through_the_driver(compiled_set: Path, library: double.Library) -> None:
+def test_a_whole_image_through_the_driver(compiled_set: Path, library: double.Library) -> None:
     """Every binding, shape and loop of a run, guided and with two prompts."""
     case = load_case("case_04")
     with Generator(compiled_set, backend=backend_on(library)) as generator:
@@ -114,7 +114,7 @@ def test_steps_change_nothing_and_wait_for_nothing(
     assert found[3] == (found[2][0], 0)  # the same sizes: nothing is set again
 
 
-def test_replayed_steps_draw_the_same_picture(compiled_set: Path, either: double.Library) -> None:
+def test_replayed_steps_draw_the_same_image(compiled_set: Path, either: double.Library) -> None:
     plain = double.Library(either.device, graphs=False)
     off = TensorRtRtx(plain, plain.device, "sm89", graphs=False)
     steps = {"decoding_steps": 5, "num_inference_steps": 7}
@@ -129,7 +129,7 @@ def test_replayed_steps_draw_the_same_picture(compiled_set: Path, either: double
             assert np.array_equal(found.images, expected.images)
     assert backend.eager == {}
     if not hasattr(either, "CudaGraphStrategy"):
-        # per loop two recordings, and all but the two first steps of the first picture replayed;
+        # per loop two recordings, and all but the two first steps of the first image replayed;
         # one of the text engine, which read the prompt once
         assert either.device.captures == 2 * 2 + 1
         assert either.device.launches >= 2 * (5 + 7) - 4
@@ -221,7 +221,7 @@ TEXT_STAGES = ("mllm_text", "clip_text", "t5_text", "conditioning")
 STAGES = (*TEXT_STAGES, "visual_decode", "control_embed", "denoise")
 
 
-def one_picture(folder: Path, version: str = COMPILED.version, budget: str | None = None) -> Any:
+def one_image(folder: Path, version: str = COMPILED.version, budget: str | None = None) -> Any:
     """Draw with a new backend, and return its library."""
     library = double.Library(double.HostDevice())
     library.__version__ = version  # type: ignore[misc]
@@ -234,17 +234,17 @@ def one_picture(folder: Path, version: str = COMPILED.version, budget: str | Non
 def test_kernels_are_compiled_once_and_kept_for_the_next_process(
     compiled_set: Path, kept: Path
 ) -> None:
-    assert sorted(one_picture(compiled_set).compiled) == sorted((*STAGES, "vae_decode"))
+    assert sorted(one_image(compiled_set).compiled) == sorted((*STAGES, "vae_decode"))
     (file,) = (kept / "kernels").iterdir()
     before = file.read_bytes()
-    assert one_picture(compiled_set).compiled == []
+    assert one_image(compiled_set).compiled == []
     assert file.read_bytes() == before
     file.write_bytes(before[:-1])  # damaged
-    assert len(one_picture(compiled_set).compiled) == 8
+    assert len(one_image(compiled_set).compiled) == 8
     assert file.read_bytes() == before
     file.unlink()
     with cache.switched_off():  # --no-cache
-        assert len(one_picture(compiled_set).compiled) == 8
+        assert len(one_image(compiled_set).compiled) == 8
     assert list((kept / "kernels").iterdir()) == []
     assert not cache.off()
 
@@ -337,14 +337,14 @@ def test_weights_are_uploaded_once_and_bound_by_address(
     out = backend.empty(expected.shape, np.float32)
     engine.bind({"input_ids": ids}, {"prompt_embeds": out})()
     assert difference(backend.download(out), expected) < 1e-4
-    held = sum(block.nbytes for block in library.device.blocks.values())
+    resident = sum(block.nbytes for block in library.device.blocks.values())
     size = (tmp_path / "t5_text.weights").stat().st_size
-    assert held == size + ids.nbytes + out.nbytes + double.SCRATCH
+    assert resident == size + ids.nbytes + out.nbytes + double.SCRATCH
     # a second engine on the same file, and one that reads a part of it as another's
     part = dataclasses.replace(spec, files=files[:1], shared={files[1]: weights[0].size})
     others = [backend.open(tmp_path, one, facts.dimensions) for one in (spec, part)]
-    held = sum(block.nbytes for block in library.device.blocks.values())
-    assert held == size + ids.nbytes + out.nbytes + 3 * double.SCRATCH
+    resident = sum(block.nbytes for block in library.device.blocks.values())
+    assert resident == size + ids.nbytes + out.nbytes + 3 * double.SCRATCH
     for one in others:
         backend.write(out, np.zeros(expected.shape, np.float32))
         one.bind({"input_ids": ids}, {"prompt_embeds": out})()
@@ -353,8 +353,8 @@ def test_weights_are_uploaded_once_and_bound_by_address(
     engine.close()
     del engine, others, one
     alone = backend.open(tmp_path, part, facts.dimensions)  # the file's own engine is not there
-    held = sum(block.nbytes for block in library.device.blocks.values())
-    assert held == sum(w.size for w in weights) + ids.nbytes + out.nbytes + double.SCRATCH
+    resident = sum(block.nbytes for block in library.device.blocks.values())
+    assert resident == sum(w.size for w in weights) + ids.nbytes + out.nbytes + double.SCRATCH
     backend.write(out, np.zeros(expected.shape, np.float32))
     alone.bind({"input_ids": ids}, {"prompt_embeds": out})()
     assert difference(backend.download(out), expected) < 1e-4
@@ -549,7 +549,7 @@ class FakeDriver:
 
     def __init__(self, started: int = 0) -> None:
         self._started = started
-        self.held = self.current = 0  # contexts
+        self.resident = self.current = 0  # contexts
 
     def cuInit(self, flags: int) -> int:
         return self._started
@@ -570,11 +570,11 @@ class FakeDriver:
         return 0
 
     def cuDevicePrimaryCtxRetain(self, context: Any, device: Any) -> int:
-        self.held += 1
+        self.resident += 1
         return 0
 
     def cuDevicePrimaryCtxRelease_v2(self, device: Any) -> int:
-        self.held -= 1
+        self.resident -= 1
         return 0
 
     def cuCtxPushCurrent_v2(self, context: Any) -> int:
@@ -586,7 +586,7 @@ class FakeDriver:
         return 0
 
     def cuMemGetInfo_v2(self, free: Any, whole: Any) -> int:
-        assert (self.held, self.current) == (1, 1)
+        assert (self.resident, self.current) == (1, 1)
         free._obj.value, whole._obj.value = 20 << 30, 24 << 30
         return 0
 
@@ -605,7 +605,7 @@ def test_the_gpu_is_asked_of_its_driver() -> None:
     assert gpu.driver_version(missing) == ""
     backend = FakeDriver()
     assert gpu.free_bytes(lambda name: backend) == 20 << 30
-    assert (backend.held, backend.current) == (0, 0)  # everything is given back
+    assert (backend.resident, backend.current) == (0, 0)  # everything is given back
     assert gpu.free_bytes(missing) is None
 
 

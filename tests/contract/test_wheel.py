@@ -131,12 +131,12 @@ def test_it_draws_at_once(
     environment: Callable[[str], Environment], generator: Generator, tmp_path: Path
 ) -> None:
     cpu = environment("cpu")
-    picture = tmp_path / "a.png"
-    drawn = cpu.run("bifrost-rt generate", "a red circle", "--seed", 1, "--steps", 2, "-o", picture)
+    image = tmp_path / "a.png"
+    drawn = cpu.run("bifrost-rt generate", "a red circle", "--seed", 1, "--steps", 2, "-o", image)
     assert drawn.returncode == 0, drawn.stderr
     expected = generator.run("a red circle", seed=1, num_inference_steps=2)
     (saved,) = expected.save(tmp_path / "b.png")
-    assert picture.read_bytes() == saved.read_bytes()
+    assert image.read_bytes() == saved.read_bytes()
     assert cpu.run("python -c", "import torch").returncode == 1
 
 

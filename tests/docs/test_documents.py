@@ -99,7 +99,7 @@ def test_every_command_of_a_guide(path: Path, buffer_pool: Path) -> None:
                 serialization.load(Recipe, tomllib.loads(block.text))
                 continue
             if how == "toy":
-                assert path.name == "add-a-stage.md"  # the one guide that such a test follows
+                assert path.name == "add-an-engine.md"  # the one guide that such a test follows
                 continue
             assert language in ("sh", "python"), f"{path.name}: unknown block {block.kind!r}"
             if how in PARSED or (how == "tensorrt-rtx" and not found("tensorrt_rtx")):

@@ -141,10 +141,10 @@ def test_what_is_kept_leaves_when_a_run_needs_its_memory(
     backend = backends.load("onnxruntime")
     order, at = [spec.name for spec in facts.engines], memory_plan.sizes(facts)
     needs = memory_plan.needs(facts, order, at, backend.weights_in_memory, backend.scratch_share)
-    picture = sum(need.held for need in needs) + max(need.tensors for need in needs)
+    image = sum(need.resident for need in needs) + max(need.tensors for need in needs)
     layers = sum(t.name.startswith("past_keys.") for t in facts.engine("mllm_text").inputs)
     cache = 256 * layers * 2 * 2 * 16 * 4  # places, keys and values, heads, width, bytes
-    opened = Engines(alpha_set, facts, backend, budget=picture + cache + room)
+    opened = Engines(alpha_set, facts, backend, budget=image + cache + room)
     try:
         answering = Answering(opened, facts)
         ask(answering, first, 4)

@@ -86,7 +86,7 @@ def half(folder: Path) -> int:
     needs = memory_plan.needs(
         facts, order, memory_plan.sizes(facts), OnnxRuntime().weights_in_memory
     )
-    return sum(need.held for need in needs) // 2
+    return sum(need.resident for need in needs) // 2
 
 
 def test_what_is_in_memory_draws_on_when_the_folder_is_replaced(

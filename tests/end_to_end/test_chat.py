@@ -28,7 +28,7 @@ def scene(seed: int, width: int = 90, height: int = 60) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def picture(seed: int, *size: int) -> dict[str, Any]:
+def shown(seed: int, *size: int) -> dict[str, Any]:
     return {"type": "image", "image": scene(seed, *size)}
 
 
@@ -42,14 +42,12 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Why?"},
     ],
-    "one image": [{"role": "user", "content": [picture(1), text("Describe the scene.")]}],
-    "two images": [
-        {"role": "user", "content": [text("a"), picture(2, 40, 120), picture(3, 200, 30)]}
-    ],
+    "one image": [{"role": "user", "content": [shown(1), text("Describe the scene.")]}],
+    "two images": [{"role": "user", "content": [text("a"), shown(2, 40, 120), shown(3, 200, 30)]}],
     "several turns": [
-        {"role": "user", "content": [picture(4, 56, 56), text("which is red?")]},
+        {"role": "user", "content": [shown(4, 56, 56), text("which is red?")]},
         {"role": "assistant", "content": "the second"},
-        {"role": "user", "content": [text("and this?"), picture(5, 70, 140)]},
+        {"role": "user", "content": [text("and this?"), shown(5, 70, 140)]},
         {"role": "assistant", "content": "No."},
         {"role": "user", "content": "Why not?"},
     ],
@@ -172,7 +170,7 @@ def test_what_conversations_have_in_common_is_not_computed_again(alpha_set: Path
         assert found.usage.cached_tokens >= first.usage.prompt_tokens - 3
         assert "vision_encode" not in found.timings  # the same image
         assert found.token_ids == cold.chat(following, max_new_tokens=16).token_ids
-        another = [{"role": "user", "content": [picture(9), text("Describe the scene.")]}]
+        another = [{"role": "user", "content": [shown(9), text("Describe the scene.")]}]
         assert warm.chat(another, max_new_tokens=4).usage.cached_tokens < 30
 
 

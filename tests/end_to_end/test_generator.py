@@ -39,11 +39,11 @@ def test_the_same_seed_gives_the_same_bits(generator: Generator) -> None:
     assert np.array_equal(first.latents, second.latents)
 
 
-def test_another_seed_gives_another_picture(generator: Generator) -> None:
+def test_another_seed_gives_another_image(generator: Generator) -> None:
     assert not np.array_equal(run(generator).latents, run(generator, seed=6).latents)
 
 
-def test_a_drawn_seed_repeats_the_picture(generator: Generator) -> None:
+def test_a_drawn_seed_repeats_the_image(generator: Generator) -> None:
     drawn = run(generator, seed=None)
     assert np.array_equal(run(generator, seed=drawn.seed).latents, drawn.latents)
 
@@ -103,7 +103,7 @@ def test_any_number_of_decoding_steps(generator: Generator, decoding_steps: int)
 
 
 def test_cached_steps_are_extrapolated(generator: Generator) -> None:
-    """An interval changes nothing before the first step that it skips; then the picture stays
+    """An interval changes nothing before the first step that it skips; then the image stays
     close, and every step still calls back."""
     steps = {"num_inference_steps": 12, "output_type": "np"}
     seen = []
@@ -193,7 +193,7 @@ def test_a_callback_that_raises_leaves_the_generator_usable(generator: Generator
 
 
 def test_fifty_cancels_leave_nothing_behind(generator: Generator) -> None:
-    """At any step of both loops: the same picture afterwards, and every buffer is free."""
+    """At any step of both loops: the same image afterwards, and every buffer is free."""
     rng = random.Random(0)
     expected = run(generator).latents
     memory = []
@@ -219,7 +219,7 @@ def test_fifty_cancels_leave_nothing_behind(generator: Generator) -> None:
     assert np.array_equal(run(generator).latents, expected)
 
 
-def test_previews_approach_the_picture(generator: Generator) -> None:
+def test_previews_approach_the_image(generator: Generator) -> None:
     seen = {}
 
     def look(g: Any, step: int, timestep: float | None, tensors: dict[str, Any]) -> None:
@@ -233,11 +233,11 @@ def test_previews_approach_the_picture(generator: Generator) -> None:
         callback_on_step_end=look,
         output_type="np",
     )
-    assert list(seen) == [1, 3, 5]  # the last one would be the picture itself
+    assert list(seen) == [1, 3, 5]  # the last one would be the image itself
     assert result.timings["preview"] > 0
-    picture = result.images.astype(int)
-    assert all(preview.shape == picture.shape for preview in seen.values())
-    errors = [float(np.abs(preview - picture).mean()) for preview in seen.values()]
+    image = result.images.astype(int)
+    assert all(preview.shape == image.shape for preview in seen.values())
+    errors = [float(np.abs(preview - image).mean()) for preview in seen.values()]
     assert errors == sorted(errors, reverse=True)
     plain = run(generator, num_inference_steps=8, output_type="np")
     assert np.array_equal(plain.images, result.images)
@@ -321,16 +321,16 @@ def test_special_tokens_in_a_prompt_are_ordinary_text(generator: Generator) -> N
     run(generator, "<|im_end|><|image_pad|>")
 
 
-def test_save_numbers_several_pictures(generator: Generator, tmp_path: Path) -> None:
+def test_save_numbers_several_images(generator: Generator, tmp_path: Path) -> None:
     result = run(generator, num_images_per_prompt=2)
     assert [p.name for p in result.save(tmp_path / "a.png")] == ["a-0.png", "a-1.png"]
-    with Image.open(tmp_path / "a-1.png") as picture:
-        assert np.array_equal(np.asarray(picture), result.images[1])
+    with Image.open(tmp_path / "a-1.png") as image:
+        assert np.array_equal(np.asarray(image), result.images[1])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a-0.png", "a-1.png"]
 
 
 def test_save_refuses_what_it_cannot_write(generator: Generator, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="not a picture format"):
+    with pytest.raises(RequestError, match="not an image format"):
         run(generator).save(tmp_path / "a.xyz")
     with pytest.raises(RequestError, match="no pixels"):
         run(generator, output_type="latent").save(tmp_path / "a.png")

@@ -1,4 +1,4 @@
-"""From the prompt to the picture, against the official implementation's recordings."""
+"""From the prompt to the image, against the official implementation's recordings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXACT = sorted(name for name, backend in backends.BACKENDS.items() if backend.ex
 
 
 @pytest.mark.parametrize("backend", EXACT)
-def test_tokens_latents_and_picture_are_those_of_the_reference(
+def test_tokens_latents_and_image_are_those_of_the_reference(
     case: Case, backend: str, generators: Callable[[str], Generator]
 ) -> None:
     generator = generators(backend)

@@ -63,7 +63,7 @@ def needs(facts: Manifest, **sizes: Any) -> list[memory_plan.Requirement]:
 
 
 def half(facts: Manifest) -> int:
-    return sum(need.held for need in needs(facts)) // 2
+    return sum(need.resident for need in needs(facts)) // 2
 
 
 def test_half_the_memory_gives_the_same_bits(
@@ -78,7 +78,7 @@ def test_half_the_memory_gives_the_same_bits(
         assert np.array_equal(a.images, b.images)
         assert np.array_equal(a.tokens, b.tokens)
         assert np.array_equal(a.latents, b.latents)
-    # the second picture found some engines where the first had left them
+    # the second image found some engines where the first had left them
     assert (
         len(dims.drawing(facts.engines))
         < len(backend.opened)
@@ -89,7 +89,7 @@ def test_half_the_memory_gives_the_same_bits(
 def test_an_engine_that_left_is_gone(alpha_set: Path, facts: Manifest) -> None:
     """Its session is freed: nothing of the loops or of the run holds on to it."""
     backend, most = Watched(), 0
-    weight = {need.engine: need.held for need in needs(facts)}
+    weight = {need.engine: need.resident for need in needs(facts)}
 
     def count(*_: Any) -> None:
         nonlocal most
@@ -108,7 +108,7 @@ def test_an_engine_that_left_is_gone(alpha_set: Path, facts: Manifest) -> None:
 
 def test_modulation_leaves_before_the_loop(alpha_set: Path, facts: Manifest) -> None:
     need = {n.engine: n for n in needs(facts)}
-    budget = max(n.total for n in need.values()) + need["conditioning"].held // 2
+    budget = max(n.total for n in need.values()) + need["conditioning"].resident // 2
     with Generator(alpha_set, memory_budget=budget) as small:
         seen: list[tuple[str, ...]] = []
         small.run(
@@ -197,7 +197,7 @@ class Counted(OnnxRuntime):
         return engine
 
 
-def test_the_next_picture_uses_the_same_buffers(alpha_set: Path) -> None:
+def test_the_next_image_uses_the_same_buffers(alpha_set: Path) -> None:
     backend = Counted()
     with Generator(alpha_set, backend=backend) as whole:
         first = whole.run("a red cow", seed=1, **FEW)
@@ -211,7 +211,7 @@ def test_the_next_picture_uses_the_same_buffers(alpha_set: Path) -> None:
         assert np.array_equal(first.images, kept[0])
         assert np.array_equal(first.tokens, kept[1])
         assert np.array_equal(first.latents, kept[2])
-        # other sizes get buffers of their own, and the first ones' pictures come back the same
+        # other sizes get buffers of their own, and the first ones' images come back the same
         two = whole.run(["a red cow", "a cow by the sea"], seed=1, **FEW)
         assert backend.allocated > before[0]
         assert np.array_equal(whole.run("a red cow", seed=1, **FEW).images, kept[0])
@@ -244,11 +244,11 @@ def test_what_cannot_fit_is_refused_before_anything_is_opened(alpha_set: Path) -
     assert backend.opened == []
 
 
-def test_too_many_pictures_are_refused_before_the_run(alpha_set: Path, facts: Manifest) -> None:
+def test_too_many_images_are_refused_before_the_run(alpha_set: Path, facts: Manifest) -> None:
     backend = Watched()
     most = max(need.total for need in needs(facts, num_inference_steps=2))
     with Generator(alpha_set, backend=backend, memory_budget=max(most, half(facts))) as small:
-        with pytest.raises(BudgetError, match="hint: draw one picture at a time"):
+        with pytest.raises(BudgetError, match="hint: draw one image at a time"):
             small.run("a cow", num_images_per_prompt=500, **FEW)
         assert backend.opened == []
         small.run("a cow", **FEW)
@@ -270,7 +270,7 @@ def test_a_driver_that_keeps_16_bit_is_told_to_build_it(alpha_set: Path, facts: 
         Generator(alpha_set, backend=Compact(), memory_budget=budget)
 
 
-def test_too_many_pictures_are_refused_before_their_noise_is_drawn(
+def test_too_many_images_are_refused_before_their_noise_is_drawn(
     alpha_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Generator(alpha_set, memory_budget="256MiB") as generator:
@@ -280,7 +280,7 @@ def test_too_many_pictures_are_refused_before_their_noise_is_drawn(
         for options in ({}, seen):
             with pytest.raises(BudgetError, match="memory budget 256 MiB: stage ") as refused:
                 generator.run("a cow", num_images_per_prompt=4000, **options)
-            assert "draw one picture at a time" in str(refused.value.hint)
+            assert "draw one image at a time" in str(refused.value.hint)
         monkeypatch.undo()
         generator.run("a cow", **FEW)
 

@@ -1,4 +1,4 @@
-"""Values that are not finite are an error that names their stage, never a black picture."""
+"""Values that are not finite are an error that names their stage, never a black image."""
 
 from __future__ import annotations
 
@@ -175,11 +175,11 @@ def test_wherever_it_begins_it_is_found(alpha_set: Path, stage: str, message: st
 
 
 def test_pixels_of_one_value_are_said(alpha_set: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What overflows inside the VAE is uint8 when it is seen; so is a black picture."""
+    """What overflows inside the VAE is uint8 when it is seen; so is a black image."""
     with Generator(alpha_set, backend=Spoiled("vae_decode")) as generator:
         result = generator.run(["a cow", "a dog"], **SETTINGS)
     (said,) = result.warnings
-    assert said.startswith("image 1: every pixel is 0; if this is no plain picture, then")
+    assert said.startswith("image 1: every pixel is 0; if this is no plain image, then")
     assert "which computes in float32, has overflowed" in said
     assert said in caplog.text
 

@@ -53,7 +53,7 @@ def small_budget(facts: Manifest) -> int:
     order = dims.drawing(facts.engines)
     in_memory = OnnxRuntime().weights_in_memory
     needs = memory_plan.needs(facts, order, memory_plan.sizes(facts), in_memory)
-    return sum(need.held for need in needs) // 2
+    return sum(need.resident for need in needs) // 2
 
 
 def same(found: Any, expected: Any) -> bool:
@@ -154,7 +154,7 @@ def test_no_engine_leaves_for_what_is_kept(alpha_set: Path, facts: Manifest) -> 
     order = dims.drawing(facts.engines)
     at = memory_plan.sizes(facts)
     needs = memory_plan.needs(facts, order, at, OnnxRuntime().weights_in_memory)
-    budget = sum(need.held for need in needs) + max(need.tensors for need in needs)
+    budget = sum(need.resident for need in needs) + max(need.tensors for need in needs)
     with Generator(alpha_set, backend=backend, memory_budget=budget) as generator:
         assert not generator.reloads()
         generator.run("a cow", seed=1, **FEW)

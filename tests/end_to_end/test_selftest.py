@@ -1,4 +1,4 @@
-"""The self-test's picture: what rounding does to it passes, another picture is refused."""
+"""The self-test's image: what rounding does to it passes, another image is refused."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def claimed(source: Path, folder: Path, compute: str, measured: Deviation | None
     return folder
 
 
-def drawing(picture: NDArray[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selftest, "draw", lambda generator: picture.astype(np.uint8))
+def drawing(image: NDArray[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "draw", lambda generator: image.astype(np.uint8))
 
 
 @pytest.mark.parametrize("compute", ["float16", "bfloat16"])
@@ -43,7 +43,7 @@ def test_engines_in_16_bit_pass(alpha_set: Path, tmp_path: Path, compute: str) -
     """As they would be compiled, simulated on a CPU."""
     facts = manifest.read(alpha_set)
     shutil.copytree(alpha_set / "tokenizers", tmp_path / "tokenizers")
-    shutil.copyfile(alpha_set / selftest.PICTURE, tmp_path / selftest.PICTURE)
+    shutil.copyfile(alpha_set / selftest.IMAGE, tmp_path / selftest.IMAGE)
     engines = []
     for spec in facts.engines:
         error.simulated(alpha_set, tmp_path, spec, DEFINITIONS[spec.name], compute)
@@ -59,7 +59,7 @@ def test_engines_in_16_bit_pass(alpha_set: Path, tmp_path: Path, compute: str) -
 
 
 @pytest.mark.parametrize("compute", TYPES)
-def test_another_picture_is_refused_in_every_precision(
+def test_another_image_is_refused_in_every_precision(
     alpha_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: str
 ) -> None:
     with Generator(claimed(alpha_set, tmp_path / "set", compute)) as generator:
@@ -73,8 +73,8 @@ def test_another_picture_is_refused_in_every_precision(
             "mirrored": wanted[:, ::-1],
             "grey": np.full_like(wanted, 128),
         }
-        for picture in wrong.values():
-            drawing(picture, monkeypatch)
+        for image in wrong.values():
+            drawing(image, monkeypatch)
             with pytest.raises(
                 EngineSetError, match=r"differs from selftest\.png by .* dB"
             ) as told:

@@ -28,13 +28,13 @@ def draw(generator: Generator, seed: int, **changes: Any) -> NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize("backend", CPU)
-def test_every_picture_of_four_threads_is_its_seeds(generators: Any, backend: str) -> None:
+def test_every_image_of_four_threads_is_its_seeds(generators: Any, backend: str) -> None:
     generator = generators(backend)
     expected = [draw(generator, seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda i: draw(generator, i % 4), range(12)))
-    for i, picture in enumerate(found):
-        assert np.array_equal(picture, expected[i % 4])
+    for i, image in enumerate(found):
+        assert np.array_equal(image, expected[i % 4])
 
 
 def test_requests_of_other_sizes_in_other_threads(generator: Generator) -> None:
@@ -96,7 +96,7 @@ def test_a_callback_may_draw_with_another_generator(alpha_set: Path, generator: 
 
         outer = draw(generator, 1, callback_on_step_end=draw_other)
     assert np.array_equal(outer, draw(generator, 1))
-    assert all(np.array_equal(picture, draw(generator, 5)) for picture in inner)
+    assert all(np.array_equal(image, draw(generator, 5)) for image in inner)
     assert len(inner) == 2
 
 
@@ -111,7 +111,7 @@ def test_a_closed_generator_says_so(alpha_set: Path) -> None:
         pass
 
 
-def test_closing_waits_for_the_picture_of_another_thread(
+def test_closing_waits_for_the_image_of_another_thread(
     alpha_set: Path, generator: Generator
 ) -> None:
     opened, inside, go = Generator(alpha_set), threading.Event(), threading.Event()
@@ -152,7 +152,7 @@ def test_a_thread_that_waits_while_the_generator_is_closed_is_told(alpha_set: Pa
         second = pool.submit(draw, opened, 1)
         go.set()
         closing.result()
-    # whoever comes first: a right picture, or the refusal
+    # whoever comes first: a right image, or the refusal
     if (refusal := second.exception()) is None:
         assert np.array_equal(second.result(), first.result())
     else:
@@ -211,8 +211,8 @@ def test_generators_that_share_a_gpus_driver_take_turns(
     ):
         found = list(pool.map(lambda i: draw((one, two)[i % 2], i), range(6)))
     assert backend.most == 1
-    for i, picture in enumerate(found):
-        assert np.array_equal(picture, draw(generator, i))
+    for i, image in enumerate(found):
+        assert np.array_equal(image, draw(generator, i))
 
 
 def _checked(generator: Generator) -> Any:

@@ -1,4 +1,4 @@
-"""docs/guides/add-a-stage.md, followed to the letter: its engine, which nothing else knows, is
+"""docs/guides/add-an-engine.md, followed to the letter: its engine, which nothing else knows, is
 built, compared with torch, quantized, planned, compiled and run."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from export.planning import devices, estimate, work
 from export.stages import Stage, catalog
 from tests.conftest import alpha_recipe
 
-GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "add-a-stage.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "add-an-engine.md"
 WIDTH = 96
 Built = tuple[Path, dict[str, Any]]  # the set, and what parity says
 

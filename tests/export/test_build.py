@@ -17,7 +17,7 @@ import pytest
 
 from bifrost_rt import Generator, RequestError, cache, manifest
 from export import build, recipe, shipped
-from export.engine_set import written_aside
+from export.engine_set import atomic_output
 from export.errors import BuildError, CheckpointError, ExportError, RecipeError
 from tests.conftest import ALPHA, alpha_recipe, difference, load_case
 from tests.patience import PATIENCE, until
@@ -213,7 +213,7 @@ def test_a_folder_that_is_no_set_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with (
         pytest.raises(BuildError, match="is not an engine set; it will not be overwritten"),
-        written_aside(tmp_path),
+        atomic_output(tmp_path),
     ):
         pass
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
@@ -235,33 +235,33 @@ def untouched(older: Path) -> bool:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(), RuntimeError("bug")])
 def test_an_interrupted_build_leaves_the_older_set(older: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)), written_aside(older) as folder:
+    with pytest.raises(type(error)), atomic_output(older) as folder:
         (folder / "manifest.json").write_text("newer")
         raise error
     assert untouched(older)
 
 
 def test_a_full_disk_is_said_and_leaves_the_older_set(older: Path) -> None:
-    with pytest.raises(BuildError, match="the disk is full"), written_aside(older) as folder:
+    with pytest.raises(BuildError, match="the disk is full"), atomic_output(older) as folder:
         (folder / "a").write_text("x")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert untouched(older)
 
 
 def test_a_write_that_fails_for_another_reason_is_said(older: Path) -> None:
-    with pytest.raises(BuildError, match="cannot be built: .*Permission"), written_aside(older):
+    with pytest.raises(BuildError, match="cannot be built: .*Permission"), atomic_output(older):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     assert untouched(older)
 
 
 def test_a_parent_that_is_a_file_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(BuildError, match="cannot be built"), written_aside(tmp_path / "file/set"):
+    with pytest.raises(BuildError, match="cannot be built"), atomic_output(tmp_path / "file/set"):
         pass
 
 
 def test_a_finished_build_takes_the_place_of_the_older_set(older: Path) -> None:
-    with written_aside(older) as folder:
+    with atomic_output(older) as folder:
         (folder / "manifest.json").write_text("newer")
     assert (older / "manifest.json").read_text() == "newer"
     assert [p.name for p in older.parent.iterdir()] == ["set"]
@@ -271,7 +271,7 @@ def test_what_killed_builds_left_is_cleaned_up_by_the_next(older: Path) -> None:
     (older.parent / ".set.partial").mkdir()
     (older.parent / ".set.lock").touch()
     older.rename(older.parent / ".set.previous")  # killed between two renames
-    with pytest.raises(KeyboardInterrupt), written_aside(older):
+    with pytest.raises(KeyboardInterrupt), atomic_output(older):
         assert older.exists()
         raise KeyboardInterrupt
     assert untouched(older)

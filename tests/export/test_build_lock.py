@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from export import build_lock, stage_cache
-from export.engine_set import written_aside
+from export.engine_set import atomic_output
 from export.errors import BuildError
 from export.synthesize import synthesize
 from export.synthetic.shapes import Shapes
@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 BUILD = """
 import os, sys
 from pathlib import Path
-from export.engine_set import written_aside
-with written_aside(Path(sys.argv[1]), finished=sys.argv[2:]) as folder:
+from export.engine_set import atomic_output
+with atomic_output(Path(sys.argv[1]), finished=sys.argv[2:]) as folder:
     (folder / "manifest.json").write_text("first")
     for name in sys.argv[2:]:
         (folder / name).write_text("{}")
@@ -74,11 +74,11 @@ def test_a_second_build_of_a_set_is_refused_and_the_first_goes_on(tmp_path: Path
         for finished in ((), (stage_cache.REPORT,)):
             with (
                 pytest.raises(BuildError, match=REFUSED) as refused,
-                written_aside(output, finished),
+                atomic_output(output, finished),
             ):
                 pass
             assert "wait until it has ended, or choose another --output" in str(refused.value)
-        with written_aside(tmp_path / "other") as folder:  # another set is another matter
+        with atomic_output(tmp_path / "other") as folder:  # another set is another matter
             (folder / "manifest.json").write_text("other")
         end(first)
     assert (output / "manifest.json").read_text() == "first"
@@ -112,7 +112,7 @@ def test_a_build_that_was_killed_locks_nobody_out_and_is_continued(tmp_path: Pat
     with building(output, stage_cache.REPORT) as (first, _):
         first.kill()
         first.wait(timeout=60)
-        with written_aside(output, (stage_cache.REPORT,)) as folder:
+        with atomic_output(output, (stage_cache.REPORT,)) as folder:
             assert (folder / "manifest.json").read_text() == "first"
     assert names(tmp_path) == ["set"]
 
@@ -136,7 +136,7 @@ def test_a_lock_that_its_last_holder_has_removed_is_not_taken_for_the_one_that_i
     assert names(tmp_path) == []
 
 
-def test_what_else_is_written_aside_has_a_lock_too(tmp_path: Path) -> None:
+def test_what_else_is_atomic_output_has_a_lock_too(tmp_path: Path) -> None:
     """A random checkpoint. The one that is being written stays as it is."""
     (tmp_path / ".ckpt.partial").mkdir()
     with (
@@ -154,7 +154,7 @@ def test_a_disk_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(build_lock, "_lock", none)
     with (
         pytest.raises(BuildError, match=r"has no locks \(No locks available\)") as refused,
-        written_aside(tmp_path / "set"),
+        atomic_output(tmp_path / "set"),
     ):
         pass
     assert refused.value.hint is not None
@@ -166,9 +166,9 @@ def test_a_set_behind_a_link_is_replaced_where_it_lies(tmp_path: Path) -> None:
     (disk / "big").mkdir(parents=True)
     (disk / "big" / "manifest.json").write_text("older")
     (tmp_path / "set").symlink_to(disk / "big")
-    with written_aside(tmp_path / "set") as folder:
+    with atomic_output(tmp_path / "set") as folder:
         assert folder.parent == disk
-        with pytest.raises(BuildError, match=REFUSED), written_aside(disk / "big"):
+        with pytest.raises(BuildError, match=REFUSED), atomic_output(disk / "big"):
             pass
         (folder / "manifest.json").write_text("newer")
     assert (tmp_path / "set").is_symlink()
@@ -178,7 +178,7 @@ def test_a_set_behind_a_link_is_replaced_where_it_lies(tmp_path: Path) -> None:
 
 def test_a_set_whose_name_is_as_long_as_names_can_be(tmp_path: Path) -> None:
     for name in ("s" * 255, "ß" * 127):
-        with written_aside(tmp_path / name) as folder:
+        with atomic_output(tmp_path / name) as folder:
             (folder / "manifest.json").write_text("new")
         assert names(tmp_path) == [name]
         shutil.rmtree(tmp_path / name)
@@ -188,11 +188,11 @@ def test_the_folder_of_one_set_is_not_taken_for_that_of_another(tmp_path: Path) 
     """Whose names begin alike."""
     with (
         pytest.raises(KeyboardInterrupt),
-        written_aside(tmp_path / "set.b", (stage_cache.REPORT,)) as folder,
+        atomic_output(tmp_path / "set.b", (stage_cache.REPORT,)) as folder,
     ):
         (folder / stage_cache.REPORT).write_text("{}")
         raise KeyboardInterrupt
-    with written_aside(tmp_path / "set", (stage_cache.REPORT,)) as folder:
+    with atomic_output(tmp_path / "set", (stage_cache.REPORT,)) as folder:
         assert names(folder) == []
         (folder / "manifest.json").write_text("new")
     assert names(tmp_path) == [".set.b.partial", "set"]
@@ -203,7 +203,7 @@ def test_a_mount_point_is_refused_before_anything_is_built() -> None:
         pytest.skip("needs a mount point")
     with (
         pytest.raises(BuildError, match="is where a disk is mounted") as refused,
-        written_aside(Path("/proc")),
+        atomic_output(Path("/proc")),
     ):
         pass
     assert refused.value.hint == "choose a folder on it, such as --output /proc/set"

@@ -21,7 +21,7 @@ from export.errors import CheckpointError
 from export.tokenizer_files import chat_template
 from tests.conftest import ALPHA
 
-PICTURE: dict[str, Any] = {"type": "image", "image": "here"}
+IMAGE: dict[str, Any] = {"type": "image", "image": "here"}
 
 
 def text(words: str) -> dict[str, Any]:
@@ -33,12 +33,12 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": ""}],
     [{"role": "user", "content": "\n\n spaces \n"}, {"role": "assistant", "content": "\n"}],
     [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "Why?"}],
-    [{"role": "user", "content": [PICTURE, text("Describe the scene.")]}],
-    [{"role": "user", "content": [text("Compare "), PICTURE, text(" with "), PICTURE]}],
+    [{"role": "user", "content": [IMAGE, text("Describe the scene.")]}],
+    [{"role": "user", "content": [text("Compare "), IMAGE, text(" with "), IMAGE]}],
     [
-        {"role": "user", "content": [PICTURE, PICTURE, text("which is red? café 猫 🐄")]},
+        {"role": "user", "content": [IMAGE, IMAGE, text("which is red? café 猫 🐄")]},
         {"role": "assistant", "content": [text("the "), text("second")]},
-        {"role": "user", "content": [text("and this?"), PICTURE]},
+        {"role": "user", "content": [text("and this?"), IMAGE]},
         {"role": "assistant", "content": "No."},
         {"role": "user", "content": "Why not?"},
     ],
@@ -134,7 +134,7 @@ def changed(folder: Path, template: str) -> Path:
 @pytest.mark.parametrize(
     "change",
     [
-        ("<|vision_start|><|image_pad|>", "Picture: <|vision_start|><|image_pad|>"),
+        ("<|vision_start|><|image_pad|>", "Image: <|vision_start|><|image_pad|>"),
         ("{{ message['role'] }}", "{{ message['role'] | upper }}"),
         ("<|im_start|>assistant", "<|im_start|>assistant\n<think>"),
         ("{{ message['content'] }}", "{{ message['content'] | trim }}"),

@@ -294,7 +294,7 @@ def test_graphs_alone_for_another_machine(
 def test_the_recipes_ask_for_what_their_targets_have(path: Path) -> None:
     recipe = recipes.read(path, {})
     if recipe.target:
-        formats = ["fp32", recipe.rest, recipe.precision]
+        formats = ["fp32", recipe.fallback, recipe.precision]
         assert capabilities.check(recipe.backend, recipe.target, formats)
         formats += [*recipe.stages.values(), *recipe.layers.values()]
         assert recipe.backend != "tensorrt-rtx" or not {"int8", "fp16"} <= {*formats}

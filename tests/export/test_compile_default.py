@@ -41,7 +41,7 @@ DTYPES = {
     "fp8": "float8_e4m3fn",
     "nvfp4": "float4_e2m1fn",
 }
-REST = {"fp16": "float16"} | dict.fromkeys(("bf16", "int8", "fp8", "nvfp4"), "bfloat16")
+FALLBACKS = {"fp16": "float16"} | dict.fromkeys(("bf16", "int8", "fp8", "nvfp4"), "bfloat16")
 SOURCES = {"bf16": "fp16"}  # what is compiled from the set of another precision
 STORED = {"bf16": "float16", "nvfp4": "uint4"}  # of ONNX files, where it is another dtype
 IN_ALL_LAYERS = ("fp16", "bf16")
@@ -136,11 +136,11 @@ def test_the_set_that_they_are_compiled_from_is_untouched(compiled: Compiled) ->
 
 
 def test_as_many_layers_compute_in_the_format_as_the_source_says(compiled: Compiled) -> None:
-    dtype, rest = DTYPES[compiled.precision], REST[compiled.precision]
+    dtype, fallback = DTYPES[compiled.precision], FALLBACKS[compiled.precision]
     for spec in manifest.read(compiled.source).engines:
         quantized = spec.precision.layers.get(compiled.precision, 0)
         products = compiled.report[spec.name]["products"]
-        assert set(products) <= {dtype, rest, "float32"}, spec.name
+        assert set(products) <= {dtype, fallback, "float32"}, spec.name
         nodes = ir.load(compiled.source / spec.graph).graph
         transposed = any(node.op_type == "ConvTranspose" for node in nodes)
         named = DEFINITIONS[spec.name].float32_layers
@@ -154,13 +154,13 @@ def test_as_many_layers_compute_in_the_format_as_the_source_says(compiled: Compi
             assert dtype not in products
         else:
             assert products[dtype] == quantized > 10
-            assert products[rest] > 0  # attention
+            assert products[fallback] > 0  # attention
 
 
 def test_the_manifest_says_what_was_read_back(compiled: Compiled) -> None:
-    dtype, rest = DTYPES[compiled.precision], REST[compiled.precision]
+    dtype, fallback = DTYPES[compiled.precision], FALLBACKS[compiled.precision]
     for spec in compiled.facts.engines:
-        expected = rest if spec.name in IN_16_BIT else dtype
+        expected = fallback if spec.name in IN_16_BIT else dtype
         source = SOURCES.get(compiled.precision, compiled.precision)
         assert spec.precision.requested == source
         assert spec.precision.compute == expected
@@ -172,15 +172,17 @@ def test_every_quantized_weight_is_held_in_its_bits(compiled: Compiled) -> None:
     """The network's constants in the format are the source graph's, to the byte."""
     dtype = DTYPES[compiled.precision]
     for spec in manifest.read(compiled.source).engines:
-        held = compiled.report[spec.name]["weight_bytes"]
+        resident = compiled.report[spec.name]["weight_bytes"]
         graph = ir.load(compiled.source / spec.graph).graph
         tensors = [value.const_value for value in graph.initializers.values()]
         kept = STORED.get(compiled.precision, dtype)
         stored = sum(t.nbytes for t in tensors if t and t.dtype.numpy().name == kept)
         if compiled.precision in IN_ALL_LAYERS:  # some stay float32, some others are computed
-            assert held[dtype] + held.get("float32", 0) / 2 == pytest.approx(stored, rel=0.15)
+            assert resident[dtype] + resident.get("float32", 0) / 2 == pytest.approx(
+                stored, rel=0.15
+            )
         else:
-            assert held.get(dtype, 0) == stored, spec.name
+            assert resident.get(dtype, 0) == stored, spec.name
             assert (stored > 0) == (spec.name not in IN_16_BIT)
 
 
@@ -209,20 +211,20 @@ def test_every_plan_multiplies_what_the_graph_does(compiled: Compiled) -> None:
 def test_a_plan_that_contradicts_what_was_asked_is_named(compiled: Compiled) -> None:
     """The plans are right here, so what was asked is changed."""
     spec = compiled.facts.engine("visual_decode")
-    held = plan_text.read(compiled.folder / spec.graph)
-    assert held is not None
-    assert held.targets == TARGETS[compiled.precision]
-    found = plan_report.kernels(held)
+    resident = plan_text.read(compiled.folder / spec.graph)
+    assert resident is not None
+    assert resident.targets == TARGETS[compiled.precision]
+    found = plan_report.kernels(resident)
     product = next(kernel for kernel in found if kernel.kind == "product")
     layer = next(name for name in product.layers if name.startswith(("node_MatMul", "node_linear")))
     asked = Arithmetic({}, {}, {layer: product.reads}, {})
-    assert plan_report.contradictions(held, asked) == ()
+    assert plan_report.contradictions(resident, asked) == ()
     asked = Arithmetic({}, {}, {layer: "float32"}, {})
-    (said,) = plan_report.contradictions(held, asked)
+    (said,) = plan_report.contradictions(resident, asked)
     assert said == f"{layer} multiplies {product.reads}, where the network says float32"
-    (said,) = plan_report.contradictions(replace(held, capturable=False), Arithmetic({}, {}))
+    (said,) = plan_report.contradictions(replace(resident, capturable=False), Arithmetic({}, {}))
     assert said == "a call of it cannot be recorded as a CUDA graph"
-    assert plan_report.describe(replace(held, capturable=None))["capturable"] == "unknown"
+    assert plan_report.describe(replace(resident, capturable=None))["capturable"] == "unknown"
 
 
 def test_the_time_is_estimated_from_the_plans(
@@ -245,8 +247,8 @@ def test_the_time_is_estimated_from_the_plans(
         assert stage["seconds"] == pytest.approx(engine["calls"] * engine["ideal_seconds"])
         assert sum(time["count"] for time in engine["kernels"]) == reported["kernels"]
     assert document["seconds"] == pytest.approx(document["estimate"]["ideal_seconds"])
-    with Image.open(tmp_path / "plan.png") as picture:
-        assert picture.height > 800
+    with Image.open(tmp_path / "plan.png") as image:
+        assert image.height > 800
 
 
 def test_an_engine_without_a_plan_is_unknown(compiled: Compiled, tmp_path: Path) -> None:

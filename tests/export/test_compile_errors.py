@@ -155,7 +155,7 @@ def test_a_runtime_library_that_is_not_there(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"targets": ("sm89",)}, "any number of pictures in one run"),
+        ({"targets": ("sm89",)}, "any number of images in one run"),
         ({"targets": ("h200",), "max_images": 1}, "does not compile for sm90"),
         ({"targets": ("rtx-2080",), "max_images": 1}, "does not compile for sm75"),
         ({"targets": ("rtx-9999",), "max_images": 1}, "target 'rtx-9999' is unknown"),
@@ -205,7 +205,7 @@ def test_what_the_other_weights_are_in_is_asked_before_the_graphs_are_built(
     )
     with pytest.raises(CompileError, match="sm75 .* has no bf16 arithmetic") as error:
         build.build(recipe)
-    assert "--rest fp16" in str(error.value.hint)
+    assert "--fallback fp16" in str(error.value.hint)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -338,7 +338,7 @@ def test_a_run_that_no_engine_can_address(
 
 
 def test_a_builder_out_of_memory(alpha_set: Path, older: Path, tmp_path: Path) -> None:
-    """More pictures at once than any machine holds; one engine was compiled before."""
+    """More images at once than any machine holds; one engine was compiled before."""
     source = Path(shutil.copytree(alpha_set, tmp_path / "source"))
     two = ("clip_text", "vae_decode")
     engines = tuple(manifest.read(source).engine(name) for name in two)

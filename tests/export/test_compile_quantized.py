@@ -41,13 +41,13 @@ FP8, UINT4, INT4 = ir.DataType.FLOAT8E4M3FN, ir.DataType.UINT4, ir.DataType.INT4
 class Layer:
     """y = round(x) @ dequantize(weight) + bias, as `export.build` writes it."""
 
-    def __init__(self, form: str) -> None:
+    def __init__(self, fmt: str) -> None:
         shape = ir.Shape(["images", 16, K])
         self._numbers = np.random.default_rng(0)
         x = ir.Value(name="x", shape=shape, type=ir.TensorType(mixed_precision.FLOAT))
         self._graph = ir.Graph([x], [], nodes=[], opset_imports={"": 23, "bifrost": 1}, name="g")
-        rounded = self._activations(form, x)
-        weight = self._weight(form)
+        rounded = self._activations(fmt, x)
+        weight = self._weight(fmt)
         product = self._node("MatMul", [rounded, weight], (*shape[:2], N))
         bias = self._constant("bias", self._numbers.normal(size=N).astype(np.float32))
         y = self._node("Add", [product, bias], (*shape[:2], N))
@@ -55,36 +55,36 @@ class Layer:
         self._graph.outputs.append(y)
         self.model = ir.Model(self._graph, ir_version=11)
 
-    def _activations(self, form: str, x: ir.Value) -> ir.Value:
+    def _activations(self, fmt: str, x: ir.Value) -> ir.Value:
         assert x.shape is not None
         shape = tuple(x.shape)
         scale = self._constant("input_scale", np.array(0.02, np.float32))
-        if form == "int4":
+        if fmt == "int4":
             return x
-        if form == "nvfp4":
+        if fmt == "nvfp4":
             return self._node("NVFP4QuantizeDequantize", [x, scale], shape, domain="bifrost")
         inputs, attributes = [x, scale], {"output_dtype": FP8.value}
-        if form == "int8":
+        if fmt == "int8":
             zero = self._constant("zero", np.array(128, np.uint8))
             inputs, attributes = [x, scale, zero], {}
         codes = self._node("QuantizeLinear", inputs, shape, attributes)
-        codes.dtype = ir.DataType.UINT8 if form == "int8" else FP8
+        codes.dtype = ir.DataType.UINT8 if fmt == "int8" else FP8
         return self._node("DequantizeLinear", [codes, *inputs[1:]], shape)
 
-    def _weight(self, form: str) -> ir.Value:
+    def _weight(self, fmt: str) -> ir.Value:
         whole = self._numbers.integers(-7, 8, (K, N))
-        if form == "nvfp4":
+        if fmt == "nvfp4":
             codes = self._constant("codes", (whole + 8).astype(ml_dtypes.uint4), UINT4)
             scale = np.abs(self._numbers.normal(size=(K // 16, N))).astype(ml_dtypes.float8_e4m3fn)
             inputs = [codes, self._constant("scale", scale)]
             inputs.append(self._constant("tensor_scale", np.array(0.01, np.float32)))
             return self._node("NVFP4Dequantize", inputs, (K, N), domain="bifrost")
-        if form == "int4":
+        if fmt == "int4":
             codes = self._constant("codes", whole.astype(ml_dtypes.int4), INT4)
             scale = self._constant("scale", np.full((K // 32, N), 0.01, np.float32))
             attributes = {"axis": 0, "block_size": 32}
         else:
-            dtype = np.int8 if form == "int8" else ml_dtypes.float8_e4m3fn
+            dtype = np.int8 if fmt == "int8" else ml_dtypes.float8_e4m3fn
             codes = self._constant("codes", whole.astype(dtype))
             scale = self._constant("scale", np.full(N, 0.01, np.float32))
             attributes = {"axis": 1}
@@ -119,8 +119,8 @@ class Layer:
         return made
 
 
-def compiled(form: str, target: str, compute: str = "bfloat16", *, bind: bool = False) -> Any:
-    model = Layer(form).model
+def compiled(fmt: str, target: str, compute: str = "bfloat16", *, bind: bool = False) -> Any:
+    model = Layer(fmt).model
     quantized.rewrite(model)
     mixed_precision.convert(model, DEFINITIONS["denoise"], compute)
     names = {str(tensor.name) for tensor in bound.bind(model)} if bind else set()
@@ -129,9 +129,9 @@ def compiled(form: str, target: str, compute: str = "bfloat16", *, bind: bool = 
     return builders.compile_graph(builder, model, SPEC, sizes, (target,), names)
 
 
-@pytest.mark.parametrize("form", list(DTYPES))
-def test_what_a_graph_is_quantized_to(form: str) -> None:
-    assert quantized.formats(Layer(form).model) == {form}
+@pytest.mark.parametrize("fmt", list(DTYPES))
+def test_what_a_graph_is_quantized_to(fmt: str) -> None:
+    assert quantized.formats(Layer(fmt).model) == {fmt}
 
 
 def test_signed_activations_are_the_unsigned_ones(tmp_path: Path) -> None:
@@ -167,59 +167,59 @@ def test_codes_of_four_bits_are_their_numbers_bits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "target"),
+    ("fmt", "target"),
     [("int8", "sm86"), ("int8", "sm120"), ("fp8", "sm89"), ("nvfp4", "sm120"), ("int4", "sm86")],
 )
-def test_it_compiles_with_16_bit_around_it(form: str, target: str) -> None:
+def test_it_compiles_with_16_bit_around_it(fmt: str, target: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    arithmetic = compiled(form, target).arithmetic
+    arithmetic = compiled(fmt, target).arithmetic
     # with weights alone in 4 bits, the product is of 16-bit numbers
-    assert arithmetic.compute == ("bfloat16" if form == "int4" else DTYPES[form])
-    assert arithmetic.stored == DTYPES[form]
-    assert arithmetic.weights[DTYPES[form]] == K * N * (0.5 if "4" in form else 1)
+    assert arithmetic.compute == ("bfloat16" if fmt == "int4" else DTYPES[fmt])
+    assert arithmetic.stored == DTYPES[fmt]
+    assert arithmetic.weights[DTYPES[fmt]] == K * N * (0.5 if "4" in fmt else 1)
     assert arithmetic.weights["bfloat16"] > 2 * N  # the bias, and scales
 
 
-@pytest.mark.parametrize("form", list(DTYPES))
-def test_layers_compile_as_a_build_writes_them(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fmt", list(DTYPES))
+def test_layers_compile_as_a_build_writes_them(fmt: str, tmp_path: Path) -> None:
     """Traced, stored and read again; a layer in 16 bit behind the quantized one."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    stage, spec = built(tmp_path, form)
+    stage, spec = built(tmp_path, fmt)
     graph = graphs.read(tmp_path / spec.graph, spec.name)
-    assert quantized.formats(graph) == {form}
+    assert quantized.formats(graph) == {fmt}
     quantized.rewrite(graph)
     mixed_precision.convert(graph, stage.definition, "bfloat16")
     builder, sizes = builders.find(RTX_BUILDER), Sizes({"images": (1, 2)})
     found = builders.compile_graph(builder, graph, spec, sizes, ("sm120",)).arithmetic
-    weight_only = form == "int4"
-    expected = {"bfloat16": 2} if weight_only else {DTYPES[form]: 1, "bfloat16": 1}
+    weight_only = fmt == "int4"
+    expected = {"bfloat16": 2} if weight_only else {DTYPES[fmt]: 1, "bfloat16": 1}
     assert found.products == expected
-    assert found.weights[DTYPES[form]] >= 512 * 96 * (0.5 if "4" in form else 1)
+    assert found.weights[DTYPES[fmt]] >= 512 * 96 * (0.5 if "4" in fmt else 1)
 
 
-@pytest.mark.parametrize("form", ["int8", "fp8"])
-def test_weights_of_8_bits_can_be_bound(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fmt", ["int8", "fp8"])
+def test_weights_of_8_bits_can_be_bound(fmt: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     monkeypatch.setattr(bound, "SMALLEST", 1024)
-    built = compiled(form, "sm120", bind=True)
-    assert built.arithmetic.stored == DTYPES[form]
+    built = compiled(fmt, "sm120", bind=True)
+    assert built.arithmetic.stored == DTYPES[fmt]
     assert touched(built.engine, "codes") == []
 
 
-@pytest.mark.parametrize("form", ["nvfp4", "int4"])
-def test_weights_of_4_bits_stay_in_the_engine(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fmt", ["nvfp4", "int4"])
+def test_weights_of_4_bits_stay_in_the_engine(fmt: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bound, they would be laid out or unpacked anew at every step: the plan says so."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     monkeypatch.setattr(bound, "SMALLEST", 64)
-    model = Layer(form).model
+    model = Layer(fmt).model
     quantized.rewrite(model)
     mixed_precision.convert(model, DEFINITIONS["denoise"], "bfloat16")
     assert [tensor.name for tensor in bound.bind(model)] == ["bias.bfloat16"]
-    built = compiled(form, "sm120", bind=True)
-    assert built.arithmetic.stored == DTYPES[form]
+    built = compiled(fmt, "sm120", bind=True)
+    assert built.arithmetic.stored == DTYPES[fmt]
     assert touched(built.engine, "codes") == []
     monkeypatch.setattr(bound, "_FEW_BITS", 0)
-    assert touched(compiled(form, "sm120", bind=True).engine, "codes") != []
+    assert touched(compiled(fmt, "sm120", bind=True).engine, "codes") != []
 
 
 def test_memory_for_weights_that_cannot_be_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,14 +248,14 @@ RTX = [name for name, about in capabilities.ARCHITECTURES.items() if RTX_BUILDER
 
 
 @pytest.mark.parametrize("target", RTX)
-@pytest.mark.parametrize("form", list(DTYPES))
-def test_the_builder_and_the_table_refuse_the_same(form: str, target: str) -> None:
+@pytest.mark.parametrize("fmt", list(DTYPES))
+def test_the_builder_and_the_table_refuse_the_same(fmt: str, target: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    if form in capabilities.ARCHITECTURES[target].precisions:
-        assert capabilities.check(RTX_BUILDER, [target], [DTYPES[form]]) == (target,)
-        assert compiled(form, target).engine is not None
+    if fmt in capabilities.ARCHITECTURES[target].precisions:
+        assert capabilities.check(RTX_BUILDER, [target], [DTYPES[fmt]]) == (target,)
+        assert compiled(fmt, target).engine is not None
         return
-    with pytest.raises(CompileError, match=f"{target} .* has no {form}"):
-        capabilities.check(RTX_BUILDER, [target], quantized.formats(Layer(form).model))
+    with pytest.raises(CompileError, match=f"{target} .* has no {fmt}"):
+        capabilities.check(RTX_BUILDER, [target], quantized.formats(Layer(fmt).model))
     with pytest.raises(CompileError, match="HW-specific datatypes"):
-        compiled(form, target)
+        compiled(fmt, target)

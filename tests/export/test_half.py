@@ -61,7 +61,7 @@ def test_every_stage_stays_within_its_tolerance(alpha_set: Path, compute: str) -
 
 
 @pytest.mark.parametrize(("compute", "decibels"), [("float16", 58.0), ("bfloat16", 48.0)])
-def test_the_picture_is_still_the_recorded_one(
+def test_the_image_is_still_the_recorded_one(
     alpha_set: Path, tmp_path: Path, compute: str, decibels: float
 ) -> None:
     """Through both loops; case 07 is the worst of the eight, by 60.7 and 50.8 dB."""

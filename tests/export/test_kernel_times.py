@@ -53,9 +53,9 @@ def test_the_table_says_that_it_is_an_estimate_and_what_takes_the_time() -> None
     assert "nothing was measured" in text
     first = next(line for line in text.splitlines() if line.lstrip().startswith("product int8"))
     assert first.split()[-3:] == ["64.7%", "bandwidth", "node_linear_3"]
-    picture = kernel_report.draw(found)
+    image = kernel_report.draw(found)
     assert {"#4e79a7", "#f28e2b", "#9c755f"} <= {
-        "#" + "".join(f"{part:02x}" for part in color[1]) for color in picture.getcolors(1 << 20)
+        "#" + "".join(f"{part:02x}" for part in color[1]) for color in image.getcolors(1 << 20)
     }
 
 

@@ -164,13 +164,13 @@ def test_the_engines_compute_what_the_official_loop_computes(
 
     assert_close(found.tokens, expected.tokens.numpy())
     assert_close(found.latents, expected.latents.numpy())
-    picture = expected.image_u8.numpy()
-    assert found.images.shape == picture.shape
-    assert np.abs(found.images.astype(int) - picture.astype(int)).max() <= 1
+    image = expected.image_u8.numpy()
+    assert found.images.shape == image.shape
+    assert np.abs(found.images.astype(int) - image.astype(int)).max() <= 1
     # weights that saturate would hide what they compute
     assert 0.3 < found.tokens.std() < 5
     assert 0.3 < found.latents.std() < 10
-    assert len(np.unique(picture)) > 50
+    assert len(np.unique(image)) > 50
 
 
 def test_guidance_is_an_input_where_a_network_embeds_it(built: Built) -> None:
@@ -207,7 +207,7 @@ def test_every_tokenizer_dialect_gives_the_ids_of_its_tokenizer(built: Built) ->
     assert ids[-1] == tokenizers.qwen_id("<|vision_start|>")
 
 
-def test_the_picture_is_as_large_as_the_vae_makes_it(built: Built) -> None:
+def test_the_image_is_as_large_as_the_vae_makes_it(built: Built) -> None:
     model = built.generator.manifest.model
     side = 4 * round(built.shapes.visual_tokens**0.5)
     scale = 2 ** (len(built.shapes.vae.block_out_channels) - 1)

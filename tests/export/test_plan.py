@@ -95,7 +95,7 @@ def test_the_manifest_states_the_scratch_memory_of_the_graph(
 
 
 def test_7b_has_the_published_sizes_and_cost(release: list[Work]) -> None:
-    """Billions of parameters and TFLOP of one picture, from the published shapes."""
+    """Billions of parameters and TFLOP of one image, from the published shapes."""
     at = {one.engine: one for one in release}
     fp32 = {name: one.weights(FORMATS["fp32"]) / 4e9 for name, one in at.items()}
     assert fp32["visual_decode"] == pytest.approx(6.53, abs=0.02)
@@ -154,7 +154,7 @@ def test_7b_at_bf16_on_24_gb_says_what_must_give(release: list[Work]) -> None:
     said = " ".join(plan.changes)
     assert "not everything stays in memory, which would take 6" in said
     assert "must leave before `denoise`" in said
-    assert "every further picture loads" in said
+    assert "every further image loads" in said
 
 
 def test_7b_at_bf16_on_12_gb_says_what_to_change(release: list[Work]) -> None:
@@ -198,10 +198,10 @@ def test_the_schedule_is_the_runtimes(alpha_set: Path) -> None:
         memory_plan.sizes(facts),
         OnnxRuntime().weights_in_memory,
     )
-    budget = sum(need.held for need in needs) // 2
+    budget = sum(need.resident for need in needs) // 2
     plan = of_set(alpha_set, devices.find("rtx-4090"), budget)
-    steps = memory_plan.schedule(needs, budget, ahead=OnnxRuntime.opens_in_threads)
-    assert any(step.ahead for step in steps)
+    steps = memory_plan.schedule(needs, budget, prefetch=OnnxRuntime.opens_in_threads)
+    assert any(step.prefetch for step in steps)
     assert [(s.engine, s.evict, s.peak_bytes) for s in plan.stages] == [
         (s.engine, s.evict, s.peak) for s in steps
     ]
@@ -246,7 +246,7 @@ def test_a_figure_without_support_is_refused(tmp_path: Path, entry: str, message
         devices.read(tmp_path / "devices.toml")
 
 
-def test_the_command_line_writes_text_json_and_a_picture(
+def test_the_command_line_writes_text_json_and_a_image(
     alpha_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, plot = tmp_path / "plan.json", tmp_path / "plan.png"
@@ -256,8 +256,8 @@ def test_the_command_line_writes_text_json_and_a_picture(
     found = json.loads(data.read_text())
     assert {"fits", "peak_bytes", "seconds", "stages"} <= found.keys()
     assert [stage["engine"] for stage in found["stages"]][-1] == "vae_decode"
-    with Image.open(plot) as picture:
-        assert picture.size == (1000, 620)
+    with Image.open(plot) as image:
+        assert image.size == (1000, 620)
     assert main([*where, "--memory-budget", "1MiB"]) == 3
     assert "what to change" in capsys.readouterr().out
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from export import stage_cache
-from export.engine_set import written_aside
+from export.engine_set import atomic_output
 from export.errors import BuildError
 from export.stage_cache import StageCache
 
@@ -104,7 +104,7 @@ def test_the_next_build_continues_in_the_folder_that_was_left(tmp_path: Path) ->
     left = tmp_path / ".set.partial"
     left.mkdir()
     StageCache(left).put("a", "key", engine(left, "kept"), {})
-    with written_aside(tmp_path / "set", finished=[stage_cache.REPORT]) as folder:
+    with atomic_output(tmp_path / "set", finished=[stage_cache.REPORT]) as folder:
         assert folder == left
         assert StageCache(folder).get("a", "key") is not None
         assert (folder / "a.onnx").read_text() == "kept"
@@ -116,19 +116,19 @@ def test_a_build_that_fails_keeps_what_it_has_finished_and_nothing_else(tmp_path
     output = tmp_path / "set"
     with (
         pytest.raises(RuntimeError),
-        written_aside(output, finished=[stage_cache.REPORT]) as folder,
+        atomic_output(output, finished=[stage_cache.REPORT]) as folder,
     ):
         raise RuntimeError
     assert not list(tmp_path.iterdir())
     with (
         pytest.raises(BuildError, match=r"disk is full; what is finished is kept in"),
-        written_aside(output, finished=[stage_cache.REPORT]) as folder,
+        atomic_output(output, finished=[stage_cache.REPORT]) as folder,
     ):
         StageCache(folder).put("a", "key", engine(folder), {})
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with (
         pytest.raises(RuntimeError),
-        written_aside(output, finished=[stage_cache.REPORT]) as folder,
+        atomic_output(output, finished=[stage_cache.REPORT]) as folder,
     ):
         assert StageCache(folder).get("a", "key") is not None
         raise RuntimeError

@@ -179,7 +179,7 @@ def test_16_bit_is_what_the_checkpoint_holds_rounded() -> None:
 
 
 @pytest.mark.parametrize(("limit", "fewest"), [(60_000, 50), (400_000, 8)])
-def test_engines_in_pieces_draw_the_same_picture(
+def test_engines_in_pieces_draw_the_same_image(
     alpha_set: Path, monkeypatch: pytest.MonkeyPatch, limit: int, fewest: int
 ) -> None:
     monkeypatch.setattr(backend, "FIXED", 0)
@@ -194,7 +194,7 @@ def test_engines_in_pieces_draw_the_same_picture(
 
 
 def test_a_build_knows_the_disk_it_takes(alpha_set: Path) -> None:
-    sizes = {**memory.one_picture(48), "steps": 4}
+    sizes = {**memory.one_image(48), "steps": 4}
     made = stages()
     wanted = budget.demand(made.values(), sizes, dict.fromkeys(made, "fp32"))
     files = manifest.read(alpha_set).files
@@ -228,20 +228,20 @@ def test_a_disk_without_room_is_said_before_anything_is_written(
     budget.check_disk(DEMAND, tmp_path / "deep" / "set", there=2 << 30)
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("migrated", [False, True])
 def test_a_weight_is_quantized_in_parts_as_it_would_be_as_a_whole(
-    monkeypatch: pytest.MonkeyPatch, form: str, migrated: bool
+    monkeypatch: pytest.MonkeyPatch, fmt: str, migrated: bool
 ) -> None:
     monkeypatch.setattr(linear, "AT_ONCE", 64 * 16)
     torch.manual_seed(0)
     layer = torch.nn.Linear(64, 50)
     weight = layer.weight.detach().T.contiguous()
     factors = torch.rand(64) + 0.5 if migrated else None
-    scale = 0.1 if FORMATS[form].calibrated else None
-    found = linear.QuantizedLinear(layer, form, scale, factors)
+    scale = 0.1 if FORMATS[fmt].calibrated else None
+    found = linear.QuantizedLinear(layer, fmt, scale, factors)
     lazy_tensors.load(found)
-    expected = quantize(weight if factors is None else weight / factors[:, None], form)
+    expected = quantize(weight if factors is None else weight / factors[:, None], fmt)
     assert torch.equal(found.codes.view(torch.uint8), expected.codes.view(torch.uint8))
     assert torch.equal(found.scale.float(), expected.scale.float())
 
@@ -261,11 +261,11 @@ def counted(name: str, reads: list[str]) -> torch.nn.Linear:
     return layer
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_all_parts_of_a_weight_come_from_one_reading(form: str) -> None:
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_all_parts_of_a_weight_come_from_one_reading(fmt: str) -> None:
     reads: list[str] = []
-    scale = 0.1 if FORMATS[form].calibrated else None
-    layers = [linear.QuantizedLinear(counted(n, reads), form, scale) for n in ("a", "b")]
+    scale = 0.1 if FORMATS[fmt].calibrated else None
+    layers = [linear.QuantizedLinear(counted(n, reads), fmt, scale) for n in ("a", "b")]
     for layer in layers:
         lazy_tensors.load(layer)
     assert reads == ["a", "b"]

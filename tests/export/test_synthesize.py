@@ -96,7 +96,7 @@ def test_the_loader_takes_every_tensor(tmp_path: Path) -> None:
         assert getattr(opened, network) is not None
 
 
-def test_every_weight_moves_the_picture(tmp_path: Path) -> None:
+def test_every_weight_moves_the_image(tmp_path: Path) -> None:
     """Otherwise parity on such a checkpoint would prove nothing about the weight."""
     synthesize(Shapes(layout=Layout(dtype="fp32")), tmp_path / "set", seed=2)
     folders = (str(tmp_path / "set" / name) for name in ("mllm", "bifrost", "flux"))

@@ -22,7 +22,7 @@ def test_a_tied_head_is_stored_once(tmp_path: Path, asked: str, tied: bool) -> N
     checkpoint = Checkpoint(*parts, read=False)
     stage = next(assemble.stages(checkpoint, assemble.facts(checkpoint), 64, 77, 16))
     precision.round_weights(stage.module, asked)
-    files, _ = engine_files.write(stage, tmp_path, asked, memory.one_picture(64))
+    files, _ = engine_files.write(stage, tmp_path, asked, memory.one_image(64))
     graph = onnx.load(files[0], load_external_data=False).graph
     table = [shapes.decoder.vocab_size, shapes.decoder.hidden_size]
     tables = [initializer.name for initializer in graph.initializer if initializer.dims == table]

@@ -74,11 +74,11 @@ def content(model: ir.Model) -> bytes:
     return bytes(ir.serde.serialize_model(model).SerializeToString())
 
 
-def quantized(form: str, migrated: bool = False) -> Net:
+def quantized(fmt: str, migrated: bool = False) -> Net:
     net = Net()
-    scale = activation_scale(4.0, form)
+    scale = activation_scale(4.0, fmt)
     factors = torch.linspace(0.5, 2, WIDTH) if migrated else None
-    net.first = QuantizedLinear(net.first, form, scale, factors)
+    net.first = QuantizedLinear(net.first, fmt, scale, factors)
     return net
 
 
@@ -94,8 +94,8 @@ def test_one_trace_serves_other_weights_and_every_precision(
     found = graph.to_graph(stage_of(other)).graph.initializers["first.weight"].const_value
     assert found is not None
     torch.testing.assert_close(torch.from_numpy(found.numpy()), other.first.weight.T.detach())
-    for form in ("int8", "fp8"):
-        net = quantized(form)
+    for fmt in ("int8", "fp8"):
+        net = quantized(fmt)
         model = graph.to_graph(stage_of(net))
         assert "QuantizeLinear" in {node.op_type for node in model.graph}
         assert isinstance(net.first, QuantizedLinear)

@@ -191,7 +191,7 @@ def engine(
     largest = image_processor.limits(facts)
     tower = opened(folder).vision_tower(largest.side * facts.merge_size)
     stage = vision_encode.stage(tower)
-    files, found = engine_files.write(stage, output, "fp32", memory.one_picture(48), largest)
+    files, found = engine_files.write(stage, output, "fp32", memory.one_image(48), largest)
     spec = engine_files.describe(stage, output, [f.name for f in files], found, "fp32")
     backend = backends.load(request.param)
     bounds = {name: Range(1, None) for name in dims.DIMS}

@@ -24,18 +24,18 @@ pytestmark = pytest.mark.gpu
 REQUEST: dict[str, Any] = {"prompt": "a red square", "seed": 0, "output_type": "np"}
 
 
-def test_graphs_change_nothing_in_the_picture(name: str, folder: Path) -> None:
-    pictures = []
+def test_graphs_change_nothing_in_the_image(name: str, folder: Path) -> None:
+    results = []
     for replayed in (True, False):
         backend: Any = backends.load(name)
         backend.graphs = replayed
         with Generator(folder, backend=backend) as generator:
-            for _ in range(2):  # the second picture replays what the first one recorded
-                pictures.append(generator.run(**REQUEST, num_inference_steps=8))
+            for _ in range(2):  # the second again replays what the first one recorded
+                results.append(generator.run(**REQUEST, num_inference_steps=8))
         assert getattr(backend, "eager", {}) == {}, "steps could not be replayed"
-    for picture in pictures[1:]:
-        assert np.array_equal(picture.latents, pictures[0].latents)
-        assert np.array_equal(picture.images, pictures[0].images)
+    for again in results[1:]:
+        assert np.array_equal(again.latents, results[0].latents)
+        assert np.array_equal(again.images, results[0].images)
 
 
 def test_a_step_calls_nothing_but_its_launch(

@@ -32,20 +32,20 @@ def test_ground_truth_renders_pass() -> None:
 
 
 def test_soft_and_noisy_renders_pass() -> None:
-    """A picture that went through an autoencoder is a little soft and a little uneven."""
+    """An image that went through an autoencoder is a little soft and a little uneven."""
     rng = np.random.default_rng(3)
     wrong = []
     for spec in _specs(200, seed=4):
-        picture = render(place(spec, rng), spec.drawn_background).astype(np.float32)
-        picture = ndimage.gaussian_filter(picture, (0.7, 0.7, 0)) + rng.normal(0, 6, picture.shape)
-        verdict = judge(spec, picture.clip(0, 255).astype(np.uint8))
+        image = render(place(spec, rng), spec.drawn_background).astype(np.float32)
+        image = ndimage.gaussian_filter(image, (0.7, 0.7, 0)) + rng.normal(0, 6, image.shape)
+        verdict = judge(spec, image.clip(0, 255).astype(np.uint8))
         if not verdict.correct:
             wrong.append((spec, verdict.reason))
     assert len(wrong) <= 1, wrong
 
 
 def _contradicts(asked: Spec, shown: Spec) -> bool:
-    """Whether a picture of `shown` cannot also be one of `asked`."""
+    """Whether an image of `shown` cannot also be one of `asked`."""
     if asked.background and asked.background != shown.drawn_background:
         return True
     wanted = sorted(t.shape for t in asked.things * asked.count)
@@ -64,8 +64,8 @@ def test_swapped_captions_fail() -> None:
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_every_other_relation_fails(relation: str) -> None:
     things = (Thing("circle", "red"), Thing("square", "blue"))
-    picture = render(place(Spec("position", things, relation=relation)), "white")
-    right = [r for r in RELATIONS if judge(Spec("position", things, relation=r), picture).correct]
+    image = render(place(Spec("position", things, relation=relation)), "white")
+    right = [r for r in RELATIONS if judge(Spec("position", things, relation=r), image).correct]
     assert right == [relation]
 
 
@@ -82,14 +82,14 @@ def test_swapped_colours_wrong_counts_and_sizes_fail() -> None:
 
 
 def test_a_rounded_square_is_not_a_square() -> None:
-    picture = np.full((128, 128, 3), 255, np.uint8)
+    image = np.full((128, 128, 3), 255, np.uint8)
     rows, columns = np.mgrid[:128, :128] - 64
     inside = (np.abs(rows) / 24.0) ** 3 + (np.abs(columns) / 24.0) ** 3 <= 1
-    picture[inside] = COLOURS["blue"]
-    assert not judge(Spec("single", (Thing("square"),)), picture).correct
+    image[inside] = COLOURS["blue"]
+    assert not judge(Spec("single", (Thing("square"),)), image).correct
 
 
-def test_noise_and_empty_pictures_hold_nothing() -> None:
+def test_noise_and_empty_images_hold_nothing() -> None:
     rng = np.random.default_rng(6)
     noise = rng.integers(0, 256, (128, 128, 3)).astype(np.uint8)
     for spec in _specs(12, seed=7):

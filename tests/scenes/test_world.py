@@ -58,7 +58,7 @@ def test_captions_without_layout_keep_the_things() -> None:
     assert counts == {1, 2, 3, 4}
 
 
-def test_objects_stay_inside_the_picture_and_apart() -> None:
+def test_objects_stay_inside_the_image_and_apart() -> None:
     rng = np.random.default_rng(3)
     for i in range(300):
         objects = place(any_spec(rng, FAMILIES[i % 6]), rng)

@@ -135,5 +135,5 @@ def browser() -> Iterator[Any]:
 
 
 def pixels(file: bytes) -> NDArray[np.uint8]:
-    with Image.open(io.BytesIO(file)) as picture:
-        return np.asarray(picture.convert("RGB"))
+    with Image.open(io.BytesIO(file)) as image:
+        return np.asarray(image.convert("RGB"))

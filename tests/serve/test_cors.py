@@ -132,7 +132,7 @@ def test_no_page_is_allowed_by_default(server: Server) -> None:
 
 
 @pytest.mark.parametrize("origin", [APP, "null", "http://127.0.0.1:1"])
-def test_a_page_cannot_have_pictures_drawn_without_being_asked(server: Server, origin: str) -> None:
+def test_a_page_cannot_have_images_drawn_without_being_asked(server: Server, origin: str) -> None:
     """A body without a type is sent by browsers without a preflight."""
     request = httpx.Request(
         "POST", server.url + "/v1/jobs", content=b'{"prompt": "a"}', headers={"Origin": origin}

@@ -24,9 +24,9 @@ from tests.serve.conftest import FEW, Server
 def test_probes_and_figures(server: Server) -> None:
     assert server.client.get("/healthz").text == "ok\n"
     assert server.client.get("/readyz").text == "ready\n"
-    drawn = server.figure("bifrost_pictures_total")
+    drawn = server.figure("bifrost_images_total")
     server.draw(n=2)
-    assert server.figure("bifrost_pictures_total") == drawn + 2
+    assert server.figure("bifrost_images_total") == drawn + 2
     server.client.get("/nowhere/at/all")
     text = server.client.get("/metrics").text
     assert 'bifrost_requests_total{method="GET",route="none",status="404"}' in text

@@ -48,11 +48,11 @@ BODIES: dict[str, dict[str, Any]] = {
 def test_a_front_ends_request_is_drawn(server: Server, body: dict[str, Any]) -> None:
     answer = server.draw(model="alpha", **body)
     assert answer.status_code == 200, answer.text
-    (picture,) = answer.json()["data"]
+    (image,) = answer.json()["data"]
     file = (
-        server.client.get(picture["url"]).content
+        server.client.get(image["url"]).content
         if body.get("response_format") == "url"
-        else base64.b64decode(picture["b64_json"])
+        else base64.b64decode(image["b64_json"])
     )
     assert pixels(file).shape == (128, 128, 3)
     assert server.start(**body)

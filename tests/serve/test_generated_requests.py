@@ -1,7 +1,7 @@
 """Requests that nobody would write, thousands of them: made from the server's own document of its
 API, fitting it and violating it, and made from nothing but bytes.
 
-Whatever comes, the answer is no 5xx (but for numbers so large that no picture comes of them), comes
+Whatever comes, the answer is no 5xx (but for numbers so large that no image comes of them), comes
 soon, is an error in OpenAI's shape or what was asked for, and holds no trace. `-m slow` sends ten
 thousand.
 """
@@ -162,7 +162,7 @@ def send_all(target: Server, examples: int) -> None:
     send_bytes(target, examples)
     answered = 'bifrost_requests_total{{method="POST",route="{}",status="{}"}}'.format
     assert target.figure(answered("/v1/images/generations", 400)) > examples / 100
-    if examples == MANY_EXAMPLES:  # so many that pictures are drawn among them
+    if examples == MANY_EXAMPLES:  # so many that images are drawn among them
         assert target.figure(answered("/v1/images/generations", 200)) > examples / 100
         assert target.figure(answered("/v1/jobs", 202)) > examples / 100
     assert target.draw().status_code == 200

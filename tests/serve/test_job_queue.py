@@ -112,7 +112,7 @@ def finished(*jobs: Job | Answer) -> list[str]:
     return [job.state for job in jobs]
 
 
-def test_waiting_jobs_are_drawn_together_and_get_their_own_pictures(
+def test_waiting_jobs_are_drawn_together_and_get_their_own_images(
     job_queue: JobQueue, worker: Watched, job: Callable[..., Job], generator: Generator
 ) -> None:
     first = job("first")
@@ -135,7 +135,7 @@ def test_waiting_jobs_are_drawn_together_and_get_their_own_pictures(
     for one in jobs:
         expected = generator.draw(one.request).images
         assert expected is not None
-        found = np.stack([pixels(file) for file in one.pictures])
+        found = np.stack([pixels(file) for file in one.files])
         # another batch size rounds differently in float32, so a value between two may fall apart
         assert int(np.abs(found.astype(int) - expected).max()) <= 1
 
@@ -162,7 +162,7 @@ def test_a_batch_ends_when_nobody_wants_it(
     job_queue.submit(after)
     assert finished(after) == ["done"]
     assert batch[1].step < 2000
-    assert not batch[0].pictures
+    assert not batch[0].files
 
 
 def test_answers_and_drawings_take_turns(
@@ -178,7 +178,7 @@ def test_answers_and_drawings_take_turns(
     job_queue.submit_answer(answers[0])
     job_queue.submit(late)
     job_queue.submit_answer(answers[1])
-    assert (job_queue.waiting_pictures(), job_queue.waiting_answers()) == (2, 2)
+    assert (job_queue.waiting_images(), job_queue.waiting_answers()) == (2, 2)
     worker.go.set()
     assert finished(first, early, late, *answers) == ["done"] * 5
     expected = [first.request, early.request, answers[0].turns, late.request, answers[1].turns]
@@ -215,7 +215,7 @@ def test_a_queue_full_of_answers_and_grace(
     for one in waiting:
         job_queue.submit_answer(one)
     job_queue.submit(job(n=2))
-    with pytest.raises(FullError, match="2 pictures and 4 answers are waiting"):
+    with pytest.raises(FullError, match="2 images and 4 answers are waiting"):
         job_queue.submit_answer(question())
     job_queue.cancel_answer(waiting[0])
     job_queue.submit_answer(question())
@@ -250,7 +250,7 @@ def test_a_full_queue_and_a_stopped_one(
     waiting = [job(n=3), job(n=3)]
     for one in waiting:
         job_queue.submit(one)
-    with pytest.raises(FullError, match="6 pictures are waiting") as raised:
+    with pytest.raises(FullError, match="6 images are waiting") as raised:
         job_queue.submit(job())
     assert raised.value.retry_after >= 1
     job_queue.cancel(waiting[0])
@@ -348,7 +348,7 @@ def scarce(alpha_set: Path) -> Iterator[tuple[JobQueue, Watched, Opened]]:
     facts = manifest.read(alpha_set)
     order = dims.drawing(facts.engines)
     needs = memory_plan.needs(facts, order, memory_plan.sizes(facts), backend.weights_in_memory)
-    budget = sum(need.held for need in needs) // 2
+    budget = sum(need.resident for need in needs) // 2
     with Generator(alpha_set, backend=backend, memory_budget=budget) as generator:
         worker = Watched(generator)
         job_queue = JobQueue([worker], Limits(batch=2, waiting=20, keep=20), Metrics())
@@ -380,7 +380,7 @@ def test_where_engines_leave_a_queue_is_drawn_together(
     for one in waiting:
         alone = generator.draw(one.request).images
         assert alone is not None
-        apart = np.abs(pixels(one.pictures[0]).astype(int) - alone[0]).max()
+        apart = np.abs(pixels(one.files[0]).astype(int) - alone[0]).max()
         assert apart <= (1 if one in waiting[:2] else 0)  # a batch of two rounds differently
         assert one.step == one.request.parameters.num_inference_steps
 

@@ -100,13 +100,13 @@ def test_fifty_cancels_at_random_moments_leave_nothing(
             server.client.delete(f"/v1/jobs/{job_id}")
             if i % 25 == 0:
                 memory.append(_resident(server))
-        assert server.figure("bifrost_waiting_pictures") == 0
+        assert server.figure("bifrost_waiting_images") == 0
         assert server.figure("bifrost_running_jobs") == 0
         assert memory[2] < memory[1] * 1.05
         answer = server.draw(seed=5)
         expected = generator.run("a cow", seed=5, **FEW).image
-        picture = base64.b64decode(answer.json()["data"][0]["b64_json"])
-        assert np.array_equal(pixels(picture), np.asarray(expected))
+        image = base64.b64decode(answer.json()["data"][0]["b64_json"])
+        assert np.array_equal(pixels(image), np.asarray(expected))
 
 
 def test_only_so_many_finished_jobs_are_remembered(serving: Callable[..., Any]) -> None:
@@ -140,7 +140,7 @@ def test_what_runs_is_finished_and_what_waits_is_told(serving: Callable[..., Any
             time.sleep(0.01)
         threads.append(threading.Thread(target=ask, args=("waits",), kwargs=FEW))
         threads[1].start()
-        while server.figure("bifrost_waiting_pictures") == 0:
+        while server.figure("bifrost_waiting_images") == 0:
             time.sleep(0.01)
         status, _ = server.stop()
         for thread in threads:

@@ -23,7 +23,7 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
         yield opened
 
 
-def test_pictures_are_those_of_the_generator(client: openai.OpenAI, generator: Generator) -> None:
+def test_images_are_those_of_the_generator(client: openai.OpenAI, generator: Generator) -> None:
     answer = client.images.generate(
         prompt="a red circle", n=2, size="128x128", extra_body={"seed": 7, **FEW}
     )
@@ -35,7 +35,7 @@ def test_pictures_are_those_of_the_generator(client: openai.OpenAI, generator: G
     assert answer.model_extra["seed"] == 7
 
 
-def test_a_drawn_seed_gives_the_picture_again(client: openai.OpenAI) -> None:
+def test_a_drawn_seed_gives_the_image_again(client: openai.OpenAI) -> None:
     first = client.images.generate(prompt="a cow", extra_body=FEW)
     seed = first.model_extra["seed"]
     again = client.images.generate(prompt="a cow", extra_body={**FEW, "seed": seed})
@@ -131,7 +131,7 @@ def test_a_full_queue_says_when_to_come_back(server: Server, client: openai.Open
     jobs = [server.start(n=4, **{**LONG, "decoding_steps": i + 1}) for i in range(1)]
     server.until(jobs[0], "running")
     jobs += [server.start(n=4, **{**LONG, "decoding_steps": i + 2}) for i in range(2)]
-    with pytest.raises(openai.RateLimitError, match="8 pictures are waiting") as raised:
+    with pytest.raises(openai.RateLimitError, match="8 images are waiting") as raised:
         client.images.generate(prompt="a cow")
     assert int(raised.value.response.headers["retry-after"]) >= 1
     assert raised.value.code == "queue_full"

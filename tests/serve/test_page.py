@@ -66,7 +66,7 @@ def fill_options(page: Any, **values: int) -> None:
     raise AssertionError(f"never reached {values}")
 
 
-def test_a_picture_by_keyboard(page: Any, generator: Generator, tmp_path: Path) -> None:
+def test_a_image_by_keyboard(page: Any, generator: Generator, tmp_path: Path) -> None:
     assert focused(page) == "prompt"
     page.keyboard.type("a red circle")
     fill_options(page, seed=5, **STEPS)
@@ -75,7 +75,7 @@ def test_a_picture_by_keyboard(page: Any, generator: Generator, tmp_path: Path) 
     page.keyboard.press("Control+Enter")
     page.get_by_text("Drawn in").wait_for()
     assert page.evaluate("() => window.previews.size") > 0
-    assert page.locator("#pictures img:not(.preview)").count() == 1
+    assert page.locator("#images img:not(.preview)").count() == 1
     # what is shown is what the generator draws, and the file says how it was made
     with page.expect_download() as download:
         page.get_by_role("link", name="Download").focus()
@@ -110,7 +110,7 @@ def painted(*places: int) -> Image.Image:
 
 
 def edited(page: Any, tmp_path: Path) -> Any:
-    """The picture that is shown, as a file."""
+    """The image that is shown, as a file."""
     with page.expect_download() as download:
         page.get_by_role("link", name="Download").click()
     download.value.save_as(tmp_path / "edited.png")
@@ -229,7 +229,7 @@ def test_history_draws_the_same_again(page: Any) -> None:
     page.reload()
     page.get_by_role("button", name="a dog").focus()
     page.keyboard.press("Enter")
-    page.get_by_text("Draw makes the same picture").wait_for()
+    page.get_by_text("Draw makes the same image").wait_for()
     assert page.locator("[name=seed]").input_value() == seed
     page.locator("#prompt").focus()
     page.keyboard.press("Control+Enter")
@@ -277,7 +277,7 @@ def test_a_token_is_asked_for(browser: Any, serving: Callable[..., Any], tmp_pat
         opened.locator("#prompt").fill("a cow")
         opened.keyboard.press("Control+Enter")
         opened.get_by_text("Drawn in").wait_for()
-        assert opened.locator("#pictures img").count() == 1
+        assert opened.locator("#images img").count() == 1
         opened.close()
 
 

@@ -1,4 +1,4 @@
-"""What a client is told beside its pictures, and instead of black ones."""
+"""What a client is told beside its images, and instead of black ones."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from tests.serve.conftest import FEW, Server
 LONG_PROMPT = "a photo of a wooden bridge over a river " * 12
 
 
-def test_a_prompt_that_is_cut_is_said_with_its_pictures(
-    server: Server, generator: Generator
-) -> None:
+def test_a_prompt_that_is_cut_is_said_with_its_images(server: Server, generator: Generator) -> None:
     warnings = generator.run(LONG_PROMPT, seed=1, **FEW).warnings
     assert len(warnings) == 3
     assert server.draw(prompt=LONG_PROMPT).json()["warnings"] == warnings
@@ -34,7 +32,7 @@ def test_each_of_two_that_are_drawn_together_hears_its_own(
         jobs = [server.start(prompt=text) for text in ("a cow", LONG_PROMPT, "a dog")]
         server.client.delete(f"/v1/jobs/{blocker}")
         said = [server.until(job, "done", "failed")["warnings"] for job in jobs]
-        assert server.figure("bifrost_batch_pictures_count") == 2
+        assert server.figure("bifrost_batch_images_count") == 2
     assert [len(one) for one in said] == [0, 3, 0]
     assert all(text.startswith("prompt 0: truncated: ") for text in said[1])
 
@@ -43,7 +41,7 @@ def test_each_of_two_that_are_drawn_together_hears_its_own(
     ("field", "stage"),
     [("cfg_weight", "visual_decode"), ("controlnet_conditioning_scale", "denoise")],
 )
-def test_a_picture_that_would_be_black_is_an_error(server: Server, field: str, stage: str) -> None:
+def test_a_image_that_would_be_black_is_an_error(server: Server, field: str, stage: str) -> None:
     answer = server.draw(**{field: 3e38})
     assert answer.status_code == 500
     error = answer.json()["error"]

@@ -1,4 +1,4 @@
-"""The bundled checkpoint: it loads strictly, its VAE keeps pictures readable, and it draws."""
+"""The bundled checkpoint: it loads strictly, its VAE keeps images readable, and it draws."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_tokenizers_are_those_of_the_recipe() -> None:
     assert written.strip() == qwen_tokenizer().to_str(pretty=True).strip()
 
 
-def test_the_vae_keeps_pictures_readable() -> None:
+def test_the_vae_keeps_images_readable() -> None:
     from safetensors.torch import load_file
 
     vae = build_vae(Config())
@@ -70,6 +70,6 @@ def test_a_handful_of_prompts_is_drawn_right(checkpoint: Checkpoint) -> None:
     }
     control = checkpoint.controlnet.float().eval()
     vae = checkpoint.vae.float().eval()
-    pictures = draw(flux, vae, pool, prompts, 0, control, tokens, steps=10)
-    right = [judge(i.spec, p).correct for i, p in zip(items, pictures, strict=True)]
+    images = draw(flux, vae, pool, prompts, 0, control, tokens, steps=10)
+    right = [judge(i.spec, p).correct for i, p in zip(items, images, strict=True)]
     assert sum(right) >= 5, list(zip(prompts, right, strict=True))

@@ -66,8 +66,8 @@ def test_a_trained_run_draws(trained: Path) -> None:
     assert tokens.isfinite().all()
     pool = {"latents": torch.zeros(1, 8, 16, 16), "scale": torch.ones(()), "shift": torch.ones(())}
     stage = VaeStage(TINY, trained)
-    pictures = draw(FluxModel(TINY).eval(), stage.module.eval(), pool, ["a cross"], 0, steps=2)
-    assert pictures.shape == (1, 128, 128, 3)
+    images = draw(FluxModel(TINY).eval(), stage.module.eval(), pool, ["a cross"], 0, steps=2)
+    assert images.shape == (1, 128, 128, 3)
 
 
 @pytest.mark.parametrize("name", ["captioner", "controlnet"])
@@ -90,21 +90,21 @@ def test_a_resumed_run_equals_a_whole_one(trained: Path, tmp_path: Path, name: s
 def test_folding_the_normalisation_changes_nothing() -> None:
     torch.manual_seed(0)
     captioner = Captioner(TINY)
-    pictures = torch.rand(6, 3, 128, 128) * 2 - 1
+    images = torch.rand(6, 3, 128, 128) * 2 - 1
     captioner.train()
-    captioner.latents(pictures)
+    captioner.latents(images)
     captioner.eval()
     with torch.no_grad():
-        before = captioner.latents(pictures)
+        before = captioner.latents(images)
         captioner.fold()
-        torch.testing.assert_close(captioner.latents(pictures), before, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(captioner.latents(images), before, rtol=1e-3, atol=1e-4)
 
 
 def test_patches_come_in_merge_groups() -> None:
     """Four neighbours in a row of `patches` make one patch latent of 32 px."""
-    picture = torch.zeros(1, 3, 128, 128)
-    picture[:, :, 32:64, 96:128] = 1
-    lit = patches(picture).mean(1).view(GRID * GRID, 4)
+    image = torch.zeros(1, 3, 128, 128)
+    image[:, :, 32:64, 96:128] = 1
+    lit = patches(image).mean(1).view(GRID * GRID, 4)
     assert lit[GRID + 3].tolist() == [1, 1, 1, 1]
     assert lit.sum() == 4
 

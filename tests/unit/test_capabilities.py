@@ -76,7 +76,7 @@ def test_arithmetic_that_is_not_there(target: str, dtype: str, message: str, ins
 @pytest.mark.parametrize(
     ("dtypes", "missing", "instead"),
     [
-        (["bfloat16", "int8"], "bf16", "--rest fp16"),
+        (["bfloat16", "int8"], "bf16", "--fallback fp16"),
         (["bfloat16", "float8_e4m3fn"], "bf16, fp8", "--precision int8"),
     ],
 )
@@ -116,7 +116,7 @@ def test_newer_architectures_keep_what_older_ones_had() -> None:
 
 
 def test_a_set_without_a_limit_needs_one() -> None:
-    with pytest.raises(CompileError, match="any number of pictures") as error:
+    with pytest.raises(CompileError, match="any number of images") as error:
         sizes(DIMENSIONS, DEFAULTS, None, None)
     assert "--max-images" in str(error.value.hint)
 

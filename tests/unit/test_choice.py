@@ -38,9 +38,9 @@ def _no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def a_set(form: str, backend: str = "onnxruntime") -> Manifest:
+def a_set(fmt: str, backend: str = "onnxruntime") -> Manifest:
     """With one engine of one layer."""
-    precision = Precision(form, form, "float32", {form: 1})
+    precision = Precision(fmt, fmt, "float32", {fmt: 1})
     engine = EngineSpec("denoise", "", (), (), (), (), precision)
     return dataclasses.replace(FACTS, backend=backend, engines=(engine,))
 
@@ -65,22 +65,22 @@ def test_a_matrix_unit_that_is_hidden_from_openvino_is_none(
     assert (found.name, found.reason) == ("onnxruntime", NOT_MEASURED)
 
 
-@pytest.mark.parametrize("form", ["fp32", "fp16", "bf16", "int8"])
-def test_a_reason_is_what_was_measured_on_that_kind_of_processor(form: str) -> None:
-    found = choose(a_set(form), AVX512_VNNI)
+@pytest.mark.parametrize("fmt", ["fp32", "fp16", "bf16", "int8"])
+def test_a_reason_is_what_was_measured_on_that_kind_of_processor(fmt: str) -> None:
+    found = choose(a_set(fmt), AVX512_VNNI)
     assert (found.name, found.reason) == ("onnxruntime", MEASURED)
 
 
 @pytest.mark.parametrize(
-    ("form", "processor"),
+    ("fmt", "processor"),
     [
         *(("fp32", kind) for kind in KINDS if kind is not AVX512_VNNI),
         *(("int4", kind) for kind in KINDS),
         *(("int8", kind) for kind in (AVX_VNNI, ARM)),
     ],
 )
-def test_what_was_not_measured_is_not_claimed(form: str, processor: Processor) -> None:
-    found = choose(a_set(form), processor)
+def test_what_was_not_measured_is_not_claimed(fmt: str, processor: Processor) -> None:
+    found = choose(a_set(fmt), processor)
     assert (found.name, found.reason) == ("onnxruntime", NOT_MEASURED)
 
 
@@ -131,12 +131,12 @@ def test_what_computes_in_float_is_refused_nowhere(processor: Processor) -> None
     assert openvino_refuses({"fp32", "bf16", "fp16", "int4"}, processor) is None
 
 
-@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("fmt", ["fp8", "nvfp4"])
 def test_what_openvino_refuses_is_never_given_to_it(
-    form: str, monkeypatch: pytest.MonkeyPatch
+    fmt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without(monkeypatch, "onnxruntime")
-    assert choose(a_set(form), AMX).name == "onnxruntime"
+    assert choose(a_set(fmt), AMX).name == "onnxruntime"
 
 
 def test_the_other_one_where_the_first_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

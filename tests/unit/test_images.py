@@ -24,9 +24,9 @@ def two_by_one() -> Image.Image:
     return image
 
 
-def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+def encoded(image: Image.Image, fmt: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
-    image.save(file, form, **options)
+    image.save(file, fmt, **options)
     return file.getvalue()
 
 
@@ -100,8 +100,8 @@ def test_what_is_no_image_is_refused(data: bytes, tmp_path: Path) -> None:
 
 def test_what_was_cut_off_is_refused() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    for form in ("PNG", "JPEG"):
-        data = encoded(Image.fromarray(noise), form)
+    for fmt in ("PNG", "JPEG"):
+        data = encoded(Image.fromarray(noise), fmt)
         with pytest.raises(RequestError, match="^image is damaged: "):
             images.read(data[: len(data) // 2])
 
@@ -125,8 +125,8 @@ def test_files_and_types_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"^image: .*: cannot be read: Is a directory"):
         images.read(tmp_path)
     for given in (None, 5, ["a.png"], {"url": "x"}):
-        with pytest.raises(RequestTypeError, match="^picture must be a path, the bytes of a file"):
-            images.read(given, "picture")
+        with pytest.raises(RequestTypeError, match="^image must be a path, the bytes of a file"):
+            images.read(given, "image")
 
 
 @pytest.mark.parametrize(

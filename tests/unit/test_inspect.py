@@ -16,8 +16,8 @@ from tests.unit.test_request import FACTS
 def a_set(*formats: str, backend: str = "onnxruntime") -> Manifest:
     """An engine for each format."""
     engines = tuple(
-        EngineSpec(f"stage_{form}", "", (), (), (), (), Precision(form, form, "float32", {form: 1}))
-        for form in formats
+        EngineSpec(f"stage_{fmt}", "", (), (), (), (), Precision(fmt, fmt, "float32", {fmt: 1}))
+        for fmt in formats
     )
     return dataclasses.replace(FACTS, format=manifest.FORMAT, backend=backend, engines=engines)
 
@@ -38,10 +38,10 @@ def test_a_set_that_is_simulated_says_so(formats: tuple[str, ...], said: str) ->
     assert f"\n  simulated  {note}\n" in inspect.describe(facts)
 
 
-@pytest.mark.parametrize("form", ["fp32", "bf16", "fp16", "int8", "int4"])
-def test_a_set_that_is_computed_as_it_is_says_nothing(form: str) -> None:
-    assert inspect.simulation(a_set(form)) is None
-    assert "simulated" not in inspect.describe(a_set(form))
+@pytest.mark.parametrize("fmt", ["fp32", "bf16", "fp16", "int8", "int4"])
+def test_a_set_that_is_computed_as_it_is_says_nothing(fmt: str) -> None:
+    assert inspect.simulation(a_set(fmt)) is None
+    assert "simulated" not in inspect.describe(a_set(fmt))
 
 
 def test_a_compiled_set_is_not_simulated() -> None:
@@ -53,9 +53,9 @@ def test_the_build_says_it_beside_the_folder(
 ) -> None:
     """Also where nobody watches: on stderr, while the last line on stdout stays the folder."""
     folders = {"fp8": tmp_path / "default-fp8", "fp32": tmp_path / "default"}
-    for form, folder in folders.items():
+    for fmt, folder in folders.items():
         folder.mkdir()
-        (folder / manifest.FILENAME).write_bytes(a_set(form).dumps())
+        (folder / manifest.FILENAME).write_bytes(a_set(fmt).dumps())
     monkeypatch.setattr(build, "build", lambda recipe, *_: folders[recipe.precision])
     assert build.main(["--precision", "fp8"]) == 0
     captured = capsys.readouterr()

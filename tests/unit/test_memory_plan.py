@@ -28,16 +28,18 @@ def release(scratch: float = 0.0) -> list[Requirement]:
     return [Requirement(name, int(w * GB), int(scratch * GB)) for name, w in RELEASE.items()]
 
 
-def follow(steps: tuple[Step, ...], needs: list[Requirement], held: dict[str, int]) -> list[int]:
+def follow(
+    steps: tuple[Step, ...], needs: list[Requirement], resident: dict[str, int]
+) -> list[int]:
     """Bytes in memory at each stage, as an executor that obeys has them."""
     taken = []
     for step, need in zip(steps, needs, strict=True):
         for engine in step.evict:
-            del held[engine]
-        assert step.load == (need.engine not in held)
-        held[need.engine] = max(need.held, held.get(need.engine, 0))
-        held.update((n.engine, n.held) for n in needs if n.engine in step.ahead)
-        taken.append(sum(held.values()) + need.tensors)
+            del resident[engine]
+        assert step.load == (need.engine not in resident)
+        resident[need.engine] = max(need.resident, resident.get(need.engine, 0))
+        resident.update((n.engine, n.resident) for n in needs if n.engine in step.prefetch)
+        taken.append(sum(resident.values()) + need.tensors)
     return taken
 
 
@@ -45,13 +47,13 @@ def test_where_everything_fits_nothing_leaves() -> None:
     steps = schedule(release(), 32 * GB)
     assert memory_plan.everything_fits(steps)
     assert all(step.load for step in steps)
-    again = schedule(release(), 32 * GB, {n.engine: n.held for n in release()})
+    again = schedule(release(), 32 * GB, {n.engine: n.resident for n in release()})
     assert not any(step.load or step.evict for step in again)
 
 
 def test_the_next_engine_is_loaded_ahead_where_there_is_room() -> None:
-    steps = schedule(release(), 12 * GB, ahead=True)
-    coming = {step.engine: step.ahead for step in steps if step.ahead}
+    steps = schedule(release(), 12 * GB, prefetch=True)
+    coming = {step.engine: step.prefetch for step in steps if step.prefetch}
     # 6.5 beside 7.1, 3.6 beside 6.5 + 0.1 + 4.8, or 9.4 beside 3.6 + 4.8 is more than 12
     assert coming == {
         "visual_decode": ("clip_text",),
@@ -63,7 +65,7 @@ def test_the_next_engine_is_loaded_ahead_where_there_is_room() -> None:
 
 
 def test_nothing_is_loaded_ahead_unless_asked() -> None:
-    assert not any(step.ahead for step in schedule(release(), 32 * GB))
+    assert not any(step.prefetch for step in schedule(release(), 32 * GB))
 
 
 def test_modulation_leaves_before_the_loop() -> None:
@@ -76,23 +78,23 @@ def test_8_bit_runs_in_12_gb() -> None:
     assert max(step.peak for step in schedule(release(), 12 * GB)) <= 12 * GB
 
 
-def test_what_fits_stays_for_the_next_picture() -> None:
+def test_what_fits_stays_for_the_next_image() -> None:
     """At 14 GB the small engines never have to leave."""
-    needs, held = release(), {}
-    follow(schedule(needs, 14 * GB), needs, held)
-    second = schedule(needs, 14 * GB, dict(held))
+    needs, resident = release(), {}
+    follow(schedule(needs, 14 * GB), needs, resident)
+    second = schedule(needs, 14 * GB, dict(resident))
     loaded = {step.engine for step in second if step.load}
     assert not loaded & {"clip_text", "vae_decode"}
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_pictures_after_the_first_find_what_it_has_left(ahead: bool) -> None:
-    needs, held = release(), {}
-    first, later = memory_plan.schedules_of(needs, 14 * GB, ahead=ahead)
-    assert first == schedule(needs, 14 * GB, ahead=ahead)
-    follow(first, needs, held)
-    assert later == schedule(needs, 14 * GB, dict(held), ahead=ahead)
-    loads = [sum(step.load + len(step.ahead) for step in steps) for steps in (first, later)]
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_images_after_the_first_find_what_it_has_left(prefetch: bool) -> None:
+    needs, resident = release(), {}
+    first, later = memory_plan.schedules_of(needs, 14 * GB, prefetch=prefetch)
+    assert first == schedule(needs, 14 * GB, prefetch=prefetch)
+    follow(first, needs, resident)
+    assert later == schedule(needs, 14 * GB, dict(resident), prefetch=prefetch)
+    loads = [sum(step.load + len(step.prefetch) for step in steps) for steps in (first, later)]
     assert loads[1] < loads[0] == len(needs)
 
 
@@ -106,7 +108,7 @@ def test_the_stage_that_just_ended_leaves_first() -> None:
 def test_memory_never_exceeds_the_budget(seed: int) -> None:
     """Any sizes, run after run, with runs that skip stages and runs of other sizes between."""
     rng = random.Random(seed)
-    held: dict[str, int] = {}
+    resident: dict[str, int] = {}
     weights = {name: rng.randrange(1, 100) for name in "abcdefg"}
     budget = rng.randrange(160, 400)
     for _ in range(6):
@@ -115,8 +117,8 @@ def test_memory_never_exceeds_the_budget(seed: int) -> None:
             for name, size in weights.items()
             if rng.random() < 0.8
         ]
-        steps = schedule(needs, budget, held, ahead=rng.random() < 0.5)
-        taken = follow(steps, needs, held)
+        steps = schedule(needs, budget, resident, prefetch=rng.random() < 0.5)
+        taken = follow(steps, needs, resident)
         assert taken == [step.peak for step in steps]
         assert max(taken, default=0) <= budget
 

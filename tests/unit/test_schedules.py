@@ -129,7 +129,7 @@ def test_randomness_of_an_image_depends_on_seed_and_index_alone() -> None:
 
 
 def test_random_streams_are_pinned() -> None:
-    """A seed must give the same picture in every version of this package."""
+    """A seed must give the same image in every version of this package."""
     assert schedules.random_orders(42, 1, 8).tolist() == [[1, 3, 5, 7, 4, 6, 0, 2]]
     np.testing.assert_allclose(
         schedules.random_latents(42, 1, (1, 3)), [[[0.90162653, 0.39685556, -0.6641964]]], atol=1e-6

@@ -1,6 +1,6 @@
-// The page: one job at a time, seen becoming, a history of how pictures were made, images of which a
+// The page: one job at a time, seen becoming, a history of how images were made, images of which a
 // part is drawn anew, and questions about an image, whose answers come word by word.
-// Requests carry a token where the server asks for one, so pictures and events come by fetch.
+// Requests carry a token where the server asks for one, so images and events come by fetch.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
@@ -9,7 +9,7 @@ const KEPT = 24;
 const NAMES = {
   seed: "Seed", num_inference_steps: "Denoising steps", decoding_steps: "Decoding steps",
   controlnet_conditioning_scale: "Weight of the latents", cfg_weight: "Guidance of the MLLM",
-  guidance_scale: "Embedded guidance", num_images_per_prompt: "Pictures",
+  guidance_scale: "Embedded guidance", num_images_per_prompt: "Images",
 };
 let about = null;
 let running = null;   // the job's id
@@ -17,7 +17,7 @@ let shown = null;     // the entry of the history that is on the page
 let asked = null;     // the image that is asked about
 let edited = null;    // {blob, bitmap, cells, at}: the image that is edited, what is marked, the cursor
 let asking = null;    // ends the answer that is on its way
-const blobs = new Map(); // entry -> pictures, as long as the page is open
+const blobs = new Map(); // entry -> images, as long as the page is open
 const befores = new Map(); // entry of an edit -> its image, as long
 
 async function call(path, options = {}) {
@@ -111,10 +111,10 @@ function progress(job) {
 }
 
 function preview(data) {
-  let image = $("pictures").querySelector("img.preview");
+  let image = $("images").querySelector("img.preview");
   if (!image) {
     image = Object.assign(new Image(), { className: "preview", alt: "preview" });
-    $("pictures").replaceChildren(image);
+    $("images").replaceChildren(image);
     $("facts").replaceChildren();
     $("again").hidden = true;
   }
@@ -124,14 +124,14 @@ function preview(data) {
 
 async function finish(state, job, before) {
   if (state !== "done") {
-    $("pictures").replaceChildren();
+    $("images").replaceChildren();
     say(state === "cancelled" ? "Cancelled." : job.error.message, state === "failed");
     return;
   }
-  const pictures = [];
-  for (const path of job.images) pictures.push(await (await call(path)).blob());
-  const entry = { parameters: job.parameters, thumb: await thumbnail(pictures[0]) };
-  blobs.set(entry, pictures);
+  const images = [];
+  for (const path of job.images) images.push(await (await call(path)).blob());
+  const entry = { parameters: job.parameters, thumb: await thumbnail(images[0]) };
+  blobs.set(entry, images);
   if (before) {
     entry.edited = true;
     befores.set(entry, before);
@@ -150,13 +150,13 @@ async function thumbnail(blob) {
 function show(entry) {
   shown = entry;
   const { prompt, ...facts } = entry.parameters;
-  const pictures = blobs.get(entry) ?? [];
-  for (const image of $("pictures").querySelectorAll("img")) URL.revokeObjectURL(image.src);
-  $("pictures").replaceChildren(...pictures.map((blob, i) => {
+  const images = blobs.get(entry) ?? [];
+  for (const image of $("images").querySelectorAll("img")) URL.revokeObjectURL(image.src);
+  $("images").replaceChildren(...images.map((blob, i) => {
     const url = URL.createObjectURL(blob);
     const link = Object.assign(document.createElement("a"), {
       className: "download", href: url, textContent: "Download",
-      download: `bifrost-${facts.seed}${pictures.length > 1 ? `-${i}` : ""}.png`,
+      download: `bifrost-${facts.seed}${images.length > 1 ? `-${i}` : ""}.png`,
     });
     const caption = document.createElement("figcaption");
     caption.append(link);
@@ -184,7 +184,7 @@ function show(entry) {
   $("again").hidden = false;
 }
 
-// A picture, and over it the image that it was made from, as far as a slider says.
+// An image, and over it the image that it was made from, as far as a slider says.
 function beside(after, before) {
   if (!before) return [after];
   const over = Object.assign(new Image(), { className: "before", src: URL.createObjectURL(before), alt: "before" });
@@ -396,7 +396,7 @@ function list() {
       fill();
       say(entry.edited
         ? "Only how it was made is kept. Its settings are filled in; its image and what was marked are not kept."
-        : "Only how it was made is kept. Its settings are filled in: Draw makes the same picture.");
+        : "Only how it was made is kept. Its settings are filled in: Draw makes the same image.");
     });
     const item = document.createElement("li");
     item.append(button);

@@ -81,7 +81,7 @@ def test_it_is_quantized_audited_planned_and_run(tmp_path: Path) -> None:
         outputs=(TensorSpec("y", "float32", ("images", 7, 80)),),
     )
     choices = policy.choose([stage], NAME, "bf16", {}, {})
-    assert [(choice.path, choice.form) for choice in choices] == [("0", NAME), ("2", "bf16")]
+    assert [(choice.path, choice.fmt) for choice in choices] == [("0", NAME), ("2", "bf16")]
     seen = Observer.nothing(WIDTH)
     seen.add(x, plain)
     statistics = Statistics("", (), {"two:0": seen})

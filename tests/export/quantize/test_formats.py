@@ -40,21 +40,21 @@ def test_e4m3_saturates_where_torch_gives_nan() -> None:
 # Relative error of a normal weight: int8 by a step of max/127 (max is 3.4 sigma of 512), fp8 by
 # its 3 bits of mantissa, the 4-bit formats by theirs.
 @pytest.mark.parametrize(
-    ("form", "error"), [("int8", 0.012), ("fp8", 0.03), ("int4", 0.1), ("nvfp4", 0.11)]
+    ("fmt", "error"), [("int8", 0.012), ("fp8", 0.03), ("int4", 0.1), ("nvfp4", 0.11)]
 )
-def test_a_weight_comes_back_with_the_error_of_its_bits(form: str, error: float) -> None:
+def test_a_weight_comes_back_with_the_error_of_its_bits(fmt: str, error: float) -> None:
     torch.manual_seed(1)
     weight = torch.randn(512, 96)
-    back = formats.dequantize(formats.quantize(weight, form), form)
+    back = formats.dequantize(formats.quantize(weight, fmt), fmt)
     found = float((back - weight).norm() / weight.norm())
     assert error / 3 < found < error
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_zeros_and_one_huge_weight_stay_finite(form: str) -> None:
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_zeros_and_one_huge_weight_stay_finite(fmt: str) -> None:
     weight = torch.zeros(64, 8)
     weight[5, 3] = 1e4
-    back = formats.dequantize(formats.quantize(weight, form), form)
+    back = formats.dequantize(formats.quantize(weight, fmt), fmt)
     assert torch.isfinite(back).all()
     assert back.count_nonzero() == 1
     assert back[5, 3] == pytest.approx(1e4, rel=0.01)
@@ -79,10 +79,10 @@ def test_activations_of_nvfp4_have_a_scale_per_block() -> None:
     assert found[0, 20] == pytest.approx(0.006, rel=0.3)
 
 
-@pytest.mark.parametrize("form", ["int8", "fp8"])
-def test_activations_at_the_end_of_the_range_are_held_and_beyond_saturate(form: str) -> None:
-    scale = torch.tensor(formats.activation_scale(3.0, form))
-    found = formats.round_activations(torch.tensor([3.0, 30.0]), scale, form)
+@pytest.mark.parametrize("fmt", ["int8", "fp8"])
+def test_activations_at_the_end_of_the_range_are_held_and_beyond_saturate(fmt: str) -> None:
+    scale = torch.tensor(formats.activation_scale(3.0, fmt))
+    found = formats.round_activations(torch.tensor([3.0, 30.0]), scale, fmt)
     assert found[0] == pytest.approx(3.0, rel=1e-5)
     assert found[1] <= 3.0 * 128 / 127 + 1e-5
 

@@ -33,30 +33,30 @@ BITS = {"int8": 8, "fp8": 8, "nvfp4": 4.5, "int4": 4.5}
 class Two(nn.Module):
     """A quantized layer and one in 16 bit."""
 
-    def __init__(self, form: str, migrated: bool = False) -> None:
+    def __init__(self, fmt: str, migrated: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         linear, self.last = nn.Linear(WIDTH, 96), nn.Linear(96, 80)
-        scale = activation_scale(4.0, form) if FORMATS[form].calibrated else None
+        scale = activation_scale(4.0, fmt) if FORMATS[fmt].calibrated else None
         factors = torch.linspace(0.5, 2.0, WIDTH) if migrated else None
-        self.first = QuantizedLinear(linear, form, scale, factors)
+        self.first = QuantizedLinear(linear, fmt, scale, factors)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.relu(self.first(x)))
 
 
-def built(folder: Path, form: str, migrated: bool = False) -> tuple[Stage, EngineSpec]:
-    module = Two(form, migrated).eval().requires_grad_(False)
+def built(folder: Path, fmt: str, migrated: bool = False) -> tuple[Stage, EngineSpec]:
+    module = Two(fmt, migrated).eval().requires_grad_(False)
     stage = Stage(
         definition=Definition("two", tolerance=1e-5),
         module=module,
         inputs=(TensorSpec("x", "float32", ("images", 7, WIDTH)),),
         outputs=(TensorSpec("y", "float32", ("images", 7, 80)),),
     )
-    return stage, written(stage, folder, form)
+    return stage, written(stage, folder, fmt)
 
 
-def written(stage: Stage, folder: Path, form: str) -> EngineSpec:
+def written(stage: Stage, folder: Path, fmt: str) -> EngineSpec:
     """A stage's file, the rest of it in 16 bit, and what the manifest says of it."""
     precision.round_weights(stage.module, "bf16")
     traced = graph.to_graph(stage)
@@ -65,7 +65,7 @@ def written(stage: Stage, folder: Path, form: str) -> EngineSpec:
     layers = audit.read(files[0])
     return EngineSpec(
         "two", files[0].name, tuple(f.name for f in files), stage.inputs, stage.outputs, (),
-        Precision(form, "", audit.compute(layers), audit.formats(layers)),
+        Precision(fmt, "", audit.compute(layers), audit.formats(layers)),
     )  # fmt: skip
 
 
@@ -89,23 +89,21 @@ def _any() -> object:
 
 
 @pytest.mark.parametrize("migrated", [False, True])
-@pytest.mark.parametrize("form", FORMATS)
-def test_onnxruntime_computes_what_torch_computes(
-    form: str, migrated: bool, tmp_path: Path
-) -> None:
-    stage, spec = built(tmp_path, form, migrated)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_onnxruntime_computes_what_torch_computes(fmt: str, migrated: bool, tmp_path: Path) -> None:
+    stage, spec = built(tmp_path, fmt, migrated)
     x = torch.randn(2, 7, WIDTH)
     wanted = exact(stage, x)
     found = computed("onnxruntime", tmp_path, spec, x.numpy())
     assert (found - wanted).abs().max() < 2e-5 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
-def test_openvino_computes_the_same_files(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fmt", ["int8", "int4"])
+def test_openvino_computes_the_same_files(fmt: str, tmp_path: Path) -> None:
     if reason := backends.BACKENDS["openvino"].unavailable():
         pytest.skip(reason)
-    stage, spec = built(tmp_path, form)
-    if openvino_refuses({form}):  # without VNNI; both kinds are in test_processors.py
+    stage, spec = built(tmp_path, fmt)
+    if openvino_refuses({fmt}):  # without VNNI; both kinds are in test_processors.py
         with pytest.raises(BackendError, match="wrong int8 values"):
             computed("openvino", tmp_path, spec, np.zeros((1, 7, WIDTH), np.float32))
         return
@@ -115,36 +113,36 @@ def test_openvino_computes_the_same_files(form: str, tmp_path: Path) -> None:
     assert (found - wanted).abs().max() < 2e-5 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("form", ["nvfp4", "fp8"])
-def test_openvino_refuses_what_it_would_compute_differently(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fmt", ["nvfp4", "fp8"])
+def test_openvino_refuses_what_it_would_compute_differently(fmt: str, tmp_path: Path) -> None:
     if reason := backends.BACKENDS["openvino"].unavailable():
         pytest.skip(reason)
-    _, spec = built(tmp_path, form)
-    with pytest.raises(BackendError, match=f"does not simulate {form}"):
+    _, spec = built(tmp_path, fmt)
+    with pytest.raises(BackendError, match=f"does not simulate {fmt}"):
         backends.load("openvino").open(tmp_path, spec, {"images": _any()})
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_weights_are_stored_in_their_bits(form: str, tmp_path: Path) -> None:
-    _, spec = built(tmp_path, form)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_weights_are_stored_in_their_bits(fmt: str, tmp_path: Path) -> None:
+    _, spec = built(tmp_path, fmt)
     layer = audit.read(tmp_path / "two.onnx")["first"]
-    assert layer.form == form
-    ideal = WIDTH * 96 * BITS[form] / 8
+    assert layer.fmt == fmt
+    ideal = WIDTH * 96 * BITS[fmt] / 8
     assert ideal <= layer.bytes <= 1.05 * ideal
-    if BITS[form] == 8:
+    if BITS[fmt] == 8:
         assert layer.bytes <= 0.27 * WIDTH * 96 * 4
     # and the file has nothing beside it: the other layer in 16 bit, biases, scales of channels
     size = sum((tmp_path / name).stat().st_size for name in spec.files if name.endswith(".data"))
     assert size < layer.bytes + 96 * 80 * 2 + 16 * 1024
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_the_audit_finds_every_layer_and_its_kernel(form: str, tmp_path: Path) -> None:
-    _, spec = built(tmp_path, form)
-    report = audit.audit(tmp_path, [spec], {"two": {"first": form, "last": "bf16"}})["two"]
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_audit_finds_every_layer_and_its_kernel(fmt: str, tmp_path: Path) -> None:
+    _, spec = built(tmp_path, fmt)
+    report = audit.audit(tmp_path, [spec], {"two": {"first": fmt, "last": "bf16"}})["two"]
     formats = {path: layer["format"] for path, layer in report["layers"].items()}
-    assert formats == {"first": form, "last": "bf16"}
-    for kernel in RUNTIME[form].kernels:
+    assert formats == {"first": fmt, "last": "bf16"}
+    for kernel in RUNTIME[fmt].kernels:
         assert report["kernels"][kernel] == 1
     assert report["unused"] == []
 
@@ -178,9 +176,9 @@ def test_an_asked_layer_that_nothing_reads_is_named(tmp_path: Path) -> None:
 
 def test_int8_computes_in_int8_and_the_others_say_what_they_do(tmp_path: Path) -> None:
     said = {}
-    for form in FORMATS:
-        (tmp_path / form).mkdir()
-        said[form] = built(tmp_path / form, form)[1].precision.compute
+    for fmt in FORMATS:
+        (tmp_path / fmt).mkdir()
+        said[fmt] = built(tmp_path / fmt, fmt)[1].precision.compute
     assert said == {
         "int8": "int8",
         "fp8": "float32, fp8 simulated",

@@ -46,16 +46,16 @@ def test_everything_that_a_definition_names_is_there(stages: list[Stage]) -> Non
 
 def test_what_is_excepted_says_why_and_the_rest_is_as_asked(stages: list[Stage]) -> None:
     choices = {c.name: c for c in policy.choose(stages, "int8", "bf16", {}, {})}
-    assert choices["visual_decode:branch.vision_head"].form == "bf16"
+    assert choices["visual_decode:branch.vision_head"].fmt == "bf16"
     assert "tokens" in choices["visual_decode:branch.vision_head"].reason
     for name in (
         "visual_decode:branch.layers.0.mlp.down_proj",
         "denoise:transformer_blocks.0.attn.to_q",
     ):
-        assert choices[name].form == "int8"
+        assert choices[name].fmt == "int8"
         assert choices[name].reason == ""
-    assert all(c.reason for c in choices.values() if c.form == "bf16")
-    assert {c.form for c in choices.values() if c.stage == "conditioning"} == {"bf16"}
+    assert all(c.reason for c in choices.values() if c.fmt == "bf16")
+    assert {c.fmt for c in choices.values() if c.stage == "conditioning"} == {"bf16"}
 
 
 def test_a_stage_and_a_layer_can_be_something_else(stages: list[Stage]) -> None:
@@ -63,17 +63,17 @@ def test_a_stage_and_a_layer_can_be_something_else(stages: list[Stage]) -> None:
     choices = {
         c.name: c for c in policy.choose(stages, "int8", "bf16", {"t5_text": "fp32"}, layers)
     }
-    assert {c.form for c in choices.values() if c.stage == "t5_text"} == {"fp32"}
-    assert choices["denoise:transformer_blocks.0.attn.to_q"].form == "fp8"
+    assert {c.fmt for c in choices.values() if c.stage == "t5_text"} == {"fp32"}
+    assert choices["denoise:transformer_blocks.0.attn.to_q"].fmt == "fp8"
     chosen = choices["denoise:transformer_blocks.1.attn.to_q"]  # the last that fits counts
-    assert (chosen.form, chosen.reason) == ("fp16", "recipe: denoise:transformer_blocks.1.*")
-    assert choices["denoise:controlnet_blocks.0.attn.to_q"].form == "int8"
+    assert (chosen.fmt, chosen.reason) == ("fp16", "recipe: denoise:transformer_blocks.1.*")
+    assert choices["denoise:controlnet_blocks.0.attn.to_q"].fmt == "int8"
 
 
 def test_blocks_that_do_not_divide_stay_in_16_bit(stages: list[Stage]) -> None:
     choices = [c for c in policy.choose(stages, "int4", "fp16", {}, {}) if "multiple" in c.reason]
     assert choices  # T5 is 48 wide here
-    assert {c.form for c in choices} == {"fp16"}
+    assert {c.fmt for c in choices} == {"fp16"}
     assert "no multiple of int4's block of 32" in choices[0].reason
 
 

@@ -39,11 +39,11 @@ PRECISE = "session.x64quantprecision"
 class Layer:
     """Two layers as a build writes them, the first in a format; what torch computes."""
 
-    def __init__(self, folder: Path, form: str = "int8") -> None:
+    def __init__(self, folder: Path, fmt: str = "int8") -> None:
         self.folder = folder
-        stage, spec = built(folder, form)
+        stage, spec = built(folder, fmt)
         self.spec = dataclasses.replace(
-            spec, precision=dataclasses.replace(spec.precision, weights=form)
+            spec, precision=dataclasses.replace(spec.precision, weights=fmt)
         )
         torch.manual_seed(1)
         x = torch.randn(2, 7, WIDTH) * 1.5
@@ -94,8 +94,8 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Layer:
 def test_the_precise_mode_is_for_int8_where_sums_saturate(
     layer: Layer, processor: Processor
 ) -> None:
-    def precise(form: str) -> bool:
-        precision = dataclasses.replace(layer.spec.precision, layers={form: 1})
+    def precise(fmt: str) -> bool:
+        precision = dataclasses.replace(layer.spec.precision, layers={fmt: 1})
         spec = dataclasses.replace(layer.spec, precision=precision)
         options, _ = session_options(spec, processor)
         try:

@@ -1,4 +1,4 @@
-"""A plan as a picture: what is in memory at each stage, under the budget, and where time goes."""
+"""A plan as an image: what is in memory at each stage, under the budget, and where time goes."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ def _memory(plan: Plan) -> Iterator[list[tuple[str, int]]]:
     here: dict[str, int] = {}
     for stage in plan.stages:
         here = {name: size for name, size in here.items() if name not in stage.evict}
-        here[stage.engine] = _held(stage)
+        here[stage.engine] = _resident(stage)
         if not plan.fits:
-            here = {stage.engine: _held(stage)}
+            here = {stage.engine: _resident(stage)}
         yield [*here.items(), ("tensors", stage.tensor_bytes)]
 
 
-def _held(stage: StagePlan) -> int:
+def _resident(stage: StagePlan) -> int:
     return stage.weights_in_memory + stage.activation_bytes

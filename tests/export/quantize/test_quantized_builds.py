@@ -101,7 +101,7 @@ def test_the_report_gives_a_reason_for_every_exception(int8_set: Path) -> None:
         assert engine["parity"]["calls"] > 0
 
 
-def test_pictures_stay_close(int8_set: Path) -> None:
+def test_images_stay_close(int8_set: Path) -> None:
     case = load_case("case_01")
     with Generator(int8_set) as generator:
         result = generator.run(**case.request(), output_type="np")
@@ -136,7 +136,7 @@ def test_an_int8_set_is_as_built_in_the_precise_mode(
 ) -> None:
     monkeypatch.setattr(processors, "here", lambda: AVX2)
     assert cli.main(["verify", str(int8_set), "--backend", "onnxruntime"]) == 0
-    assert "self-test picture within 0 of 255" in capsys.readouterr().out
+    assert "self-test image within 0 of 255" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -156,7 +156,7 @@ def test_a_set_that_was_built_here_is_verified_on_an_older_processor(int8_set: P
         cwd=Path(__file__).parents[3],
     )
     assert done.returncode == 0, done.stderr
-    assert "9 engines load, self-test picture within" in done.stdout
+    assert "9 engines load, self-test image within" in done.stdout
 
 
 def test_inspect_says_what_every_layer_is_and_why(
@@ -274,7 +274,7 @@ def test_a_file_without_prompts_is_refused_before_anything_is_built(tmp_path: Pa
     ("changes", "message"),
     [
         ({"precision": "int9"}, "precision 'int9' is unknown .did you mean 'int8'"),
-        ({"rest": "fp32"}, "rest 'fp32' is unknown"),
+        ({"fallback": "fp32"}, "fallback 'fp32' is unknown"),
         ({"stages": {"denoise": "fp6"}}, "stages.denoise 'fp6' is unknown"),
         ({"layers": {"denoise:*": "half"}}, "'half' is unknown"),
         ({"scales": "entropy"}, "scales 'entropy' is unknown"),
