@@ -7,7 +7,7 @@ from engines/checkpoints/scenes. Every task has a render, a mask and a prompt of
 seed: an object is replaced, gets another colour, goes, or is added beside another. The mask is a
 square around it, as somebody would paint it. The part is right where it holds what the prompt says
 and nothing else; the rest is right where it holds what it held, in its place. PSNR is that of the
-pixels whose tokens are kept.
+pixels whose tokens are kept, and 100 dB where all are equal.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ TASKS = 200
 SEED = 20261127
 MARGIN = 7.0  # px of the mask around an object of usual size
 MOVED = 4.0  # px by which an object that is kept may move or grow
+SAME = 100.0  # dB, what equal pixels count as in the mean
 FRAME = 3  # px of the contact sheet's frames
 PARTS = ("part", "rest", "both")  # of a verdict
 
@@ -165,19 +166,26 @@ def psnr_outside(task: Task, edited: Pixels, side: int) -> float:
     Args:
         side: tokens of the grid's side.
     """
-    cells = masks.places(Image.fromarray(task.mask()), side).reshape(side, side)
+    cells = masks.touched(Image.fromarray(task.mask()), side)
     kept = ~np.kron(cells, np.ones((SIDE // side, SIDE // side), bool))
     off = (task.image[kept].astype(float) - edited[kept]) ** 2
-    return float(10 * np.log10(255**2 / max(off.mean(), 1e-9)))
+    return float(10 * np.log10(255**2 / off.mean())) if off.any() else SAME
 
 
-def measure(generator: Generator, asked: Sequence[Task]) -> tuple[dict[str, Any], list[Pixels]]:
+def measure(
+    generator: Generator, asked: Sequence[Task], keep_pixels: bool
+) -> tuple[dict[str, Any], list[Pixels]]:
     """Edit every render: shares in percent by kind, and the outputs."""
     side = round(generator.manifest.model.num_visual_tokens**0.5)
     verdicts, distances, outputs = [], [], []
     for i, task in enumerate(asked):
         (edited,) = generator.run(
-            task.prompt, image=task.image, mask=task.mask(), seed=i, output_type="np"
+            task.prompt,
+            image=task.image,
+            mask=task.mask(),
+            seed=i,
+            output_type="np",
+            keep_pixels=keep_pixels,
         ).images
         outputs.append(edited)
         verdicts.append(verdict(task, edited))
@@ -229,18 +237,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--engines", type=Path, required=True, help="the set to measure")
     parser.add_argument("--limit", type=count, default=TASKS, help=f"tasks ({TASKS})")
     parser.add_argument("--backend", help="default: the one that the set was built for")
+    parser.add_argument(
+        "--no-keep-pixels", dest="keep", action="store_false", help="draw the whole image"
+    )
     parser.add_argument("--json", type=new_file, help="write the result")
     parser.add_argument("--sheet", type=new_file, help="write a contact sheet of the first 36")
     given = parser.parse_args(arguments)
     asked = tasks(given.limit)
     with Generator(given.engines, backend=given.backend) as generator:
-        found, outputs = measure(generator, asked)
+        found, outputs = measure(generator, asked, given.keep)
         who = f"{generator.manifest.name}, {generator.backend.name}"
     print(f"{who}\n\n{table(found)}")
     if given.sheet:
         sheet(asked[:36], outputs[:36], given.sheet)
     if given.json:
-        result = {"machine": machine(), "set": who, "edits": found}
+        result = {"machine": machine(), "set": who, "keep_pixels": given.keep, "edits": found}
         given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -52,7 +52,7 @@ class Dim:
 
 IMAGES, PROMPTS, TEXTS = "images", "prompts", "texts"
 BRANCHES, TEXT_TOKENS, STEPS, REVEALED = "branches", "text_tokens", "steps", "revealed"
-WINDOWS, VISION_TOKENS = "windows", "vision_tokens"
+WINDOWS, VISION_TOKENS, SOURCES = "windows", "vision_tokens", "sources"
 NEW_TOKENS, CACHE_TOKENS = "new_tokens", "cache_tokens"
 IMAGE_TOKENS, ANSWER_TOKENS = "image_tokens", "answer_tokens"
 
@@ -66,7 +66,7 @@ CANDIDATES = 1024  # tokens that top_k and top_p choose among, at most
 # and a second branch. Steps are those of the loop that an engine belongs to, and `revealed` is the
 # largest number of places that a decoding step reveals. The text engine reads new tokens behind
 # those of its cache, some of them an image's, and chooses the answer's. Windows and vision tokens
-# are those of one image that is looked at.
+# are those of one image that is looked at, sources the images whose pixels are kept.
 DIMS = {
     dim.name: dim
     for dim in (
@@ -83,6 +83,7 @@ DIMS = {
         Dim(REVEALED, "revealed", 1, "num_visual_tokens", 11, "min"),
         Dim(WINDOWS, "windows", 1, "max_windows", 12, "max", rows="windows"),
         Dim(VISION_TOKENS, "vision_tokens", 1, "max_vision_tokens", 14, "max"),
+        Dim(SOURCES, "sources", 1, "max_images", 15, "min", rows="sources"),
     )
 }
 
@@ -114,6 +115,7 @@ def of_run(
     revealed: int = 1,
     windows: int = 1,
     vision_tokens: int = 1,
+    sources: int = 1,
     new_tokens: int | None = None,
     cache_tokens: int | None = None,
     image_tokens: int = 1,
@@ -128,6 +130,7 @@ def of_run(
         guided: whether classifier-free guidance is on.
         revealed: most places that one decoding step reveals.
         windows, vision_tokens: of an image that is looked at.
+        sources: images whose pixels are read.
         new_tokens, cache_tokens: of the text engine; default: `text_tokens`, as drawing reads a
             prompt.
         image_tokens, answer_tokens: of a conversation.
@@ -135,7 +138,7 @@ def of_run(
     facts = {
         **{"images": images, "prompts": prompts, "guided": int(guided)},
         **{"text_tokens": text_tokens, "steps": steps, "revealed": revealed},
-        **{"windows": windows, "vision_tokens": vision_tokens},
+        **{"windows": windows, "vision_tokens": vision_tokens, "sources": sources},
         "new_tokens": text_tokens if new_tokens is None else new_tokens,
         "cache_tokens": text_tokens if cache_tokens is None else cache_tokens,
         **{"image_tokens": image_tokens, "answer_tokens": answer_tokens},
@@ -186,9 +189,13 @@ def decodes(spec: EngineSpec) -> bool:
 
 
 def looks(spec: EngineSpec) -> bool:
-    """Say whether an engine belongs to looking at an image, because it reads its windows; drawing
-    does not use it."""
+    """Say whether an engine belongs to looking at an image, because it reads its windows."""
     return WINDOWS in used_by(spec)
+
+
+def reads_image(spec: EngineSpec) -> bool:
+    """Say whether an engine reads an image that a user gives; drawing a prompt does not use it."""
+    return bool({WINDOWS, SOURCES} & used_by(spec))
 
 
 def reads_pieces(spec: EngineSpec) -> bool:
@@ -198,7 +205,7 @@ def reads_pieces(spec: EngineSpec) -> bool:
 
 def drawing(engines: Iterable[EngineSpec]) -> list[str]:
     """Return the names of those engines that draw, in their order."""
-    return [spec.name for spec in engines if not looks(spec)]
+    return [spec.name for spec in engines if not reads_image(spec)]
 
 
 def loops(spec: EngineSpec) -> bool:

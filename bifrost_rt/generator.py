@@ -20,6 +20,7 @@ from bifrost_rt import (
     chat,
     dims,
     engines,
+    image_latents,
     image_processor,
     images,
     latents_file,
@@ -153,8 +154,7 @@ class Generator:
                 take the place of those that the MLLM would predict. See `encode`.
             mask: an image, white or transparent where `image` or `tokens` are drawn anew under the
                 prompt: a visual token that it touches is predicted, all others are kept. It is cut
-                as the image is, and first stretched to its size. The image is drawn whole, so that
-                pixels outside the mask differ a little from it.
+                as the image is, and first stretched to its size. See `keep_pixels`.
             height, width: must be the set's own, where given.
             order: [n, N], per image a permutation of its places, instead of the seed's.
             latents: [n, S, C] packed starting noise, instead of the seed's.
@@ -254,6 +254,7 @@ class Generator:
         if mask is not None and tokens is None and image is None:
             raise RequestError("mask says what to draw anew of an image or of tokens; give one")
         others["think"] = thinking.instruction(self.manifest, think)
+        keep = self._keeps(image, mask, others)
         if prompt is None and others["think"] is not None:
             raise RequestError(
                 "think needs a prompt to think of", hint="prompt=None draws what describe() says"
@@ -268,7 +269,7 @@ class Generator:
         check = functools.partial(request.check, self.manifest, **others)
         side = math.isqrt(self.manifest.model.num_visual_tokens)
         size = None if shown is None else shown.size
-        masked = None if painted is None else masks.places(painted, side, size)
+        masked = None if painted is None else masks.touched(painted, side, size).ravel()
         if shown is None:
             checked = check(prompt="" if prompt is None else prompt, tokens=tokens, masked=masked)
             return dataclasses.replace(checked, pixels=pixels)
@@ -276,11 +277,39 @@ class Generator:
         checked = check(prompt="" if prompt is None else prompt, masked=np.zeros(side**2, bool))
         said = self.describe(shown).text if prompt is None else prompt
         if extend := checked.parameters.extend:
-            shown, canvas = masks.canvas(shown, painted or Image.new("L", shown.size), extend)
-            masked = masks.places(canvas, side)
+            shown, painted = masks.canvas(shown, painted or Image.new("L", shown.size), extend)
+            masked = masks.touched(painted, side).ravel()
         seen = np.repeat(self.encode(shown), checked.images, axis=0)
         checked = check(prompt=said, tokens=seen, masked=masked)
-        return dataclasses.replace(checked, pixels=pixels)
+        known = None
+        if keep:
+            assert painted is not None
+            with self._turns.turn("run()"):
+                known = image_latents.known_region(self._engines, self.manifest, shown, painted)
+        if known is not None:
+            known = known.repeated(checked.images)
+        return dataclasses.replace(checked, pixels=pixels, known=known)
+
+    def _keeps(
+        self, image: ImageLike | None, mask: ImageLike | None, given: dict[str, Any]
+    ) -> bool:
+        """Say whether pixels of an image are kept, and write it into the options.
+
+        Raises:
+            RequestError: it was asked for, and there are none, or the set cannot read them.
+        """
+        in_part = image is not None and bool(mask is not None or given.get("extend"))
+        asked = given.get("keep_pixels")
+        if asked is None:
+            given["keep_pixels"] = in_part and image_latents.can_keep(self.manifest)
+        elif asked is True:
+            if not in_part:
+                raise RequestError(
+                    "keep_pixels keeps what lies outside the mask of an image; pass image and "
+                    "mask, or extend"
+                )
+            image_latents.require(self.manifest)
+        return given["keep_pixels"] is True
 
     def encode(self, image: ImageLike) -> NDArray[np.float32]:
         """Read an image into the CLIP latents that the ControlNet reads, [1, N, D]: pass them to

@@ -1,4 +1,5 @@
-"""What is drawn anew of an image: a mask as users paint it, a canvas around it -> visual tokens."""
+"""What is drawn anew of an image: a mask as users paint it, a canvas around it -> cells of a grid:
+visual tokens, latents or pixels."""
 
 from __future__ import annotations
 
@@ -11,26 +12,24 @@ from bifrost_rt import image_processor
 HALF = 128  # of 255: what is as white, or as transparent, is masked
 
 
-def places(
+def touched(
     painted: Image.Image, side: int, size: tuple[int, int] | None = None
 ) -> NDArray[np.bool_]:
-    """Return the tokens of a square grid that a mask touches, [side * side], row by row.
+    """Return the cells of a square grid that a mask touches, [side, side].
 
     Args:
         painted: the mask, as `images.painted` reads it.
-        side: tokens of the grid's side.
+        side: cells of the grid's side.
         size: width and height of the image that is masked, to which the mask is stretched; None:
             the mask's own. What is not square is cut at its middle.
     """
     if size is not None and painted.size != size:
         painted = painted.resize(size, Image.Resampling.NEAREST)
-    touched = np.asarray(image_processor.middle(painted)) >= HALF
-    edge = len(touched)
+    marked = np.asarray(image_processor.middle(painted)) >= HALF
+    edge = len(marked)
     bounds = [(i * edge // side, -(-(i + 1) * edge // side)) for i in range(side)]
-    cells = [
-        touched[top:bottom, left:right].any() for top, bottom in bounds for left, right in bounds
-    ]
-    return np.array(cells)
+    rows = np.stack([marked[top:bottom].any(axis=0) for top, bottom in bounds])
+    return np.stack([rows[:, left:right].any(axis=1) for left, right in bounds], axis=1)
 
 
 def canvas(
@@ -39,7 +38,7 @@ def canvas(
     """Put a canvas around an image, square by cutting at its middle, and mask it.
 
     Args:
-        painted: the image's own mask, as `places` takes it.
+        painted: the image's own mask, as `touched` takes it.
         share: width of the canvas on each side, of the image's side.
 
     Returns:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bifrost_rt import schedules
+from bifrost_rt import image_latents, schedules
 from bifrost_rt.manifest import EngineSpec, SetSpec
 from bifrost_rt.request import Request
 
@@ -73,6 +73,12 @@ def without_effect(manifest: SetSpec, request: Request) -> Iterator[Note]:
         )
     if request.masked is not None and not request.masked.any():
         yield Note(text="mask has no effect: it touches no visual token, and nothing is drawn anew")
+    edited = "image" in request.pixels and request.masked is not None and request.known is None
+    if edited and not (options.keep_pixels or image_latents.can_keep(manifest)):
+        yield Note(
+            text="pixels outside the mask are drawn again, too: the set has no engine "
+            f"`{image_latents.NAME}` to keep them with; rebuild it"
+        )
     interval, steps = options.cache_interval, options.num_inference_steps
     if interval > 1 and all(schedules.computed_steps(steps, interval)):
         yield Note(

@@ -90,11 +90,30 @@ class Float:
         return float(value)
 
 
+@dataclass(frozen=True)
+class Boolean:
+    """Yes or no."""
+
+    python_type: ClassVar[type] = bool
+    metavar: ClassVar[None] = None
+
+    def check(self, name: str, value: Any) -> bool:
+        """Return the value as a bool.
+
+        Raises:
+            RequestTypeError: naming the option, what it must be and what was given.
+        """
+        if not isinstance(value, (bool, np.bool_)):
+            raise RequestTypeError(f"{name} must be true or false, got {value!r}")
+        return bool(value)
+
+
 class Default(enum.Enum):
     """Where the value comes from when an option is not given, if not from a constant."""
 
     SET = "the field of the same name in `manifest.Defaults`"
     RANDOM = "32 random bits"
+    IMAGE = "whether a part of an image is drawn anew"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +134,7 @@ class Option:
         name: the field's; `options` fills it in.
     """
 
-    values: Integer | Float
+    values: Integer | Float | Boolean
     default: Default | int | float
     help: str
     doc: str = ""
@@ -137,6 +156,8 @@ class Option:
             return getattr(defaults, self.name)
         if self.default is Default.RANDOM:
             return secrets.randbits(32)
+        if self.default is Default.IMAGE:  # `Generator` says so where there is one
+            return False
         return self.default
 
 
@@ -243,6 +264,19 @@ class Parameters:
             per_request=True,
         ),
     ]
+    keep_pixels: Annotated[
+        bool,
+        Option(
+            values=Boolean(),
+            default=Default.IMAGE,
+            help="keep an image's pixels outside its mask (on where there is one)",
+            doc="keep the pixels of `image` that `mask` does not touch, or that `extend` puts a "
+            "canvas around: they are put back at the end, and their latents take part in every "
+            "denoising step, so that what is drawn fits to them. On where a part of an image is "
+            "drawn anew; off, the whole image is drawn from its tokens.",
+            per_request=True,
+        ),
+    ]
 
     @classmethod
     def fill(
@@ -296,6 +330,7 @@ class Options(TypedDict, total=False):
     cache_interval: int | None
     controlnet_conditioning_scale: float | None
     extend: float | None
+    keep_pixels: bool | None
 
 
 def options(parameters: type[Parameters]) -> Mapping[str, Option]:

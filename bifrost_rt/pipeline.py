@@ -1,6 +1,6 @@
 """The product, read top to bottom: from token ids to pixels.
 
-The runtime does no arithmetic of its own here. It hands buffers from engine to engine; what does
+The runtime does no arithmetic of its own here, but for what an edit keeps of its image. It hands buffers from engine to engine; what does
 not change inside a loop is computed before it, and a step marked `.t` is one call on memory that
 was bound beforehand.
 
@@ -24,6 +24,7 @@ from bifrost_rt import memory_plan, prompt_cache, prompt_inputs, schedules, text
 from bifrost_rt.backends.base import Buffer
 from bifrost_rt.engines import Engines, Loop
 from bifrost_rt.errors import BudgetError
+from bifrost_rt.known_region import KnownRegion
 from bifrost_rt.manifest import SetSpec
 from bifrost_rt.notes import Note
 from bifrost_rt.numerics import Checks
@@ -194,6 +195,8 @@ class Run:
         for t in range(options.num_inference_steps):
             if self._denoising.computed[t]:
                 denoise.step()  # 7.t
+                if request.known is not None:
+                    self._keep_known(request.known, denoise, self._denoising.reached[t])
             if self._on_step_end:
                 self._on_step_end("latents", t, float(self._timesteps[t]), denoise)
         latents = denoise.finish("latents")
@@ -207,6 +210,8 @@ class Run:
             yield "vae_decode"
             decoded = engines.run("vae_decode", {"latents": latents}, self.timings)
             images = down(decoded["images"]).copy()
+            if request.known is not None:
+                images = request.known.put_back(images)
         engines.check_files()
         self.timings["total"] = time.perf_counter() - self._start
         return Output(final_tokens, final_latents, images, self.timings)
@@ -258,6 +263,11 @@ class Run:
         found = engines.backend.download(tokens)
         self._checks.finite("visual_decode", "tokens", found, "image", earlier=cache)
         return {"tokens": tokens}
+
+    def _keep_known(self, known: KnownRegion, loop: Loop, level: float) -> None:
+        """Put the known region into the latents, which have reached this noise level."""
+        latents: NDArray[np.float32] = loop.copy("latents")
+        loop.replace("latents", known.blended(latents, self._request.latents, level))
 
     def _condition(self) -> Steps:
         """Yield what the denoising steps read of the prompt: contexts and modulations."""

@@ -40,6 +40,7 @@ class Previews:
         self._checks = Checks(manifest, request, engines.backend.download, replaced=True)
         self._engines = engines
         self._every = every
+        self._known = request.known
         self._x_t: NDArray[np.float32] = request.latents
         sigmas, plan = pipeline.denoising(manifest, request)
         self._level, self._reached = sigmas[0], plan.reached
@@ -78,5 +79,7 @@ class Previews:
         given = self._engines.put("vae_decode", latents=self._x_0)
         decoded = self._engines.run("vae_decode", given, {})
         image: NDArray[np.uint8] = self._engines.backend.download(decoded["images"]).copy()
+        if self._known is not None:
+            image = self._known.put_back(image)
         self.seconds += time.perf_counter() - began
         return image

@@ -11,9 +11,10 @@ from typing import Any, Literal, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bifrost_rt import latents_file, schedules, unicode
+from bifrost_rt import known_region, latents_file, schedules, unicode
 from bifrost_rt.dims import IMAGES
 from bifrost_rt.errors import RequestError, RequestTypeError
+from bifrost_rt.known_region import KnownRegion
 from bifrost_rt.manifest import SetSpec
 from bifrost_rt.params import Options, Parameters
 
@@ -57,6 +58,7 @@ class Request:
     output_type: OutputType
     tokens: NDArray[np.float32] | None  # [n, N, D] instead of the MLLM's
     masked: NDArray[np.bool_] | None = None  # [n, N], of `tokens` those that the MLLM predicts anew
+    known: KnownRegion | None = None  # of the images that are drawn anew in part
     # Of what was passed in as images: "image" or "mask" -> sha256 of its pixels.
     pixels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     think: str | None = None  # the instruction, where the MLLM is yet to think of the prompts
@@ -101,6 +103,7 @@ class Request:
             self.output_type,
             self.tokens is None,
             self.masked is None,
+            self.known is None,
             self.think,
         )
 
@@ -147,6 +150,7 @@ def merge(requests: Sequence[Request]) -> Request:
     prompts = tuple(one.prompts[i] for one in requests for i in one.prompt_index)
     tokens = [one.tokens for one in requests if one.tokens is not None]
     masked = [one.masked for one in requests if one.masked is not None]
+    known = [one.known for one in requests if one.known is not None]
     return dataclasses.replace(
         first,
         parameters=dataclasses.replace(first.parameters, prompt=prompts, num_images_per_prompt=1),
@@ -154,6 +158,7 @@ def merge(requests: Sequence[Request]) -> Request:
         given_latents=np.concatenate([one.latents for one in requests]),
         tokens=np.concatenate(tokens) if tokens else None,
         masked=np.concatenate(masked) if masked else None,
+        known=known_region.joined(known) if known else None,
     )
 
 

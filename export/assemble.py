@@ -17,7 +17,7 @@ from export.model.decoding import VisualDecode
 from export.model.denoising import Denoise
 from export.model.encoders import ClipText, T5Text
 from export.model.modulation import precompute_modulation
-from export.model.vae import VaeDecode
+from export.model.vae import VaeDecode, VaeEncode
 from export.stages import (
     Stage,
     clip_text,
@@ -27,6 +27,7 @@ from export.stages import (
     mllm_text,
     t5_text,
     vae_decode,
+    vae_encode,
     vision_encode,
     visual_decode,
 )
@@ -174,3 +175,5 @@ def stages(
     if vision is not None:
         longest = image_processor.limits(vision).side * vision.merge_size
         yield vision_encode.stage(checkpoint.vision_tower(longest))
+    if checkpoint.vae_encoder is not None:
+        yield vae_encode.stage(VaeEncode(checkpoint.vae_encoder, side))

@@ -54,6 +54,8 @@ MLLM_UNUSED = ("model.", "visual.", "lm_head.")
 RELEASE_MAX_LENGTH = 300
 # Of the MLLM: what the published config says, and more than any prompt needs.
 PUBLISHED_POSITIONS, MOST_POSITIONS = 128_000, 1 << 20
+# Halves of a VAE.
+ENCODER, DECODER = ("encoder.", "quant_conv."), ("decoder.", "post_quant_conv.")
 # Of a whole CLIP, whose text encoder alone is read.
 CLIP_UNUSED = ("text_projection.", "vision_model.", "visual_projection.", "logit_scale")
 M = TypeVar("M", bound=nn.Module)
@@ -249,12 +251,24 @@ class Checkpoint:
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        """The VAE's decoder; the encoder is not read."""
+        """The VAE's decoder."""
         config, named = self.flux.config("vae"), self.flux.named("vae")
         vae = _on_meta(config, AutoencoderKL, networks.vae(config))
         vae.encoder = vae.quant_conv = None
         self._fill(vae, "VAE decoder", named.find)
-        refuse_unused(named.weights, "VAE", ["encoder.", "quant_conv."])
+        refuse_unused(named.weights, "VAE", [*ENCODER])
+        return vae
+
+    @cached_property
+    def vae_encoder(self) -> AutoencoderKL | None:
+        """The VAE's encoder; None where the files hold the decoder alone."""
+        config, named = self.flux.config("vae"), self.flux.named("vae")
+        if "encoder.conv_in.weight" not in named:
+            return None
+        vae = _on_meta(config, AutoencoderKL, networks.vae(config))
+        vae.decoder = vae.post_quant_conv = None
+        self._fill(vae, "VAE encoder", named.find)
+        refuse_unused(named.weights, "VAE encoder", [*DECODER])
         return vae
 
     @cached_property

@@ -74,6 +74,7 @@ def sizes(
         text_tokens=text_tokens,
         steps=steps,
         revealed=schedules.most_revealed(num_visual_tokens, steps),
+        sources=images,
         **looked_at,
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import bifrost_rt
 from bifrost_rt.chat_params import OPTIONS as CHAT_OPTIONS
-from bifrost_rt.params import OPTIONS, Default, Option
+from bifrost_rt.params import OPTIONS, Boolean, Default, Option
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,10 @@ def add_option(command: argparse.ArgumentParser, option: Option) -> None:
         text += "; default: random"
     elif not isinstance(option.default, Default):
         text += f" ({option.default})"
+    if isinstance(values, Boolean):
+        yes_or_no = argparse.BooleanOptionalAction
+        command.add_argument(*names, dest=option.name, action=yes_or_no, default=None, help=text)
+        return
     command.add_argument(
         *names, dest=option.name, type=values.python_type, metavar=values.metavar, help=text
     )

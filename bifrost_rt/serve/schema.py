@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from bifrost_rt import chat_params
 from bifrost_rt.answering import FinishReason
 from bifrost_rt.chat_params import ChatOption, ChatOptions
-from bifrost_rt.params import LARGEST, OPTIONS, Default, Integer, Option
+from bifrost_rt.params import LARGEST, OPTIONS, Boolean, Default, Integer, Option
 from bifrost_rt.serve import conversation
 from bifrost_rt.serve.jobs import Stage, State
 
@@ -112,13 +112,15 @@ def option_field(option: Option) -> tuple[Any, Any]:
     kind: Any = Number
     if isinstance(values, Integer):
         kind = Annotated[int, Field(ge=values.least, lt=values.below_in_json), Whole]
+    elif isinstance(values, Boolean):
+        kind = bool
     elif values.most < LARGEST:
         kind = Annotated[float, Field(ge=values.least, le=values.most), AfterValidator(_finite)]
     if option.default is Default.RANDOM:
         text += "; default: random"
     elif option.default is Default.SET:
         text += "; default: the model's"
-    else:
+    elif not isinstance(option.default, Default):
         text += f"; default {option.default}"
     return kind | None, Field(None, description=text)
 

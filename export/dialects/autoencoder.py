@@ -1,5 +1,5 @@
-"""FLUX's VAE as its authors named it: `ae.safetensors`. Its decoder's blocks are counted from the
-image, its attention's linear layers are convolutions."""
+"""FLUX's VAE as its authors named it: `ae.safetensors`. The blocks of both halves are counted from
+the image, and the linear layers of attention are convolutions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ MARK = "decoder.mid.block_1.conv1.weight"
 GROUPS, SCALING, SHIFT = 32, 0.3611, 0.1159  # FLUX.1's
 _BLOCK = re.compile(r"decoder\.up\.(\d+)\.block\.0\.conv1\.weight")
 _UP = re.compile(r"decoder\.up_blocks\.(\d+)\.(resnets\.(\d+)|upsamplers\.0)\.(.+)")
-_MID = re.compile(r"decoder\.mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
+_DOWN = re.compile(r"encoder\.down_blocks\.(\d+)\.(resnets\.(\d+)|downsamplers\.0)\.(.+)")
+_MID = re.compile(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 _ATTENTION = {
     "group_norm": "norm",
     "to_q": "q",
@@ -63,7 +64,7 @@ def config(net: Named) -> dict[str, Any]:
         "shift_factor": SHIFT,
         "up_block_types": ["UpDecoderBlock2D"] * max(blocks, 1),
         "use_post_quant_conv": "post_quant_conv.weight" in net,
-        "use_quant_conv": False,  # of the encoder
+        "use_quant_conv": "quant_conv.weight" in net,
     }
 
 
@@ -78,15 +79,19 @@ def _places(last: int, flat: bool) -> Callable[[str], Place]:
             inside = "upsample" if match[3] is None else f"block.{match[3]}"
             number = last - int(match[1])
             return Place(f"decoder.up.{number}.{inside}.{_shortcut(match[4])}")
+        if match := _DOWN.fullmatch(name):
+            inside = "downsample" if match[3] is None else f"block.{match[3]}"
+            return Place(f"encoder.down.{match[1]}.{inside}.{_shortcut(match[4])}")
         if match := _MID.fullmatch(name):
-            if match[1] == "resnets":
-                return Place(f"decoder.mid.block_{int(match[2]) + 1}.{_shortcut(match[3])}")
-            path, _, leaf = match[3].rpartition(".")
+            mid, number = f"{match[1]}.mid", int(match[3]) + 1
+            if match[2] == "resnets":
+                return Place(f"{mid}.block_{number}.{_shortcut(match[4])}")
+            path, _, leaf = match[4].rpartition(".")
             theirs = _ATTENTION.get(path, path)
             convolution = leaf == "weight" and theirs != "norm" and not flat
-            key = f"decoder.mid.attn_{int(match[2]) + 1}.{theirs}.{leaf}"
+            key = f"{mid}.attn_{number}.{theirs}.{leaf}"
             return Place(key, ones=2 if convolution else 0)
-        return Place(name.replace("decoder.conv_norm_out", "decoder.norm_out"))
+        return Place(name.replace("coder.conv_norm_out", "coder.norm_out"))
 
     return place
 

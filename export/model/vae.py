@@ -1,4 +1,4 @@
-"""The VAE's decoder, with unpacking, scaling and rounding inside."""
+"""The VAE between FLUX's packed latents and an image file's bytes, with scaling inside."""
 
 from __future__ import annotations
 
@@ -7,15 +7,23 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 
-class VaeDecode(nn.Module):
-    """The decoder between FLUX's packing and an image file's bytes."""
+class _Vae(nn.Module):
+    """One half of a VAE.
+
+    Args:
+        side: of the grid of packed latents.
+    """
 
     def __init__(self, vae: AutoencoderKL, side: int) -> None:
         super().__init__()
         self.vae = vae
-        self.side = side  # of the grid of packed latents
+        self.side = side
         self.scaling_factor = vae.config.scaling_factor
         self.shift_factor = vae.config.shift_factor or 0.0
+
+
+class VaeDecode(_Vae):
+    """The decoder, with rounding to bytes."""
 
     def sample(self, latents: Tensor) -> Tensor:
         """[B, side², 4C] -> [B, 3, H, W], not clamped"""
@@ -26,3 +34,17 @@ class VaeDecode(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         pixels = torch.round((self.sample(latents) / 2 + 0.5).clamp(0, 1) * 255)
         return pixels.permute(0, 2, 3, 1).to(torch.uint8)
+
+
+class VaeEncode(_Vae):
+    """The encoder. An image's latents are the mean of the distribution that it gives.
+
+    Source: diffusers' FluxInpaintPipeline (`_encode_vae_image`, `_pack_latents`).
+    """
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = pixels.to(torch.float32).permute(0, 3, 1, 2) / 127.5 - 1  # TensorRT casts bytes alone
+        mean = self.vae.encode(x, return_dict=False)[0].mode()
+        z = (mean - self.shift_factor) * self.scaling_factor  # [B, C, 2 side, 2 side]
+        z = z.unflatten(3, (self.side, 2)).unflatten(2, (self.side, 2))
+        return z.permute(0, 2, 4, 1, 3, 5).flatten(3, 5).flatten(1, 2)

@@ -82,6 +82,7 @@ def of_checkpoint(
     return [
         of_stage(stage, decoding if dims.decodes(stage.outline()) else sizes)
         for stage in assemble.stages(checkpoint, model, mllm_max_length, clip_tokens, t5_length)
+        if not dims.reads_image(stage.outline())
     ]
 
 
@@ -104,7 +105,7 @@ def of_set(
     at = at or memory_plan.sizes(manifest, decoding_steps=decoding_steps, num_inference_steps=steps)
     found = []
     for spec in manifest.engines:
-        if dims.looks(spec):
+        if dims.reads_image(spec):
             continue
         graph = ir.load(folder / spec.graph)
         stored = sum(

@@ -11,6 +11,7 @@ from export.stages import (
     mllm_text,
     t5_text,
     vae_decode,
+    vae_encode,
     vision_encode,
     visual_decode,
 )
@@ -21,6 +22,6 @@ DEFINITIONS = {
         *(mllm_text, visual_decode),
         *(clip_text, t5_text, conditioning),
         *(control_embed, denoise, vae_decode),
-        vision_encode,
+        *(vision_encode, vae_encode),
     )
 }

@@ -48,7 +48,7 @@ def test_the_mask_holds_the_object_and_spares_the_other() -> None:
         plain = render([], task.background)
         drawn = (render([task.kept], task.background) != plain).any(axis=2)
         # tokens of 16 px around the box may reach to the other's edge, and not to its middle
-        cells = masks.places(Image.fromarray(task.mask()), 8).reshape(8, 8)
+        cells = masks.touched(Image.fromarray(task.mask()), 8)
         covered = np.kron(cells, np.ones((16, 16), bool))
         assert (drawn & covered).sum() < 0.5 * drawn.sum()
         gone = (task.image != done(replace(task, wanted=None))).any(axis=2)

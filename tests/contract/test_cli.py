@@ -213,8 +213,15 @@ def test_a_part_of_an_image_is_drawn_anew(
     assert edited == expected.images[0].tobytes()
     like = ["--like", str(tmp_path / "edited.png"), "--image", str(image)]
     assert draw("like", *like, "--mask", str(mask)) == edited
+    again = draw("again", *like, "--mask", str(mask), "--no-keep-pixels")
+    with Generator(alpha_set) as opened:
+        expected = opened.run(
+            "a cow", image=image, mask=mask, seed=1, num_inference_steps=2, keep_pixels=False
+        )
+    assert again == expected.images[0].tobytes() != edited
     capsys.readouterr()
     for arguments, message in (
+        (["a cow", "--keep-pixels"], "keep_pixels keeps what lies outside the mask of an image"),
         (["--mask", str(mask)], "--mask says what to draw anew of an image or of tokens"),
         (like, "edited.png: was made from a mask of its own\nhint: --mask FILE"),
         ([*like, "--mask", str(none)], "was made from another mask than that of --mask"),
@@ -411,7 +418,7 @@ def test_verify_draws_what_the_builder_drew(
     if reason := backends.BACKENDS[backend].unavailable():
         pytest.skip(reason)
     assert main(["verify", str(set_for(backend)), "--backend", backend]) == 0
-    assert "9 engines load, self-test image within" in capsys.readouterr().out
+    assert "10 engines load, self-test image within" in capsys.readouterr().out
 
 
 def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,7 @@ def test_a_linked_set_is_inspected_and_verified(
     assert main(["inspect", str(folder)]) == 0
     assert "runs on" in capsys.readouterr().out
     assert main(["verify", str(folder)]) == 0
-    assert "9 engines load, self-test image within" in capsys.readouterr().out
+    assert "10 engines load, self-test image within" in capsys.readouterr().out
 
 
 def test_what_a_link_leads_to_is_checked_against_its_hash(alpha_set: Path, tmp_path: Path) -> None:

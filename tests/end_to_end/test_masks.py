@@ -134,7 +134,7 @@ def test_edits_with_other_masks_are_drawn_together(generator: Generator) -> None
             facts,
             prompt=prompt,
             tokens=tokens,
-            masked=masks.places(mask, SIDE),
+            masked=masks.touched(mask, SIDE).ravel(),
             decoding_steps=3,
             **FEW,
         )
@@ -147,7 +147,7 @@ def test_edits_with_other_masks_are_drawn_together(generator: Generator) -> None
 
 
 def places(mask: Any, size: tuple[int, int] | None = None) -> NDArray[np.bool_]:
-    return masks.places(images.painted(mask), SIDE, size)
+    return masks.touched(images.painted(mask), SIDE, size).ravel()
 
 
 def grid(*rows: str) -> NDArray[np.bool_]:

@@ -16,7 +16,7 @@ PACKAGES = [Path(package.__file__).parent for package in (bifrost_rt, export)]
 # The pipeline that calls engines, its glimpse into the middle of a run, and what drawing and
 # answering have in common.
 CALLERS = {"bifrost_rt/pipeline.py", "bifrost_rt/previews.py", "bifrost_rt/text_inputs.py"}
-CALLERS |= {"bifrost_rt/vision.py"}
+CALLERS |= {"bifrost_rt/vision.py", "bifrost_rt/image_latents.py"}
 # Which engines there are, and what their modules are made of.
 LISTS = {"export/stages/catalog.py", "export/assemble.py"}
 

@@ -77,12 +77,11 @@ def vae(diffusers: Tensors) -> Tensors:
     """diffusers' names of two blocks -> the authors'."""
     found = {}
     for name, value in diffusers.items():
-        if not name.startswith("decoder."):
-            continue
         new = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
         new = new.replace("up_blocks.0.", "up.ONE.").replace("up_blocks.1.", "up.0.")
         new = new.replace("up.ONE.", "up.1.").replace("upsamplers.0", "upsample")
-        if ".up." in new:
+        new = new.replace("down_blocks.", "down.").replace("downsamplers.0", "downsample")
+        if ".up." in new or ".down." in new:
             new = new.replace("resnets", "block")
         new = new.replace("mid_block.resnets.0", "mid.block_1")
         new = new.replace("mid_block.resnets.1", "mid.block_2")

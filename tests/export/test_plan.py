@@ -59,6 +59,8 @@ def test_planned_weights_are_the_built_ones_at_16_bit(works: dict[str, Work]) ->
     checkpoint = Checkpoint(*FOLDERS)
     planned = found = 0
     for stage in assemble.stages(checkpoint, assemble.facts(checkpoint), 48, 77, 32):
+        if stage.name not in works:  # it reads images, and draws nothing
+            continue
         precision.round_weights(stage.module, "bf16")
         traced = graph.to_graph(stage)
         precision.store(traced, "bf16")

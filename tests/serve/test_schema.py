@@ -6,7 +6,7 @@ from typing import Any
 
 import pydantic
 
-from bifrost_rt.params import LARGEST, OPTIONS, Float, Integer, Option
+from bifrost_rt.params import LARGEST, OPTIONS, Boolean, Float, Integer, Option
 from bifrost_rt.serve.schema import ImageRequest, JobRequest, OpenAIRequest, option_field
 
 
@@ -16,9 +16,10 @@ def test_the_http_api_takes_every_option() -> None:
     assert names < JobRequest.model_fields.keys()
     fields = ImageRequest.model_json_schema()["properties"]
     for name, option in OPTIONS.items():
-        assert ImageRequest(prompt="a", **{option.api_name: 1}).options() == {
+        value = True if isinstance(option.values, Boolean) else 1
+        assert ImageRequest(prompt="a", **{option.api_name: value}).options() == {
             **dict.fromkeys(OPTIONS),
-            name: 1,
+            name: value,
         }
         assert fields[option.api_name]["description"].startswith(option.help)
         kind, nothing = fields[option.api_name]["anyOf"]
@@ -26,6 +27,8 @@ def test_the_http_api_takes_every_option() -> None:
         if isinstance(option.values, Integer):
             assert (kind["type"], kind["minimum"]) == ("integer", option.values.least)
             assert kind.get("exclusiveMaximum") == option.values.below_in_json
+        elif isinstance(option.values, Boolean):
+            assert kind == {"type": "boolean"}
         else:
             bounds = {"minimum": option.values.least, "maximum": option.values.most}
             stated = bounds if option.values.most < LARGEST else {}

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("bifrost_rt", "export", "benchmarks", "scenes", "training", "tools")
 # Its own file, the catalog, what makes it of a checkpoint, the pipeline and what that is made of.
 # What calls engines: to draw, and to look.
-CALLERS = {"bifrost_rt/pipeline.py", "bifrost_rt/vision.py"}
+CALLERS = {"bifrost_rt/pipeline.py", "bifrost_rt/vision.py", "bifrost_rt/image_latents.py"}
 MOST_FILES = 6
 
 

@@ -18,6 +18,7 @@ from bifrost_rt.cli.options import add_option, long_flag, parser
 from bifrost_rt.manifest import Defaults
 from bifrost_rt.params import (
     OPTIONS,
+    Boolean,
     Default,
     Float,
     Option,
@@ -77,9 +78,16 @@ def test_the_command_line_takes_every_option() -> None:
     assert all(nothing[name] is None for name in OPTIONS)
     for name, option in OPTIONS.items():
         for flag in (long_flag(name), *option.flags):
-            given = vars(parser().parse_args(["generate", flag, "7"]))
-            assert given == {**nothing, name: 7}
-            assert type(given[name]) is option.values.python_type
+            for arguments, value in spellings(option, flag):
+                given = vars(parser().parse_args(["generate", *arguments]))
+                assert given == {**nothing, name: value}
+                assert type(given[name]) is option.values.python_type
+
+
+def spellings(option: Option, flag: str) -> list[tuple[list[str], Any]]:
+    if isinstance(option.values, Boolean):
+        return [([flag], True), ([flag.replace("--", "--no-")], False)]
+    return [([flag, "7"], 7)]
 
 
 def test_a_png_says_every_option(generator: Generator, tmp_path: Path) -> None:
@@ -90,7 +98,8 @@ def test_a_png_says_every_option(generator: Generator, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_requests_that_differ_are_drawn_together_only_where_that_is_declared(name: str) -> None:
-    one, other = (Parameters.fill("a", {"seed": 1, name: value}, DEFAULTS) for value in (1, 2))
+    values = (True, False) if isinstance(OPTIONS[name].values, Boolean) else (1, 2)
+    one, other = (Parameters.fill("a", {"seed": 1, name: value}, DEFAULTS) for value in values)
     assert one != other
     assert (one.shared == other.shared) is OPTIONS[name].per_request
 
@@ -102,6 +111,7 @@ def test_what_differs_from_image_to_image() -> None:
         "seed",
         "num_images_per_prompt",
         "extend",  # it is in the tokens and their mask
+        "keep_pixels",  # it is in the known region
     }
 
 

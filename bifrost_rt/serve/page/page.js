@@ -269,19 +269,29 @@ function moveCursor(dx, dy, mark) {
   paintMask();
 }
 
-// Transparent where it is marked, of the image's own size. A cell's pixels are its own alone.
+// The pixels of an edge of n cells: those within a cell, and those that two cells share.
+function strips(edge, n) {
+  return Array.from({ length: n }, (_, k) => {
+    const [from, to] = [k * edge / n, (k + 1) * edge / n];
+    const own = { cells: [k], from: Math.ceil(from), to: Math.floor(to) };
+    const shared = { cells: [k, k + 1], from: Math.floor(to), to: Math.ceil(to) };
+    return k + 1 < n ? [own, shared] : [own];
+  }).flat();
+}
+
+// Transparent where it is marked, of the image's own size: pixels all of whose cells are marked.
 function maskFile() {
   const { width, height } = edited.bitmap, [left, top, edge] = middle(edited.bitmap), n = side();
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   const context = canvas.getContext("2d");
   context.fillStyle = "#000";
   context.fillRect(0, 0, width, height);
-  edited.cells.forEach((is, i) => {
-    if (!is) return;
-    const [x, y] = [i % n, Math.floor(i / n)].map((k) => Math.ceil(k * edge / n));
-    const [r, b] = [i % n, Math.floor(i / n)].map((k) => Math.floor((k + 1) * edge / n));
-    context.clearRect(left + x, top + y, Math.max(r - x, 1), Math.max(b - y, 1));
-  });
+  for (const y of strips(edge, n)) for (const x of strips(edge, n)) {
+    if (!y.cells.every((row) => x.cells.every((column) => edited.cells[row * n + column]))) continue;
+    const own = x.cells.length + y.cells.length === 2 ? 1 : 0; // a cell of no whole pixel has one
+    context.clearRect(
+      left + x.from, top + y.from, Math.max(x.to - x.from, own), Math.max(y.to - y.from, own));
+  }
   return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
 }
 

@@ -156,7 +156,7 @@ def test_a_set_that_was_built_here_is_verified_on_an_older_processor(int8_set: P
         cwd=Path(__file__).parents[3],
     )
     assert done.returncode == 0, done.stderr
-    assert "9 engines load, self-test image within" in done.stdout
+    assert "10 engines load, self-test image within" in done.stdout
 
 
 def test_inspect_says_what_every_layer_is_and_why(
