@@ -11,7 +11,7 @@ from bifrost_rt import memory_plan
 from bifrost_rt.memory_plan import size_text
 from export import lazy_tensors, weight_offloading
 from export.errors import BuildError
-from export.formats import FORMATS
+from export.planning.storage import Storage
 from export.planning.trace import run_without_values
 from export.planning.work import count_elements
 from export.stages import Stage
@@ -68,14 +68,12 @@ class Share:
     engines: int
 
 
-def demand(
-    stages: Iterable[Stage], sizes: Mapping[str, int], precisions: Mapping[str, str]
-) -> Demand:
+def demand(stages: Iterable[Stage], sizes: Mapping[str, int], storage: Storage) -> Demand:
     """Return what building these stages takes.
 
     Args:
         sizes: of the run in which engines are compared with torch, symbol by symbol.
-        precisions: by stage.
+        storage: what the set is asked to be stored in.
     """
     base, most, worst, tensor, held, stored = BASE, 0, "", 0, 0, 0
     for stage in stages:
@@ -88,7 +86,7 @@ def demand(
             most, worst, tensor = needs, stage.name, largest
         base += TRACED * sum(1 for _ in stage.module.modules())
         held += round(UNPACKED * elements.bytes_at(None))
-        stored += elements.bytes_at(FORMATS[precisions[stage.name]])
+        stored += elements.bytes_at(storage)
     return Demand(base, base + most, base + held + most, stored + BESIDE, worst, tensor)
 
 

@@ -36,6 +36,7 @@ from bifrost_rt.manifest import (
 )
 from export import assemble, budget, chat, flux_files, parity, preprocessor, tokenizer_files
 from export.checkpoint import Checkpoint
+from export.planning.storage import Storage
 from export.recipe import Recipe
 from export.stages import Stage
 
@@ -185,7 +186,7 @@ def draw_up(recipe: Recipe, checkpoint: Checkpoint, model: ModelFacts, folder: P
         demand=budget.demand(
             stages.values(),
             parity.sizes(length, model, recipe.max_images, vision),
-            {name: recipe.precision_of(name) for name in stages},
+            Storage.of_recipe(recipe),
         ),
         engines=tuple(stage.outline() for stage in stages.values()),
     )

@@ -29,6 +29,7 @@ from export.recipe import Recipe
 if TYPE_CHECKING:
     from export.planning.estimate import InMemory, Plan
     from export.planning.kernel_times import Estimate
+    from export.planning.storage import Storage
     from export.planning.work import Work
 
 RELEASE_T5_LENGTH = 512
@@ -70,7 +71,7 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, Estimate | None]:
     # torch takes seconds to import: not before the command line is understood
     device = devices.find(options.device)
     budget = None if options.memory_budget is None else memory_plan.parse(options.memory_budget)
-    storage = _storage(options.precision)
+    storage = _precision(options.precision)
     flags = checkpoint_options.read(options)
     if flags and (options.engines or options.like):
         raise RecipeError(
@@ -147,16 +148,21 @@ def _recipe(given: str | None, flags: dict[str, Any]) -> Recipe:
 
 
 def of_recipe(
-    recipe: Recipe, device: devices.Device, storage: Format | None, budget: int | None = None
+    recipe: Recipe, device: devices.Device, precision: Format | None, budget: int | None = None
 ) -> Plan:
-    """Plan what a recipe would build; `storage` takes the place of its precision."""
+    """Plan what a recipe would build; `precision` takes the place of its own, and what the recipe
+    says of stages and layers stays."""
     from export import build_plan
     from export.planning import estimate, work
+    from export.planning.storage import Storage
 
     checkpoint, _ = build_plan.read_checkpoint(recipe)
     length = recipe.mllm_max_length or checkpoint.max_seq_length
     works = work.of_checkpoint(checkpoint, length, recipe.t5_max_length, STEPS)
-    storage = storage or FORMATS[recipe.precision]
+    if precision is not None:
+        recipe = dataclasses.replace(recipe, precision=precision.name)
+    storage = Storage.of_recipe(recipe)
+    storage.check(one.elements for one in works if one.elements)
     # the recipe's backend runs here; a device of the table runs compiled engines
     if device.name != devices.HERE:
         return estimate.plan(works, device, storage, budget)
@@ -172,8 +178,9 @@ def of_shapes(
 ) -> Plan:
     """Plan published shapes without a checkpoint."""
     from export.planning import estimate
+    from export.planning.storage import Storage
 
-    return estimate.plan(works_of_shapes(name), device, storage, budget)
+    return estimate.plan(works_of_shapes(name), device, Storage(storage), budget)
 
 
 def works_of_shapes(name: str) -> list[Work]:
@@ -197,10 +204,11 @@ def works_of_shapes(name: str) -> list[Work]:
         return work.of_checkpoint(checkpoint, checkpoint.max_seq_length, RELEASE_T5_LENGTH, STEPS)
 
 
-def _in_memory(backend: Backend, storage: Format) -> InMemory:
+def _in_memory(backend: Backend, storage: Storage) -> InMemory:
     def in_memory(work: Work, stored: int) -> int:
-        dtype = HALF.dtype if storage.linear_bits <= 8 and work.all_in_16_bit else storage.dtype
-        precision = Precision(storage.name, dtype, "float32")
+        assert work.elements is not None
+        most = work.elements.most(storage)
+        precision = Precision(storage.name, most.dtype, "float32")
         spec = EngineSpec(work.engine, "", (), (), (), (), precision)
         return backend.weights_in_memory(spec, stored)
 
@@ -213,7 +221,7 @@ def _elsewhere(folder: Path | None) -> list[str]:
     return [f"not counted: {spec.name}, on {spec.backend}" for spec in engines if spec.backend]
 
 
-def _storage(name: str | None) -> Format | None:
+def _precision(name: str | None) -> Format | None:
     if name is not None and name not in FORMATS:
         raise RecipeError(
             f"--precision {name!r} is unknown{serialization.nearest(name, FORMATS)}",

@@ -70,11 +70,6 @@ class Format:
         return int(self.runtime.weight_bits)
 
     @property
-    def kept_bits(self) -> float:
-        """Per weight of a linear layer that a quantized set keeps in 16 bit."""
-        return max(16, self.linear_bits)
-
-    @property
     def activation_scale(self) -> float:
         """Of activations and scratch memory, over float32."""
         return 1.0 if self.runtime is formats.FULL else 0.5

@@ -11,7 +11,7 @@ from bifrost_rt import dims
 from bifrost_rt.dims import CACHE_TOKENS
 from bifrost_rt.manifest import EngineSpec
 from export.formats import FULL
-from export.formats.base import Format
+from export.planning.storage import Elements, Storage
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,18 @@ class Answers:
     table_bytes: int | None
     cache: int
 
-    def read(self, stored: int, storage: Format | None) -> int:
+    def read(self, stored: int, storage: Storage | None, elements: Elements | None) -> int:
         """Return bytes that a token reads.
 
         Args:
             stored: of all weights.
             storage: their precision; None for that of a built set.
+            elements: what was counted of them before there is a set.
         """
         table = self.table_bytes
-        if table is None or storage is not None:
-            table = self.table * (storage or FULL).other_bytes
+        if table is None:
+            assert elements is not None
+            table = self.table * elements.rest(storage or Storage(FULL)).other_bytes
         return stored - table
 
 

@@ -14,8 +14,8 @@ from bifrost_rt import memory_plan
 from bifrost_rt.errors import BudgetError
 from bifrost_rt.memory_plan import Requirement, Step, size_text
 from export.formats import FORMATS, FULL, HALF
-from export.formats.base import Format
 from export.planning.devices import Device
+from export.planning.storage import Storage
 from export.planning.work import Work
 
 InMemory = Callable[[Work, int], int]
@@ -77,7 +77,7 @@ class Plan:
 def plan(
     works: Sequence[Work],
     device: Device,
-    storage: Format | None,
+    storage: Storage | None,
     budget: int | None = None,
     in_memory: InMemory | None = None,
     prefetch: bool = False,
@@ -99,18 +99,15 @@ def plan(
     budget = device.memory if budget is None else budget
     keep = in_memory or (lambda work, stored: stored)
     # without a driver of its own, a device computes in 16 bit where weights have 16 bit or fewer
-    scale = storage.activation_scale if storage and in_memory is None else scratch_share
-    needs = [
-        Requirement(w.engine, keep(w, w.weights(storage)), round(w.scratch * scale), w.tensors)
-        for w in works
-    ]
+    at = None if in_memory else storage
+    needs = _needs(works, storage, keep, at, scratch_share)
     try:
         steps, later = memory_plan.schedules_of(needs, budget, prefetch=prefetch)
     except BudgetError:
         steps, later = (), ()
-    supported = _supported(device, storage)
+    supported = not _lacking(device, storage)
     stages = tuple(
-        _stage(work, need, step, storage, device, scale, ideal)
+        _stage(work, need, step, storage, device, ideal)
         for work, need, step in zip(works, needs, steps or (None,) * len(needs), strict=True)
     )
     seconds = _total([stage.seconds for stage in stages])
@@ -134,15 +131,38 @@ def plan(
     return replace(result, changes=_changes(result, works, needs, device, storage, budget, keep))
 
 
+def _needs(
+    works: Sequence[Work],
+    storage: Storage | None,
+    keep: InMemory,
+    at: Storage | None,
+    share: float = 1.0,
+) -> list[Requirement]:
+    """Return what each engine takes.
+
+    Args:
+        at: decides the bytes of scratch memory; None: `share` of what is counted.
+    """
+    return [
+        Requirement(
+            w.engine,
+            keep(w, w.weights(storage)),
+            round(w.scratch * (share if at is None else at.of(w.engine).activation_scale)),
+            w.tensors,
+        )
+        for w in works
+    ]
+
+
 def _tokens_per_second(
-    works: Sequence[Work], storage: Format | None, device: Device
+    works: Sequence[Work], storage: Storage | None, device: Device
 ) -> float | None:
     bandwidth = device.value("bandwidth")
-    moved = sum(w.answers.read(w.weights(storage), storage) for w in works if w.answers)
+    moved = sum(w.answers.read(w.weights(storage), storage, w.elements) for w in works if w.answers)
     return None if bandwidth is None or not moved else bandwidth * 1e9 / moved
 
 
-def _loaded(works: Sequence[Work], steps: Sequence[Step], storage: Format | None) -> int:
+def _loaded(works: Sequence[Work], steps: Sequence[Step], storage: Storage | None) -> int:
     loaded = {step.engine for step in steps if step.load}
     loaded.update(engine for step in steps for engine in step.prefetch)
     return sum(work.weights(storage) for work in works if work.engine in loaded)
@@ -152,9 +172,8 @@ def _stage(
     work: Work,
     need: Requirement,
     step: Step | None,
-    storage: Format | None,
+    storage: Storage | None,
     device: Device,
-    scale: float,
     ideal: Mapping[str, tuple[float, str]] | None,
 ) -> StagePlan:
     stored = work.weights(storage)
@@ -171,7 +190,7 @@ def _stage(
         weights_in_memory=need.weights,
         kv_bytes=work.cache,
         tensor_bytes=work.tensors,
-        activation_bytes=round(work.scratch * scale),
+        activation_bytes=need.scratch,
         peak_bytes=step.peak if step else need.total,
         evict=step.evict if step else (),
         load=step.load if step else True,
@@ -183,7 +202,7 @@ def _stage(
 
 
 def _roofline(
-    work: Work, stored: int, storage: Format | None, device: Device
+    work: Work, stored: int, storage: Storage | None, device: Device
 ) -> tuple[float | None, str | None]:
     rate = device.value(_rate(work, storage))
     bandwidth = device.value("bandwidth")
@@ -206,16 +225,20 @@ def least_seconds(work: Work, moved: int, rate: float, bandwidth: float) -> tupl
     return work.calls * max(compute, memory), "compute" if compute >= memory else "bandwidth"
 
 
-def _rate(work: Work, storage: Format | None) -> str:
+def _rate(work: Work, storage: Storage | None) -> str:
     """8 bit and fewer apply to linear layers; an engine of convolutions computes in 16 bit."""
-    kind = (storage or FULL).rate
+    if storage is None:
+        return FULL.rate
+    kind = work.elements.most(storage).rate if work.elements else storage.of(work.engine).rate
     return kind if work.linear or kind == FULL.rate else HALF.rate
 
 
-def _supported(device: Device, storage: Format | None) -> bool:
-    if storage is None or storage.rate == FULL.rate or not device.known_rates:
-        return True
-    return device.value(storage.rate) is not None
+def _lacking(device: Device, storage: Storage | None) -> list[str]:
+    """Return the arithmetic that is asked for and that a device does not have."""
+    if storage is None or not device.known_rates:
+        return []
+    asked = dict.fromkeys(declared.rate for declared in storage.formats)
+    return [rate for rate in asked if rate != FULL.rate and device.value(rate) is None]
 
 
 def _total(parts: Sequence[float | None]) -> float | None:
@@ -236,14 +259,12 @@ def _changes(
     works: Sequence[Work],
     needs: Sequence[Requirement],
     device: Device,
-    storage: Format | None,
+    storage: Storage | None,
     budget: int,
     keep: InMemory,
 ) -> tuple[str, ...]:
     said = []
-    if not _supported(device, storage):
-        assert storage is not None
-        said.append(f"{device.title} has no {storage.rate} arithmetic")
+    said += [f"{device.title} has no {rate} arithmetic" for rate in _lacking(device, storage)]
     for need in needs:
         if need.total > budget:
             said.append(
@@ -275,7 +296,7 @@ def _smaller(
     fits: bool,
     works: Sequence[Work],
     device: Device,
-    storage: Format,
+    storage: Storage,
     budget: int,
     keep: InMemory,
 ) -> list[str]:
@@ -283,13 +304,10 @@ def _smaller(
     memory."""
     found = []
     for other in FORMATS.values():
-        if other.linear_bits >= storage.linear_bits or not _supported(device, other):
+        uniform = Storage(other, storage.fallback)
+        if other.linear_bits >= storage.precision.linear_bits or _lacking(device, uniform):
             continue
-        scale = other.activation_scale
-        needs = [
-            Requirement(w.engine, keep(w, w.weights(other)), round(w.scratch * scale), w.tensors)
-            for w in works
-        ]
+        needs = _needs(works, uniform, keep, uniform)
         try:
             steps = memory_plan.schedule(needs, budget)
         except BudgetError:

@@ -21,13 +21,13 @@ from bifrost_rt.manifest import EngineSpec, Manifest, stored_bytes
 from export import assemble, flops, memory
 from export.checkpoint import Checkpoint
 from export.compile import mixed_precision
-from export.formats.base import Format
 from export.planning import answers
 from export.planning.answers import Answers
 from export.planning.kernel_times import Calls
-from export.planning.storage import Elements
+from export.planning.storage import Elements, Storage
 from export.planning.trace import Trace, run_without_values, storage_key
 from export.precision import ROUNDED, SMALL
+from export.quantize import policy
 from export.stages import Stage
 from export.tokenizer_files import clip_length
 
@@ -46,21 +46,20 @@ class Work:
         tensors: bytes of its inputs and outputs.
         scratch: bytes between its inputs and outputs.
         linear: whether linear layers, which 8 bit and fewer apply to, do most of its arithmetic.
-        all_in_16_bit: whether none of its layers is quantized, whatever is asked; False where the
-            graphs themselves say it.
         answers: of the engine that answers in words.
+        elements: what `weights` counts; None where the graphs themselves say it.
     """
 
     engine: str
-    weights: Callable[[Format | None], int]
+    weights: Callable[[Storage | None], int]
     calls: int
     flops: int
     cache: int
     tensors: int
     scratch: int
     linear: bool
-    all_in_16_bit: bool
     answers: Answers | None = None
+    elements: Elements | None = None
 
 
 def of_checkpoint(
@@ -125,7 +124,6 @@ def of_set(
                 tensors=memory_plan.tensor_bytes(spec, at(spec.name)),
                 scratch=memory.scratch_bytes(graph, at(spec.name)),
                 linear=2 * convolutions < arithmetic,
-                all_in_16_bit=False,
                 answers=answers.of(spec, at(spec.name), _table(graph)),
             )
         )
@@ -153,7 +151,6 @@ def of_calls(manifest: Manifest, calls: Sequence[Calls], at: memory_plan.Sizes) 
                 tensors=memory_plan.tensor_bytes(spec, at(one.engine)),
                 scratch=spec.compiled.activation_bytes,
                 linear=True,
-                all_in_16_bit=False,
             )
         )
     return found
@@ -166,7 +163,7 @@ def _table(graph: ir.Model) -> int:
     return max((v.const_value.nbytes for v in tables if v.const_value is not None), default=0)
 
 
-def _fixed(stored: int) -> Callable[[Format | None], int]:
+def _fixed(stored: int) -> Callable[[Storage | None], int]:
     return lambda storage: stored
 
 
@@ -190,9 +187,9 @@ def of_stage(stage: Stage, sizes: Mapping[str, int]) -> Work:
         cache=_cache(spec, sizes),
         tensors=memory_plan.tensor_bytes(spec, sizes),
         scratch=trace.scratch,
-        linear=elements.linear > elements.other,
-        all_in_16_bit=stage.definition.all_in_16_bit,
+        linear=sum(layer.weights for layer in elements.layers) > elements.other,
         answers=answers.of(spec, sizes),
+        elements=elements,
     )
 
 
@@ -207,7 +204,7 @@ def _cache(spec: EngineSpec, sizes: Mapping[str, int]) -> int:
 def count_elements(stage: Stage, trace: Trace) -> Elements:
     """Return the numbers that an engine stores, by how a precision treats them: the weights that
     meet an input, and what the exporter computes beforehand from those that do not."""
-    linear = excepted = channels = kept = 0
+    layers, kept = [], 0
     other = trace.folded // 4
     seen: set[int] = set()
     for path, layer in stage.module.named_modules():
@@ -216,13 +213,10 @@ def count_elements(stage: Stage, trace: Trace) -> Elements:
                 continue
             seen.add(key)
             whole = name != "weight" or not isinstance(layer, ROUNDED)
-            if whole or tensor.nbytes < SMALL:
+            if type(layer) is nn.Linear and not whole:
+                layers.append(policy.layer(stage, path, layer))
+            elif whole or tensor.nbytes < SMALL:
                 kept += tensor.nbytes
-            elif isinstance(layer, nn.Linear) and stage.definition.exception(path):
-                excepted += tensor.numel()
-            elif isinstance(layer, nn.Linear):
-                linear += tensor.numel()
-                channels += tensor.shape[0]
             else:
                 other += tensor.numel()
-    return Elements(linear, excepted, channels, other, kept)
+    return Elements(stage.name, tuple(layers), other, kept)

@@ -99,19 +99,16 @@ def quantize(
     apply.replace(stages, decisions)
     outcome = QuantizeResult({}, tuple(decisions), calibration, swept)
     fallback = {
-        n: _fallback(recipe.precision_of(n), outcome.of(n), recipe.fallback) for n in stages
+        name: policy.rest(
+            declared.FORMATS[recipe.precision_of(name)],
+            [declared.FORMATS[given] for given in outcome.of(name).values()],
+            declared.FORMATS[recipe.fallback],
+        ).name
+        for name in stages
     }
     for name, stage in stages.items():
         precision.round_weights(stage.module, fallback[name], outcome.sixteen_bit(name))
     return dataclasses.replace(outcome, fallback=fallback)
-
-
-def _fallback(asked: str, layers: Mapping[str, str], fallback: str) -> str:
-    """Return what a stage stores that is no linear layer: float32 only where all of it is."""
-    full = declared.FULL.name
-    if asked in precision.PRECISIONS and (asked != full or set(layers.values()) <= {full}):
-        return asked
-    return fallback
 
 
 def _prompts(recipe: Recipe) -> Path:

@@ -28,6 +28,7 @@ from export.compile.compiled_set import compile_set
 from export.errors import CompileError, ParityError
 from export.formats import FORMATS
 from export.planning import devices, estimate, work
+from export.planning.storage import Storage
 from export.stages import Stage, catalog
 from tests.conftest import alpha_recipe
 
@@ -146,7 +147,7 @@ def test_it_is_planned_from_its_module_and_from_its_graph(
     assert of_graph.flops == of_module.flops == products
     assert of_graph.linear
     assert of_module.linear
-    plan = estimate.plan([of_module], devices.find("rtx-4090"), FORMATS["int8"])
+    plan = estimate.plan([of_module], devices.find("rtx-4090"), Storage(FORMATS["int8"]))
     assert plan.fits
     assert plan.stages[0].flops == 5 * products
 

@@ -18,6 +18,7 @@ from export.formats import FORMATS
 from export.plan import main, of_set, works_of_shapes
 from export.planning import devices, estimate, report, work
 from export.planning.estimate import Plan
+from export.planning.storage import Storage
 from export.planning.work import Work
 from export.stages.catalog import DEFINITIONS
 from tests.conftest import ALPHA
@@ -43,12 +44,16 @@ def release() -> list[Work]:
     return works_of_shapes("7b")
 
 
+def stored(name: str) -> Storage:
+    return Storage(FORMATS[name])
+
+
 def on(release: list[Work], device: str, storage: str, **options: Any) -> Plan:
-    return estimate.plan(release, devices.find(device), FORMATS[storage], **options)
+    return estimate.plan(release, devices.find(device), stored(storage), **options)
 
 
 def test_planned_weights_are_the_built_ones(works: dict[str, Work], built: dict[str, Work]) -> None:
-    planned = {name: one.weights(FORMATS["fp32"]) for name, one in works.items()}
+    planned = {name: one.weights(stored("fp32")) for name, one in works.items()}
     found = {name: one.weights(None) for name, one in built.items()}
     assert sum(planned.values()) == pytest.approx(sum(found.values()), rel=0.01)
     # the tiny CLIP's causal mask is 3 % of it, which is no weight
@@ -65,7 +70,7 @@ def test_planned_weights_are_the_built_ones_at_16_bit(works: dict[str, Work]) ->
         traced = graph.to_graph(stage)
         precision.store(traced, "bf16")
         found += sum(precision.weight_bytes(traced).values())
-        planned += works[stage.name].weights(FORMATS["bf16"])
+        planned += works[stage.name].weights(stored("bf16"))
     assert planned == pytest.approx(found, rel=0.01)
 
 
@@ -99,7 +104,7 @@ def test_the_manifest_states_the_scratch_memory_of_the_graph(
 def test_7b_has_the_published_sizes_and_cost(release: list[Work]) -> None:
     """Billions of parameters and TFLOP of one image, from the published shapes."""
     at = {one.engine: one for one in release}
-    fp32 = {name: one.weights(FORMATS["fp32"]) / 4e9 for name, one in at.items()}
+    fp32 = {name: one.weights(stored("fp32")) / 4e9 for name, one in at.items()}
     assert fp32["visual_decode"] == pytest.approx(6.53, abs=0.02)
     # FLUX without modulation and embedders, and the ControlNet without modulation
     assert fp32["denoise"] == pytest.approx(8.59 + 0.75, abs=0.02)
@@ -130,9 +135,10 @@ def test_a_set_and_its_checkpoint_answer_alike(
     assert planned is not None
     assert counted is not None
     assert planned.cache == counted.cache
-    fp32 = FORMATS["fp32"]
-    stored = works["mllm_text"].weights(fp32)
-    assert planned.read(stored, fp32) == counted.read(stored, None) == stored - 640 * 64 * 4
+    text, fp32 = works["mllm_text"], stored("fp32")
+    held = text.weights(fp32)
+    assert planned.read(held, fp32, text.elements) == held - 640 * 64 * 4
+    assert counted.read(held, None, None) == held - 640 * 64 * 4
 
 
 def test_7b_at_fp8_fits_12_gb_and_says_why(release: list[Work]) -> None:
@@ -167,6 +173,32 @@ def test_7b_at_bf16_on_12_gb_says_what_to_change(release: list[Work]) -> None:
     assert "fp8 fits: its largest stage is `denoise`" in said
     assert "int8 fits" in said
     assert "at this precision the least memory is" in said
+
+
+def test_a_recipe_may_say_otherwise_of_engines_and_layers(release: list[Work]) -> None:
+    at = {one.engine: one for one in release}
+    asked = Storage(
+        FORMATS["fp8"],
+        stages={"clip_text": "bf16", "visual_decode": "int4"},
+        layers={"conditioning:*_modulation.linears.*": "int4", "t5_text:*.wo": "int4"},
+    )
+    asked.check(one.elements for one in release if one.elements)
+    for same, uniform in (("clip_text", "bf16"), ("visual_decode", "int4"), ("denoise", "fp8")):
+        assert at[same].weights(asked) == at[same].weights(stored(uniform))
+    # FLUX's and its ControlNet's modulation, [7.0 billion weights], from 16 to 4.5 bits
+    saved = at["conditioning"].weights(stored("fp8")) - at["conditioning"].weights(asked)
+    assert saved == pytest.approx(3.5e9 * 11.5 / 8, rel=0.03)
+    saved = at["t5_text"].weights(stored("fp8")) - at["t5_text"].weights(asked)
+    assert saved == pytest.approx(24 * 10240 * 4096 * 11.5 / 8, rel=0.001)
+    plan = estimate.plan(release, devices.find("rtx-4090"), asked)
+    seconds = {stage.engine: stage.seconds for stage in plan.stages}
+    # 4-bit weights are multiplied in 16 bit
+    for name, uniform in (("visual_decode", "int4"), ("denoise", "fp8")):
+        alone = {s.engine: s.seconds for s in on(release, "rtx-4090", uniform).stages}
+        assert seconds[name] == alone[name]
+    assert "as the recipe says" in report.describe(plan)
+    with pytest.raises(RecipeError, match="no stage 'denoize'"):
+        Storage(FORMATS["fp8"], stages={"denoize": "bf16"}).check([at["denoise"].elements])
 
 
 def test_a_format_that_the_device_lacks_is_named(release: list[Work]) -> None:

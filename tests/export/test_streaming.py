@@ -27,7 +27,9 @@ from export import (
 )
 from export.checkpoint import Checkpoint
 from export.errors import BuildError
+from export.formats import FULL
 from export.lazy_tensors import LazyTensor
+from export.planning.storage import Storage
 from export.precision import round_weights, store
 from export.quantize import linear
 from export.quantize.formats import FORMATS, quantize
@@ -196,7 +198,7 @@ def test_engines_in_pieces_draw_the_same_image(
 def test_a_build_knows_the_disk_it_takes(alpha_set: Path) -> None:
     sizes = {**memory.one_image(48), "steps": 4}
     made = stages()
-    wanted = budget.demand(made.values(), sizes, dict.fromkeys(made, "fp32"))
+    wanted = budget.demand(made.values(), sizes, Storage(FULL))
     files = manifest.read(alpha_set).files
     found = sum(file.size for name, file in files.items() if name.endswith(".data"))
     assert wanted.disk - budget.BESIDE == pytest.approx(found, rel=0.03)

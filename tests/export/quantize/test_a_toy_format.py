@@ -16,9 +16,10 @@ from export import formats, parity
 from export.compile import capabilities
 from export.errors import CompileError, RecipeError
 from export.formats.quantized import PerOutput
-from export.planning.storage import Elements
+from export.planning.storage import Elements, Storage
 from export.quantize import apply, audit, policy
 from export.quantize import formats as quantized
+from export.quantize.policy import Layer
 from export.quantize.statistics import Observer, Statistics
 from export.recipe import load
 from export.stages import Definition, Stage
@@ -95,8 +96,9 @@ def test_it_is_quantized_audited_planned_and_run(tmp_path: Path) -> None:
     assert report["layers"]["0"]["bytes"] == WIDTH * 96
     assert spec.precision.compute == f"float32, {NAME} simulated"
     assert spec.precision.layers == {NAME: 1, "bf16": 1}
-    planned = Elements(linear=WIDTH * 96, excepted=96 * 80, channels=96, other=0, kept=0)
-    assert planned.bytes_at(TOY) == WIDTH * 96 + 96 * 4 + 96 * 80 * 2
+    layers = (Layer("0", WIDTH, 96), Layer("2", 96, 80, "the last layer stays"))
+    planned = Elements("two", layers, other=0, kept=0)
+    assert planned.bytes_at(Storage(TOY)) == WIDTH * 96 + 96 * 4 + 96 * 80 * 2
     assert parity.rounding(spec.precision.layers) == pytest.approx(TOY.rounding)
 
     wanted = exact(stage, x)

@@ -21,6 +21,7 @@ from export.checkpoint import Checkpoint
 from export.errors import CalibrationError, RecipeError
 from export.formats import FORMATS
 from export.planning import work
+from export.planning.storage import Storage
 from export.quantize.quantize import STATISTICS
 from export.quantize.statistics import Statistics
 from export.recipe import Recipe, load
@@ -299,14 +300,19 @@ def test_a_recipe_may_name_overrides() -> None:
 
 
 def test_planned_weights_are_the_built_ones(int8_set: Path) -> None:
+    """Of a recipe that says otherwise of two engines and of some layers of a third."""
     works = work.of_checkpoint(
         Checkpoint(*(ALPHA / part for part in ("mllm", "bifrost", "flux")), read=False),
         mllm_max_length=48,
         t5_length=32,
         steps=28,
     )
-    planned = {one.engine: one.weights(FORMATS["int8"]) for one in works}
+    asked = Storage(FORMATS["int8"], **OVERRIDES)
+    asked.check(one.elements for one in works if one.elements)
+    planned = {one.engine: one.weights(asked) for one in works}
     report = json.loads((int8_set / "report.json").read_text())["engines"]
-    as_asked = ("mllm_text", "visual_decode", "conditioning", "vae_decode")  # no overrides there
-    found = sum(sum(report[name]["weight_bytes"].values()) for name in as_asked)
-    assert sum(planned[name] for name in as_asked) == pytest.approx(found, rel=0.01)
+    found = {name: sum(report[name]["weight_bytes"].values()) for name in planned}
+    assert sum(planned.values()) == pytest.approx(sum(found.values()), rel=0.01)
+    # the tiny CLIP's causal mask, 77 by 77, is no weight
+    planned["clip_text"] += 77 * 77
+    assert planned == {name: pytest.approx(size, rel=0.02) for name, size in found.items()}
