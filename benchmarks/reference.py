@@ -123,6 +123,8 @@ class Reference:
         controlnet_conditioning_scale: float,
         tokens: np.ndarray | None = None,
         masked: np.ndarray | None = None,
+        regions: np.ndarray | None = None,
+        region_prompts: Sequence[str] = (),
     ) -> ReferenceResult:
         """Draw one image per prompt.
 
@@ -132,13 +134,19 @@ class Reference:
             latents: [n, S, C], packed starting noise.
             tokens, masked: [n, N, D] and bool [n, N], known tokens and which of them are predicted
                 anew, as many in each image. None: all are predicted.
+            regions, region_prompts: [n, N], the prompt under which each is predicted: 0 for the
+                image's own, i for `region_prompts[i - 1]`.
         """
         start = time.perf_counter()
         with self._device, torch.backends.cudnn.flags(allow_tf32=False):
             places = torch.as_tensor(order, device=self._device)
             known = None if tokens is None else torch.as_tensor(tokens, device=self._device)
             begin = None if masked is None else torch.as_tensor(masked, device=self._device)
-            tokens_steps = self._decode(prompts, places, decoding_steps, cfg_weight, known, begin)
+            texts, of = [list(prompts)], None
+            if regions is not None:
+                texts += [[text] * len(prompts) for text in region_prompts]
+                of = torch.as_tensor(regions, device=self._device)
+            tokens_steps = self._decode(texts, places, decoding_steps, cfg_weight, known, begin, of)
             on_host = tokens_steps.cpu()  # waits
             decoded = time.perf_counter()
             latents_steps = self._denoise(
@@ -164,16 +172,18 @@ class Reference:
 
     def _decode(
         self,
-        prompts: Sequence[str],
+        texts: Sequence[list[str]],
         order: Tensor,
         steps: int,
         cfg_weight: float,
         known: Tensor | None = None,
         begin: Tensor | None = None,
+        regions: Tensor | None = None,
     ) -> Tensor:
-        """Masked decoding; every step predicts all places for both halves of the batch."""
+        """Masked decoding; every step predicts all places for both halves of the batch, once under
+        each list of texts."""
         n, places = order.shape
-        ids, pad = self._left_padded([UNCONDITIONAL] * n + list(prompts))
+        padded = [self._left_padded([UNCONDITIONAL] * n + list(prompts)) for prompts in texts]
         tokens = self.mllm.mask_token.expand(n, places, -1).clone()
         masked = torch.ones(n, places, dtype=torch.bool)
         if known is not None and begin is not None:
@@ -186,9 +196,14 @@ class Reference:
         places = order.shape[1]
         kept_steps = []
         for step in range(steps):
-            pred = self.mllm(ids, pad, torch.cat([tokens, tokens]))
-            uncond, cond = pred.chunk(2)
-            pred = uncond + cfg_weight * (cond - uncond)
+            preds = []
+            for ids, pad in padded:
+                uncond, cond = self.mllm(ids, pad, torch.cat([tokens, tokens])).chunk(2)
+                preds.append(uncond + cfg_weight * (cond - uncond))
+            pred = preds[0]
+            if regions is not None:
+                for i, other in enumerate(preds[1:], 1):
+                    pred = torch.where(regions[:, :, None] == i, other, pred)
             keep = math.floor(places * math.cos(math.pi / 2 * (step + 1) / steps))
             keep = max(1, min(int(masked[0].sum()) - 1, keep))
             still = torch.zeros_like(masked)

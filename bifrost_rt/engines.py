@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -337,6 +337,16 @@ class Engines:
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
+
+
+class Carried(Protocol):
+    """What a loop hands from step to step, for who looks at it in between."""
+
+    def copy(self, name: str) -> NDArray[Any]:
+        """Return a host copy of a carried tensor, the caller's to keep."""
+
+    def replace(self, name: str, array: NDArray[Any]) -> None:
+        """Overwrite a carried tensor before the next step."""
 
 
 class Loop:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from bifrost_rt import (
     chat,
+    composition,
     dims,
     engines,
     image_latents,
@@ -39,7 +40,7 @@ from bifrost_rt.backends.base import Backend
 from bifrost_rt.backends.choice import start
 from bifrost_rt.chat import ChatResult, OnText
 from bifrost_rt.chat_params import ChatOptions, ChatParameters
-from bifrost_rt.engines import Loop
+from bifrost_rt.engines import Carried
 from bifrost_rt.errors import BudgetError, EngineSetError, RequestError, RequestTypeError
 from bifrost_rt.images import ImageLike
 from bifrost_rt.opened import OpenedFiles
@@ -129,6 +130,7 @@ class Generator:
         *,
         image: ImageLike | None = None,
         mask: ImageLike | None = None,
+        compose: Sequence[composition.Part] | None = None,
         height: int | None = None,
         width: int | None = None,
         order: ArrayLike | None = None,
@@ -155,6 +157,11 @@ class Generator:
             mask: an image, white or transparent where `image` or `tokens` are drawn anew under the
                 prompt: a visual token that it touches is predicted, all others are kept. It is cut
                 as the image is, and first stretched to its size. See `keep_pixels`.
+            compose: parts of one image, `[(part, (left, top, right, bottom)), …]`, boxes in shares
+                of its sides; the later of two that overlap counts. A text is a prompt of that part
+                alone; of an image (a path, a `PIL.Image`, pixels, the bytes of a file) or of CLIP
+                latents, what lies in the box is kept. Parts with prompts, and what no box holds,
+                are decoded together, the latter under `prompt`, which says what all of it shows.
             height, width: must be the set's own, where given.
             order: [n, N], per image a permutation of its places, instead of the seed's.
             latents: [n, S, C] packed starting noise, instead of the seed's.
@@ -191,6 +198,7 @@ class Generator:
             prompt=prompt,
             image=image,
             mask=mask,
+            compose=compose,
             height=height,
             width=width,
             order=order,
@@ -242,11 +250,16 @@ class Generator:
         prompt: str | Sequence[str] | None = None,
         image: ImageLike | None = None,
         mask: ImageLike | None = None,
+        compose: Sequence[composition.Part] | None = None,
         tokens: ArrayLike | None = None,
         think: bool | str | None = None,
         **others: Any,
     ) -> request.Request:
         """Check the arguments of a run. Its image is looked at when all else can be served."""
+        if compose is not None:
+            self._keeps(None, None, others)
+            others["think"] = thinking.instruction(self.manifest, think)
+            return self._composed(prompt, compose, image, mask, tokens, others)
         if prompt is None and image is None:
             raise RequestError("run() needs a prompt or an image")
         if tokens is not None and image is not None:
@@ -289,6 +302,41 @@ class Generator:
         if known is not None:
             known = known.repeated(checked.images)
         return dataclasses.replace(checked, pixels=pixels, known=known)
+
+    def _composed(
+        self,
+        prompt: str | Sequence[str] | None,
+        parts: Sequence[composition.Part],
+        image: ImageLike | None,
+        mask: ImageLike | None,
+        tokens: ArrayLike | None,
+        others: dict[str, Any],
+    ) -> request.Request:
+        given = {"image": image, "mask": mask, "tokens": tokens}
+        if names := [name for name, value in given.items() if value is not None]:
+            raise RequestError(
+                f"compose says where all tokens come from; {names[0]} is another source",
+                hint="give it as a part of compose",
+            )
+        if prompt is None:
+            raise RequestError("compose needs a prompt: what the whole image shows")
+        model = self.manifest.model
+        nothing = np.zeros(model.num_visual_tokens, bool)
+        if others.get("extend"):
+            raise RequestError("extend draws a canvas around an image; compose has none")
+        request.check(self.manifest, prompt=prompt, masked=nothing, **others)
+        shape = (model.num_visual_tokens, model.hidden_size)
+        made = composition.read(parts, shape, self.encode)
+        checked = request.check(
+            self.manifest,
+            prompt=prompt,
+            masked=made.masked,
+            regions=made.regions,
+            region_prompts=made.prompts,
+            **others,
+        )
+        repeated = np.tile(made.tokens, (checked.images, 1, 1))
+        return dataclasses.replace(checked, tokens=repeated, pixels={"compose": made.digest})
 
     def _keeps(
         self, image: ImageLike | None, mask: ImageLike | None, given: dict[str, Any]
@@ -463,6 +511,10 @@ class Generator:
         self, checked: request.Request, places: Sequence[int] | None
     ) -> Iterator[notes.Note]:
         yield from notes.without_effect(self.manifest, checked)
+        for text in checked.region_prompts:
+            for found in self._tokenizers.truncations([text], mllm=True):
+                if found.encoder == "mllm":
+                    yield notes.Note(text=f"compose: {text[:40]!r}…: {found.text}")
         cut = self._tokenizers.truncations(checked.prompts, mllm=checked.decodes)
         for one in (*notes.cut_thoughts(checked), *cut):
             assert one.prompt is not None
@@ -586,7 +638,7 @@ class Generator:
         return "previews need every engine in memory at once, and the memory budget is smaller"
 
     def _adapter(self, callback: StepCallback, previews: Previews | None) -> pipeline.StepEnd:
-        def on_step_end(name: str, step: int, timestep: float | None, loop: Loop) -> None:
+        def on_step_end(name: str, step: int, timestep: float | None, loop: Carried) -> None:
             current = loop.copy(name)
             tensors: dict[str, Any] = {name: current}
             if (

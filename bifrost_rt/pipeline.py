@@ -1,8 +1,8 @@
 """The product, read top to bottom: from token ids to pixels.
 
-The runtime does no arithmetic of its own here, but for what an edit keeps of its image. It hands buffers from engine to engine; what does
-not change inside a loop is computed before it, and a step marked `.t` is one call on memory that
-was bound beforehand.
+The runtime does no arithmetic of its own here, but for what an edit keeps of its image. It hands
+buffers from engine to engine; what does not change inside a loop is computed before it, and a step
+marked `.t` is one call on memory that was bound beforehand.
 
 Source: arXiv 2508.05954, and the inference script published with it, which this computes exactly
 once instead of nine times (`docs/benchmarks.md`).
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from bifrost_rt import memory_plan, prompt_cache, prompt_inputs, schedules, text_inputs
 from bifrost_rt.backends.base import Buffer
-from bifrost_rt.engines import Engines, Loop
+from bifrost_rt.engines import Carried, Engines, Loop
 from bifrost_rt.errors import BudgetError
 from bifrost_rt.known_region import KnownRegion
 from bifrost_rt.manifest import SetSpec
@@ -35,7 +35,7 @@ from bifrost_rt.tokenizers import Tokenizers
 # more, and the first waits for the last.
 TOGETHER = 8
 
-StepEnd = Callable[[str, int, float | None, Loop], None]
+StepEnd = Callable[[str, int, float | None, Carried], None]
 # Yields the name of every engine before it is used; returns what was computed.
 Steps = Generator[str, None, dict[str, Buffer]]
 
@@ -218,7 +218,7 @@ class Run:
 
     def _decode(self) -> Steps:
         """Yield the MLLM's part: the final visual tokens [B, N, D]."""
-        request, options, engines = self._request, self._request.parameters, self._engines
+        request, options, engines = self._request.decoding, self._request.parameters, self._engines
 
         # 1-2  Text -> keys and values of every layer, and the mask token.
         texts, spec = self._mllm_texts, engines.spec("mllm_text")
@@ -237,6 +237,8 @@ class Run:
         masks = schedules.reveal_masks(request.order, options.decoding_steps, request.masked)
         active = [bool(mask.any()) for mask in masks]
         places, sources = schedules.reveal_rows(masks[active])
+        if (regions := self._request.regions) is not None:
+            sources = schedules.joined_regions(sources, masks[active], regions)
         decode = engines.loop(
             "visual_decode",
             {
@@ -258,10 +260,15 @@ class Run:
             if active[t]:
                 decode.step()  # 3.t
             if self._on_step_end:
-                self._on_step_end("tokens", t, None, decode)
+                rows = request.images // self._request.images
+                carried = decode if rows == 1 else _FirstRows(decode, rows)
+                self._on_step_end("tokens", t, None, carried)
         tokens = decode.finish("tokens")
         found = engines.backend.download(tokens)
         self._checks.finite("visual_decode", "tokens", found, "image", earlier=cache)
+        if regions is not None:  # the rows of an image are equal
+            first = np.ascontiguousarray(found[:: request.images // self._request.images])
+            return engines.put("control_embed", tokens=first)
         return {"tokens": tokens}
 
     def _keep_known(self, known: KnownRegion, loop: Loop, level: float) -> None:
@@ -334,7 +341,7 @@ class Run:
 
     @cached_property
     def _mllm_texts(self) -> prompt_inputs.MllmTexts:
-        return prompt_inputs.mllm_texts(self._tokenizers, self._manifest, self._request)
+        return prompt_inputs.mllm_texts(self._tokenizers, self._manifest, self._request.decoding)
 
     @cached_property
     def _conditioning(self) -> dict[str, NDArray[Any]]:
@@ -356,6 +363,21 @@ class Run:
     @cached_property
     def _denoising(self) -> schedules.DenoisingPlan:
         return denoising(self._manifest, self._request)[1]
+
+
+class _FirstRows:
+    """A loop of which every image has several rows that are equal, as one of a row each."""
+
+    def __init__(self, loop: Loop, rows: int) -> None:
+        self._loop, self._rows = loop, rows
+
+    def copy(self, name: str) -> NDArray[Any]:
+        """Return a host copy of each image's first row."""
+        return self._loop.copy(name)[:: self._rows].copy()
+
+    def replace(self, name: str, array: NDArray[Any]) -> None:
+        """Overwrite all rows of each image."""
+        self._loop.replace(name, np.repeat(array, self._rows, axis=0))
 
 
 def _finished(run: Run) -> Output:
@@ -414,11 +436,17 @@ def stages(request: Request) -> tuple[str, ...]:
 def sizes(manifest: SetSpec, request: Request) -> memory_plan.Sizes:
     """Return what a request makes of the symbols of the engines' inputs and outputs."""
     options = request.parameters
-    return memory_plan.sizes(
-        manifest,
-        images=request.images,
-        prompts=len(request.prompts),
-        guided=options.cfg_weight != 1.0,
-        decoding_steps=options.decoding_steps,
-        num_inference_steps=options.num_inference_steps,
-    )
+
+    def of(one: Request) -> memory_plan.Sizes:
+        return memory_plan.sizes(
+            manifest,
+            images=one.images,
+            prompts=len(one.prompts),
+            guided=options.cfg_weight != 1.0,
+            decoding_steps=options.decoding_steps,
+            num_inference_steps=options.num_inference_steps,
+        )
+
+    decoding, drawing = of(request.decoding), of(request)
+    mllm = stages(request)[:2] if request.decodes else ()
+    return lambda engine: (decoding if engine in mllm else drawing)(engine)

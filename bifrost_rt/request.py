@@ -59,6 +59,10 @@ class Request:
     tokens: NDArray[np.float32] | None  # [n, N, D] instead of the MLLM's
     masked: NDArray[np.bool_] | None = None  # [n, N], of `tokens` those that the MLLM predicts anew
     known: KnownRegion | None = None  # of the images that are drawn anew in part
+    # Where parts of an image have prompts of their own: under which a position is predicted, 0 for
+    # the image's, i for `region_prompts[i - 1]`.
+    regions: NDArray[np.int64] | None = None  # [n, N]
+    region_prompts: tuple[str, ...] = ()
     # Of what was passed in as images: "image" or "mask" -> sha256 of its pixels.
     pixels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     think: str | None = None  # the instruction, where the MLLM is yet to think of the prompts
@@ -104,7 +108,30 @@ class Request:
             self.tokens is None,
             self.masked is None,
             self.known is None,
+            None if self.regions is None else id(self),  # is drawn by itself
             self.think,
+        )
+
+    @functools.cached_property
+    def decoding(self) -> Request:
+        """The request of the MLLM's part: a row for each image, or one for each prompt that an
+        image has, first its own."""
+        if self.regions is None:
+            return self
+        rows = 1 + len(self.region_prompts)
+        of_images = (self.prompts[i] for i in self.prompt_index)
+        prompts = tuple(one for own in of_images for one in (own, *self.region_prompts))
+        assert self.tokens is not None
+        assert self.masked is not None
+        return dataclasses.replace(
+            self,
+            parameters=dataclasses.replace(
+                self.parameters, prompt=prompts, num_images_per_prompt=1
+            ),
+            given_order=np.repeat(self.order, rows, axis=0),
+            tokens=np.repeat(self.tokens, rows, axis=0),
+            masked=np.repeat(self.masked, rows, axis=0),
+            regions=None,
         )
 
     def thought(self, thoughts: Mapping[str, Thought]) -> Request:
@@ -127,7 +154,7 @@ class Request:
         given = {
             "order": self.given_order,
             "latents": self.given_latents,
-            "tokens": None if "image" in self.pixels else self.tokens,
+            "tokens": None if {"image", "compose"} & self.pixels.keys() else self.tokens,
         }
         hashes = {name: latents_file.digest(one) for name, one in given.items() if one is not None}
         injected = {**hashes, **self.pixels}
@@ -173,6 +200,8 @@ def check(
     output_type: str = "pil",
     tokens: ArrayLike | None = None,
     masked: NDArray[np.bool_] | None = None,
+    regions: NDArray[np.int64] | None = None,
+    region_prompts: tuple[str, ...] = (),
     think: str | None = None,
     **options: Unpack[Options],
 ) -> Request:
@@ -180,6 +209,7 @@ def check(
 
     Args:
         masked: [N], the places of `tokens` that are predicted anew. None: no place is.
+        regions, region_prompts: [N], under which prompt each is predicted; see `Request`.
         think: the instruction that the MLLM answers before it draws; see `thinking.instruction`.
 
     Raises:
@@ -193,6 +223,7 @@ def check(
     if parameters.extend and masked is None:
         raise RequestError("extend draws a canvas around an image; pass one as image")
     n = _images(manifest, len(asked), parameters.num_images_per_prompt)
+    _check_rows(manifest, n, len(region_prompts))
     for name, given, built in (
         ("height", height, model.image_height),
         ("width", width, model.image_width),
@@ -217,6 +248,8 @@ def check(
         if tokens is None
         else _floats("tokens", tokens, (n, model.num_visual_tokens, model.hidden_size)),
         masked=None if masked is None else np.tile(masked, (n, 1)),
+        regions=None if not region_prompts or regions is None else np.tile(regions, (n, 1)),
+        region_prompts=region_prompts,
         think=think,
     )
 
@@ -256,6 +289,17 @@ def _images(manifest: SetSpec, prompts: int, per_prompt: int) -> int:
             hint="draw fewer at a time, with a seed of its own each time",
         )
     return n
+
+
+def _check_rows(manifest: SetSpec, images: int, region_prompts: int) -> None:
+    """Refuse more prompts of regions than the MLLM decodes in one run."""
+    rows, bounds = images * (1 + region_prompts), manifest.dimensions.get(IMAGES)
+    if region_prompts and bounds is not None and bounds.max is not None and rows > bounds.max:
+        raise RequestError(
+            f"compose: {images} images and {region_prompts} prompts of parts are decoded as {rows} "
+            f"rows; the set {manifest.name!r} was built for at most {bounds.max} in one run",
+            hint=f"draw fewer at a time, or rebuild the set with --max-images {rows}",
+        )
 
 
 def _asked(prompts: int, per_prompt: int, n: int) -> str:

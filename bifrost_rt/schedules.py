@@ -95,6 +95,24 @@ def reveal_rows(masks: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np
     return np.ascontiguousarray(places), np.where(masks, predicted, kept)
 
 
+def joined_regions(
+    sources: NDArray[np.int64], masks: NDArray[np.bool_], regions: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Let the rows that decode one image take each position from the row of its region, so that all
+    of them hold the same tokens.
+
+    Args:
+        sources, masks: [steps, images * rows, N], as `reveal_rows` gives and takes them; the rows
+            of an image reveal the same.
+        regions: [images, N], the row of its image that predicts a position.
+    """
+    steps, _, num_tokens = sources.shape
+    of_image = sources.reshape(steps, len(regions), -1, num_tokens)
+    at = np.broadcast_to(regions[None, :, None, :], (steps, len(regions), 1, num_tokens))
+    chosen = np.take_along_axis(of_image, at, axis=2)
+    return np.where(masks.reshape(of_image.shape), chosen, of_image).reshape(sources.shape)
+
+
 def sigmas(steps: int, image_seq_len: int, scheduler: Scheduler) -> NDArray[np.float32]:
     """Noise levels of a FLUX denoising run, [steps + 1], from 1 to 0.
 

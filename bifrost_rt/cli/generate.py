@@ -286,6 +286,8 @@ def _like(
     image = parameters.pop("image", None)
     if not isinstance(image, int) or set(parameters) != {"prompt", *OPTIONS}:
         raise RequestError(f"{path}: was made by a version of bifrost-rt with other parameters")
+    if "compose" in injected:
+        raise RequestError(f"{path}: was composed of parts, which an image does not hold")
     if not set(injected) <= {"tokens", "image", "mask"}:
         raise RequestError(
             f"{path}: was made with order or latents passed in, which an image does not hold"
