@@ -7,7 +7,8 @@ from engines/checkpoints/scenes. Every task has a render, a mask and a prompt of
 seed: an object is replaced, gets another colour, goes, or is added beside another. The mask is a
 square around it, as somebody would paint it. The part is right where it holds what the prompt says
 and nothing else; the rest is right where it holds what it held, in its place. PSNR is that of the
-pixels whose tokens are kept, and 100 dB where all are equal.
+pixels whose tokens are kept, and 100 dB where all are equal. Further tasks, a quarter as many, put
+one thing each of two renders together, and are right as a whole or not.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from benchmarks.arguments import count, new_file
 from benchmarks.machine import describe as machine
 from benchmarks.understanding import percent
 from bifrost_rt import Generator, command, masks
+from bifrost_rt.composition import Box, Part
 from scenes.captions import caption
 from scenes.layout import PAIR_SIZE, SIDE, place
 from scenes.render import render
 from scenes.sampling import training_spec
-from scenes.scorer import Found, read
-from scenes.world import COLOURS, SHAPES, UNSEEN_PAIRS, Placed, Spec, Thing
+from scenes.scorer import Found, judge, read
+from scenes.world import COLOURS, SHAPES, UNSEEN_PAIRS, Placed, Spec, Thing, kept_out
 
 TASKS = 200
 SEED = 20261127
@@ -160,6 +162,62 @@ def _unmoved(kept: Placed, found: Found) -> bool:
     return same and max(abs(step) for step in steps) <= MOVED
 
 
+@dataclass(frozen=True)
+class Two:
+    """Two images of which one is composed: the first thing of the one, the second of the other.
+
+    Attributes:
+        boxes: the parts of the two, as `Generator.run` takes them.
+        wanted: the scene that comes of them.
+    """
+
+    images: tuple[Pixels, Pixels]
+    boxes: tuple[Box, Box]
+    prompt: str
+    wanted: Spec
+
+
+HALVES: dict[str, tuple[Box, Box]] = {
+    "left": ((0, 0, 0.5, 1), (0.5, 0, 1, 1)),
+    "above": ((0, 0, 1, 0.5), (0, 0.5, 1, 1)),
+}
+
+
+def pairs(number: int) -> list[Two]:
+    """Pairs of scenes whose things stand alike."""
+    rng = np.random.default_rng(SEED + 1)
+    found: list[Two] = []
+    while len(found) < number:
+        one, other = training_spec(rng), training_spec(rng)
+        if any(
+            spec.relation not in HALVES or not all(thing.colour for thing in spec.things)
+            for spec in (one, other)
+        ):
+            continue
+        other = replace(other, relation=one.relation, background=one.background)
+        wanted = replace(one, things=(one.things[0], other.things[1]))
+        first, second = wanted.things
+        if wanted in (one, other) or kept_out(wanted):
+            continue
+        if first.shape == second.shape or first.colour == second.colour:
+            continue
+        assert one.relation is not None
+        shown = [render(place(spec, rng), spec.drawn_background) for spec in (one, other)]
+        prompt = caption(wanted, rng)
+        found.append(Two((shown[0], shown[1]), HALVES[one.relation], prompt, wanted))
+    return found
+
+
+def compose(generator: Generator, asked: Sequence[Two]) -> dict[str, Any]:
+    """Compose every pair: the share in percent that is right."""
+    right = []
+    for i, task in enumerate(asked):
+        parts: list[Part] = list(zip(task.images, task.boxes, strict=True))
+        (made,) = generator.run(task.prompt, compose=parts, seed=i, output_type="np").images
+        right.append(judge(task.wanted, made).correct)
+    return {"tasks": len(asked), "both": percent(right)}
+
+
 def psnr_outside(task: Task, edited: Pixels, side: int) -> float:
     """dB between the image and what was made of it, where tokens are kept.
 
@@ -212,7 +270,7 @@ def table(found: dict[str, Any]) -> str:
     names = ("tasks", *PARTS, "psnr_mean", "psnr_least")
     lines = ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for kind, row in found.items():
-        lines.append(f"| {kind} | " + " | ".join(str(row[name]) for name in names) + " |")
+        lines.append(f"| {kind} | " + " | ".join(str(row.get(name, "")) for name in names) + " |")
     return "\n".join(lines)
 
 
@@ -246,6 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
     asked = tasks(given.limit)
     with Generator(given.engines, backend=given.backend) as generator:
         found, outputs = measure(generator, asked, given.keep)
+        found["compose"] = compose(generator, pairs(-(-given.limit // len(KINDS))))
         who = f"{generator.manifest.name}, {generator.backend.name}"
     print(f"{who}\n\n{table(found)}")
     if given.sheet:

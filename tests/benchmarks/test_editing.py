@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.editing import KINDS, SAME, Task, psnr_outside, table, tasks, verdict
+from benchmarks.editing import KINDS, SAME, Task, pairs, psnr_outside, table, tasks, verdict
 from bifrost_rt import masks
 from scenes.layout import PAIR_SIZE
 from scenes.render import render
+from scenes.scorer import judge
 from scenes.world import Placed
 
 
@@ -68,3 +69,16 @@ def test_the_table_names_every_column() -> None:
     row = {"tasks": 1, "part": 100.0, "rest": 50.0, "both": 50.0}
     text = table({"all": {**row, "psnr_mean": 30.0, "psnr_least": 29.0}})
     assert text.splitlines()[-1] == "| all | 1 | 100.0 | 50.0 | 50.0 | 30.0 | 29.0 |"
+
+
+def test_halves_of_two_scenes_are_the_scene_that_is_wanted() -> None:
+    for task in pairs(20):
+        composed = np.empty_like(task.images[0])
+        for image, (left, top, right, bottom) in zip(task.images, task.boxes, strict=True):
+            rows, columns = (
+                slice(int(128 * top), int(128 * bottom)),
+                slice(int(128 * left), int(128 * right)),
+            )
+            composed[rows, columns] = image[rows, columns]
+        assert judge(task.wanted, composed).correct
+        assert not any(judge(task.wanted, image).correct for image in task.images)
