@@ -151,6 +151,39 @@ def test_a_part_is_marked_by_mouse_and_drawn_anew(
     assert over.evaluate("e => e.style.clipPath") == "inset(0px 0% 0px 0px)"
 
 
+def test_pixels_are_drawn_again_where_that_is_asked(
+    page: Any, generator: Generator, tmp_path: Path
+) -> None:
+    SCENE.save(tmp_path / "scene.png")
+    page.keyboard.type("a cow")
+    fill_options(page, seed=5, **STEPS)
+    page.locator("#edit-file").set_input_files(tmp_path / "scene.png")
+    page.locator("#mask").focus()
+    page.keyboard.press("Space")
+    page.get_by_label("Keep all other pixels").focus()
+    page.keyboard.press("Space")
+    page.locator("#edit").click()
+    page.get_by_text("Drawn in").wait_for()
+    expected = generator.run(
+        "a cow", image=SCENE, mask=painted(0), seed=5, keep_pixels=False, **STEPS
+    )
+    assert np.array_equal(edited(page, tmp_path), np.asarray(expected.image))
+
+
+def test_a_thought_is_seen_and_drawn(page: Any, generator: Generator) -> None:
+    page.keyboard.type("a cow")
+    fill_options(page, seed=5, **STEPS)
+    page.get_by_label("Think first").focus()
+    page.keyboard.press("Space")
+    page.evaluate(WATCH)
+    page.locator("#prompt").focus()
+    page.keyboard.press("Control+Enter")
+    page.get_by_text("Drawn in").wait_for()
+    thought = generator.run("a cow", think=True, seed=5, **STEPS).thought
+    assert thought
+    assert page.locator("#facts dd").first.inner_text().split() == thought.split()
+
+
 def test_a_part_is_marked_by_keyboard_alone(
     page: Any, generator: Generator, tmp_path: Path
 ) -> None:

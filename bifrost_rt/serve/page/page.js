@@ -59,9 +59,10 @@ function say(text, isError = false) {
 
 function requested() {
   const body = { prompt: $("prompt").value, previews: about !== null && about.no_previews === null };
-  for (const input of document.querySelectorAll("#options input")) {
+  for (const input of document.querySelectorAll("#options input[name]")) {
     if (input.value !== "" && !input.parentElement.hidden) body[input.name] = Number(input.value);
   }
+  if ($("think").checked) body.think = true;
   return body;
 }
 
@@ -298,6 +299,7 @@ function maskFile() {
 const edit = () => marked() && work("/v1/jobs/edits", async () => {
   const form = new FormData();
   for (const [name, value] of Object.entries(requested())) form.append(name, value);
+  if (!$("keep").checked) form.append("keep_pixels", false);
   form.append("image", edited.blob, "image");
   form.append("mask", await maskFile(), "mask.png");
   return form;
@@ -369,7 +371,8 @@ async function ask() {
 
 function fill() {
   $("prompt").value = shown.parameters.prompt;
-  for (const input of document.querySelectorAll("#options input")) {
+  $("think").checked = false; // the prompt is what was thought
+  for (const input of document.querySelectorAll("#options input[name]")) {
     input.value = shown.parameters[input.name === "n" ? "num_images_per_prompt" : input.name] ?? "";
   }
   $("prompt").focus();
@@ -423,6 +426,7 @@ async function introduce() {
   }
   const embedded = document.querySelector("[name=guidance_scale]").parentElement;
   embedded.hidden = about.guidance_scale === null;
+  $("think").parentElement.hidden = about.no_chat !== null;
   document.querySelector("[name=n]").max = about.max_images;
   document.querySelector("[name=num_inference_steps]").max = about.max_steps;
   $("prompt").maxLength = about.max_prompt;
