@@ -12,13 +12,13 @@ from bifrost_rt.errors import (
     BackendError,
     BifrostError,
     BudgetError,
+    EngineInputError,
     EngineSetError,
     GeneratorStateError,
     IntegrityError,
     NumericsError,
     RequestError,
     RequestTypeError,
-    StageInputError,
     TextFileError,
 )
 from bifrost_rt.generator import Generator
@@ -31,6 +31,7 @@ __all__ = [
     "BifrostError",
     "BudgetError",
     "ChatResult",
+    "EngineInputError",
     "EngineSetError",
     "Generator",
     "GeneratorStateError",
@@ -39,7 +40,6 @@ __all__ = [
     "RequestError",
     "RequestTypeError",
     "Result",
-    "StageInputError",
     "TextFileError",
     "__version__",
 ]

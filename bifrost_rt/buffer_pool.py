@@ -19,7 +19,7 @@ class BufferPool:
     """The buffers of one set of engines, by name.
 
     Attributes:
-        keep: whether buffers stay. Where memory is short they go when their stage is done, and
+        keep: whether buffers stay. Where memory is short they go when their engine is done, and
             every run gets new ones.
     """
 
@@ -62,7 +62,7 @@ class BufferPool:
         """Return the engine on these buffers; bound before, if all of them are kept here.
 
         Raises:
-            StageInputError: a name, dtype or shape that does not fit the engine.
+            EngineInputError: a name, dtype or shape that does not fit the engine.
         """
         kept = {id(buffer) for buffer in self._buffers.values()}
         key = (id(engine), *(id(side[name]) for side in (inputs, outputs) for name in sorted(side)))

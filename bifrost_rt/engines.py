@@ -97,7 +97,7 @@ class Engines:
             Whether engines must leave for others.
 
         Raises:
-            BudgetError: a stage cannot run within the budget.
+            BudgetError: an engine cannot run within the budget.
             EngineSetError: the file of an engine in memory was overwritten.
         """
         self._used, self._entered = set(self._open), set()
@@ -139,8 +139,8 @@ class Engines:
         return memory_plan.schedule(needs, budget, self._resident, prefetch=self._pool is not None)
 
     def _room_for_prompts(self, needs: Sequence[Requirement]) -> int:
-        """Say how many bytes of text outputs may stay in this run: none where a stage would not fit
-        or an engine would leave for them alone."""
+        """Say how many bytes of text outputs may stay in this run: none where an engine would not
+        fit or would leave for them alone."""
         assert self.budget is not None
         room = self.prompts.capacity
         try:
@@ -293,7 +293,7 @@ class Engines:
 
     @property
     def arriving(self) -> tuple[str, ...]:
-        """The engines that are being opened for the stages to come."""
+        """The engines that are being opened for the engines to come."""
         return tuple(self._arriving)
 
     def run(

@@ -4,15 +4,15 @@
     ├── EngineSetError          a set on disk: missing, foreign, newer, damaged
     │   └── IntegrityError      a file whose bytes are not those that were built
     ├── BackendError            a backend that is unavailable or failed; says why
-    ├── BudgetError             a memory budget that one stage exceeds by itself
-    ├── StageInputError         a input or output of an engine: name, dtype or shape
-    ├── NumericsError           values that are not finite; names the tensor and the stage
+    ├── BudgetError             a memory budget that one engine exceeds by itself
+    ├── EngineInputError        an input or output of an engine: name, dtype or shape
+    ├── NumericsError           values that are not finite; names the tensor and the engine
     ├── GeneratorStateError     a call that a generator cannot take now (also a RuntimeError)
     ├── TextFileError           a text file that is not UTF-8 (also a ValueError)
     └── RequestError            arguments of a request (also a ValueError)
         └── RequestTypeError    … of the wrong type (also a TypeError)
 
-Messages name the stage or file, what was expected and what was found; `hint` says what to do.
+Messages name the engine or file, what was expected and what was found; `hint` says what to do.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ class BackendError(BifrostError):
 
 
 class BudgetError(BifrostError):
-    """A memory budget that one stage exceeds even when nothing else is in memory."""
+    """A memory budget that one engine exceeds even when nothing else is in memory."""
 
 
-class StageInputError(BifrostError):
+class EngineInputError(BifrostError):
     """A tensor handed to an engine has a wrong name, dtype or shape."""
 
 
 class NumericsError(BifrostError):
-    """A tensor between two stages holds NaN or infinity, so that no image can come of it."""
+    """A tensor between two engines holds NaN or infinity, so that no image can come of it."""
 
 
 class GeneratorStateError(BifrostError, RuntimeError):

@@ -89,7 +89,7 @@ class Generator:
         EngineSetError, IntegrityError: the set is missing, foreign, damaged, or changed while it
             was opened; every file is checked against its hash.
         BackendError: the backend is not available here, with the reason.
-        BudgetError: a stage exceeds the budget by itself.
+        BudgetError: an engine exceeds the budget by itself.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Generator:
             RequestError, RequestTypeError: an argument that cannot be served.
             BudgetError: so many images do not fit into the memory budget, or previews need
                 engines that it does not keep.
-            NumericsError: values between two stages are not finite, from an argument that is far
+            NumericsError: values between two engines are not finite, from an argument that is far
                 too large or from arithmetic in 16 bit; no image is made of them.
             EngineSetError: the set's files changed since it was opened.
             GeneratorStateError: the generator is closed, or this is its own callback.
@@ -501,7 +501,7 @@ class Generator:
     ) -> pipeline.Output:
         """Return the output with its notes, those on its images among them."""
         if out.images is not None:
-            last = self.manifest.engine(pipeline.stages(checked)[-1])
+            last = self.manifest.engine(pipeline.used_engines(checked)[-1])
             for note in (seen := tuple(notes.one_value(out.images, last))):
                 log.warning("%s", note)
             said += seen
@@ -552,7 +552,7 @@ class Generator:
         if reason := self.no_previews():
             raise BudgetError(reason, hint="leave previews out, or give a larger memory budget")
         # too many images are refused before their noise is drawn
-        self._engines.begin(pipeline.stages(checked), pipeline.sizes(self.manifest, checked))
+        self._engines.begin(pipeline.used_engines(checked), pipeline.sizes(self.manifest, checked))
         return Previews(self._engines, self.manifest, checked, every)
 
     def chat(

@@ -59,7 +59,7 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a run: what leaves, whether the engine must be loaded before it, what is loaded
+    """One engine in a run: what leaves, whether it must be loaded before it, what is loaded
     while it works, and the memory then."""
 
     engine: str
@@ -76,27 +76,27 @@ def schedule(
     *,
     prefetch: bool = False,
 ) -> tuple[Step, ...]:
-    """Return what leaves and what arrives before each stage, so that memory stays within `budget`.
+    """Return what leaves and what arrives before each engine, so that memory stays within `budget`.
 
     Runs repeat, so the engine that leaves first is the one whose next use is farthest away,
-    counted in a circle (Belady's rule): the stage that has just ended before one that the next
-    image needs sooner. What fits stays. The engine of the next stage is loaded while the current
+    counted in a circle (Belady's rule): the engine that has just run before one that the next
+    image needs sooner. What fits stays. The engine that is next is loaded while the current
     one works, if there is room for both as they are: nothing leaves for it.
 
     Args:
-        needs: one per stage, in the order of use; an engine is used once.
+        needs: one per engine, in the order of use; an engine is used once.
         budget: bytes.
         resident: bytes of the engines that are open when the run begins.
         prefetch: whether an engine may be loaded while another one works.
 
     Raises:
-        BudgetError: a stage takes more than the budget by itself; nothing was loaded.
+        BudgetError: an engine takes more than the budget by itself; nothing was loaded.
     """
     if too_large := [need for need in needs if need.total > budget]:
         worst = max(too_large, key=lambda need: need.total)
         names = ", ".join(f"`{need.engine}`" for need in too_large)
         raise BudgetError(
-            f"memory budget {size_text(budget)}: stage `{worst.engine}` needs "
+            f"memory budget {size_text(budget)}: engine `{worst.engine}` needs "
             f"{size_text(worst.total)} by itself ({size_text(worst.weights)} weights, "
             f"{size_text(worst.scratch)} scratch, {size_text(worst.tensors)} tensors)"
             + (f"; too large are {names}" if len(too_large) > 1 else ""),
@@ -217,7 +217,7 @@ def needs(
     scratch_share: float = 1.0,
     waiting: int = 1,
 ) -> list[Requirement]:
-    """Return what each stage of a run takes, or of several that go through the engines side by
+    """Return what each engine of a run takes, or of several that go through the engines side by
     side.
 
     Args:

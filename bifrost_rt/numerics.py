@@ -1,4 +1,4 @@
-"""Values that are not finite, found between two stages: never inside a loop."""
+"""Values that are not finite, found between two engines: never inside a loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bifrost_rt.manifest import SetSpec
 from bifrost_rt.params import OPTIONS, Float
 from bifrost_rt.request import Request
 
-# Every stage has norms, which add up squares: beyond this, a hundred million of them overflow.
+# Every engine has norms, which add up squares: beyond this, a hundred million of them overflow.
 LARGEST = math.sqrt(float(np.finfo(np.float32).max) / 1e8)
 # Far beyond what a model was trained with, far below where a small excess would be the cause.
 HUGE = 1000.0
@@ -44,7 +44,7 @@ def problem(array: NDArray[Any], rows: str) -> str | None:
     return f"are not finite: {count} of {array.size} values ({where})"
 
 
-def refuse_infinite(stage: str, name: str, array: NDArray[Any], rows: str) -> None:
+def refuse_infinite(engine: str, name: str, array: NDArray[Any], rows: str) -> None:
     """Refuse what an engine has left where it is not finite, for no request of drawing.
 
     Args:
@@ -55,7 +55,7 @@ def refuse_infinite(stage: str, name: str, array: NDArray[Any], rows: str) -> No
     """
     if found := problem(array, rows):
         raise NumericsError(
-            f"stage `{stage}`: {name} {found}",
+            f"engine `{engine}`: {name} {found}",
             hint=VERIFY,
         )
 
@@ -80,20 +80,20 @@ class Checks:
 
     def finite(
         self,
-        stage: str,
+        engine: str,
         name: str,
         array: NDArray[Any],
         rows: str,
         earlier: Mapping[str, Buffer] | None = None,
     ) -> None:
-        """Check the values that a stage has left.
+        """Check the values that an engine has left.
 
         Args:
-            earlier: what the stage was given and nobody has looked at, in the order of its making;
+            earlier: what the engine was given and nobody has looked at, in the order of its making;
                 looked at only to name where the fault began.
 
         Raises:
-            NumericsError: one is not finite, or so large that the next stage makes it so.
+            NumericsError: one is not finite, or so large that the next engine makes it so.
         """
         if (found := problem(array, rows)) is None:
             return
@@ -106,19 +106,19 @@ class Checks:
             ),
             None,
         )
-        cause = f"; `{first}`, which the stage was given, is not finite" if first else ""
-        raise NumericsError(f"stage `{stage}`: {name} {found}{cause}", hint=self._hint(stage))
+        cause = f"; `{first}`, which the engine was given, is not finite" if first else ""
+        raise NumericsError(f"engine `{engine}`: {name} {found}{cause}", hint=self._hint(engine))
 
-    def _hint(self, stage: str) -> str:
+    def _hint(self, engine: str) -> str:
         values = dataclasses.asdict(self._request.parameters)
         numbers = [name for name, option in OPTIONS.items() if isinstance(option.values, Float)]
         if huge := [f"{name}={values[name]:g}" for name in numbers if abs(values[name]) > HUGE]:
             return f"{' and '.join(huge)}: use a value like the default"
-        compute = self._manifest.engine(stage).precision.compute
+        compute = self._manifest.engine(engine).precision.compute
         computed_in = formats.of_type(compute)
         if computed_in is not None and computed_in.largest is not None:
             return (
-                f"`{stage}` computes in {compute}, whose largest number is "
+                f"`{engine}` computes in {compute}, whose largest number is "
                 f"{computed_in.largest:.0f}: build the set with --precision {formats.HALF.name}"
             )
         if self._replaced:

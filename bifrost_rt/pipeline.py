@@ -70,11 +70,11 @@ def generate(
             step of both loops.
 
     Raises:
-        NumericsError: what a stage has left is not finite. Looked at between stages, never inside a
-            loop.
+        NumericsError: what an engine has left is not finite. Looked at between engines, never
+            inside a loop.
     """
     run = Run(engines, tokenizers, manifest, request, on_step_end)
-    engines.begin(stages(request), sizes(manifest, request), without=run.kept)
+    engines.begin(used_engines(request), sizes(manifest, request), without=run.kept)
     return _finished(run)
 
 
@@ -99,7 +99,7 @@ def generate_several(
             Run(engines, tokenizers, manifest, request, on_step_end)
             for request, on_step_end in zip(requests, on_step_ends, strict=True)
         ]
-        used = {name for request in requests for name in stages(request)}
+        used = {name for request in requests for name in used_engines(request)}
         order = [spec.name for spec in manifest.engines if spec.name in used]
         largest = memory_plan.largest([sizes(manifest, request) for request in requests])
         try:
@@ -425,7 +425,7 @@ def denoising(
     return sigmas, schedules.denoising_plan(sigmas, options.cache_interval)
 
 
-def stages(request: Request) -> tuple[str, ...]:
+def used_engines(request: Request) -> tuple[str, ...]:
     """Return the engines that a request uses, in this order, each once."""
     mllm = ("mllm_text", "visual_decode") if request.decodes else ()
     text = ("clip_text", "t5_text", "conditioning")
@@ -448,5 +448,5 @@ def sizes(manifest: SetSpec, request: Request) -> memory_plan.Sizes:
         )
 
     decoding, drawing = of(request.decoding), of(request)
-    mllm = stages(request)[:2] if request.decodes else ()
+    mllm = used_engines(request)[:2] if request.decodes else ()
     return lambda engine: (decoding if engine in mllm else drawing)(engine)

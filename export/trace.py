@@ -83,7 +83,7 @@ def _trace(stage: Stage) -> ir.Model:
                 optimize=False,  # done below, with what may be computed with
             )
     except Exception as error:  # torch.onnx wraps failures in many types
-        raise ExportError(f"stage `{stage.name}`: torch could not trace it: {error}") from error
+        raise ExportError(f"engine `{stage.name}`: torch could not trace it: {error}") from error
     assert program is not None
     model = program.model
     module = stage.module
@@ -221,7 +221,7 @@ def _check_signature(model: ir.Model, stage: Stage) -> None:
     ):
         if len(values) != len(specs):
             raise ExportError(
-                f"stage `{stage.name}`: expected {len(specs)} {kind}s, the graph has {len(values)}"
+                f"engine `{stage.name}`: expected {len(specs)} {kind}s, the graph has {len(values)}"
             )
         for value, spec in zip(values, specs, strict=True):
             shape = tuple(
@@ -231,6 +231,6 @@ def _check_signature(model: ir.Model, stage: Stage) -> None:
             found = TensorSpec(str(value.name), dtype, shape)
             if found != spec:
                 raise ExportError(
-                    f"stage `{stage.name}`: {kind} promised {spec.name} {spec}, "
+                    f"engine `{stage.name}`: {kind} promised {spec.name} {spec}, "
                     f"the graph has {found.name} {found}"
                 )

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bifrost_rt import dims, memory_plan
-from bifrost_rt.errors import StageInputError
+from bifrost_rt.errors import EngineInputError
 from bifrost_rt.manifest import EngineSpec, Range, TensorSpec
 
 
@@ -45,7 +45,7 @@ class Engine(Protocol):
         allocates nothing that the backend does not force.
 
         Raises:
-            StageInputError: a name, dtype or shape that does not fit the engine.
+            EngineInputError: a name, dtype or shape that does not fit the engine.
         """
 
     def close(self) -> None:
@@ -150,44 +150,44 @@ def check_bindings(
     """Names, then dtype, then shape, each with its own message.
 
     Raises:
-        StageInputError: for the first tensor that does not fit.
+        EngineInputError: for the first tensor that does not fit.
     """
     sizes = symbol_sizes(spec, inputs)
     for kind, tensors, given in (("input", spec.inputs, inputs), ("output", spec.outputs, outputs)):
         expected = {t.name for t in tensors}
         if missing := sorted(expected - given.keys()):
-            raise StageInputError(f"stage `{spec.name}`: missing {kind} {', '.join(missing)}")
+            raise EngineInputError(f"engine `{spec.name}`: missing {kind} {', '.join(missing)}")
         if unknown := sorted(given.keys() - expected):
-            raise StageInputError(f"stage `{spec.name}`: unknown {kind} {', '.join(unknown)}")
+            raise EngineInputError(f"engine `{spec.name}`: unknown {kind} {', '.join(unknown)}")
         for tensor in tensors:
             _check_tensor(spec.name, kind, tensor, dimensions, given[tensor.name], sizes)
 
 
 def _check_tensor(
-    stage: str,
+    engine: str,
     kind: str,
     tensor: TensorSpec,
     dimensions: Mapping[str, Range],
     found: Buffer,
     sizes: dict[str, int],
 ) -> None:
-    where = f"stage `{stage}`, {kind} `{tensor.name}`"
+    where = f"engine `{engine}`, {kind} `{tensor.name}`"
     got = f"{found.dtype}{list(found.shape)}"
     if found.dtype != np.dtype(tensor.dtype):
-        raise StageInputError(f"{where}: expected {tensor}, got {got}")
+        raise EngineInputError(f"{where}: expected {tensor}, got {got}")
     if len(found.shape) != len(tensor.shape):
-        raise StageInputError(f"{where}: expected {tensor}, got {got}")
+        raise EngineInputError(f"{where}: expected {tensor}, got {got}")
     for axis, (symbol, size) in enumerate(zip(tensor.shape, found.shape, strict=True)):
         alone = isinstance(symbol, str) and symbol.isidentifier()
         want = sizes.setdefault(str(symbol), size) if alone else dims.evaluate(symbol, sizes)
         if size != want:
-            raise StageInputError(
+            raise EngineInputError(
                 f"{where}: expected {tensor}, got {got}: dimension {axis} must be {want}"
             )
         if alone:
             bounds = dimensions[str(symbol)]
             if size < bounds.min or (bounds.max is not None and size > bounds.max):
-                raise StageInputError(
+                raise EngineInputError(
                     f"{where}: expected {tensor} with {bounds.min} <= {symbol} <= {bounds.max}, "
                     f"got {got}",
                     hint="rebuild the set for this size with `python -m export.build`",

@@ -132,7 +132,7 @@ class OnnxRuntimeEngine:
         check_bindings(self.spec, self._dimensions, inputs, outputs)
         session = self._session
         if session is None:
-            raise BackendError(f"stage `{self.spec.name}` is closed")
+            raise BackendError(f"engine `{self.spec.name}` is closed")
         binding = session.io_binding()
         held = []  # the binding knows addresses only; the call keeps the arrays alive
         for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
@@ -140,7 +140,7 @@ class OnnxRuntimeEngine:
                 array = np.asarray(buffer)
                 if not array.flags.c_contiguous:
                     raise BackendError(
-                        f"stage `{self.spec.name}`, `{name}`: the array is not contiguous"
+                        f"engine `{self.spec.name}`, `{name}`: the array is not contiguous"
                     )
                 bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
                 held.append(array)

@@ -235,14 +235,14 @@ class OnnxRuntimeCudaEngine:
         check_bindings(self.spec, self._dimensions, inputs, outputs)
         session = self._session
         if session is None:
-            raise BackendError(f"stage `{self.spec.name}` is closed")
+            raise BackendError(f"engine `{self.spec.name}` is closed")
         binding = session.io_binding()
         for bind, tensors in (
             (binding.bind_ortvalue_input, inputs),
             (binding.bind_ortvalue_output, outputs),
         ):
             for name, buffer in tensors.items():
-                bind(name, _on_device(f"stage `{self.spec.name}`, `{name}`", buffer).value)
+                bind(name, _on_device(f"engine `{self.spec.name}`, `{name}`", buffer).value)
         return _Call(self, self._backend, session, binding, outputs)
 
     def close(self) -> None:
@@ -298,7 +298,7 @@ class _Call:
         self._backend.give_up_graphs(self._engine.spec.name, reason)
 
     def _run(self, options: ort.RunOptions) -> None:
-        with in_words(f"stage `{self._engine.spec.name}`"):
+        with in_words(f"engine `{self._engine.spec.name}`"):
             self._session.run_with_iobinding(self._binding, options)
         if self._loop:
             self._backend.queued(self._binding)

@@ -117,7 +117,7 @@ class OpenVinoEngine:
         """Return a call on these arrays' memory."""
         check_bindings(self.spec, self._dimensions, inputs, outputs)
         if self._request is None:
-            raise BackendError(f"stage `{self.spec.name}` is closed")
+            raise BackendError(f"engine `{self.spec.name}` is closed")
         tensors = {
             name: ov.Tensor(np.asarray(buffer), shared_memory=True)
             for name, buffer in {**inputs, **outputs}.items()

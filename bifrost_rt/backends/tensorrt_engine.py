@@ -141,7 +141,7 @@ class TensorRtEngine:
         context.set_device_memory(scratch.address, scratch.nbytes)
         for name, address in self._weights.addresses.items():
             if not context.set_tensor_address(name, address):
-                raise self.backend.refused(f"stage `{self.spec.name}`, weight `{name}`")
+                raise self.backend.refused(f"engine `{self.spec.name}`, weight `{name}`")
         return context
 
     def bind(
@@ -150,9 +150,9 @@ class TensorRtEngine:
         """Return a call on these buffers, which it keeps alive."""
         check_bindings(self.spec, self._dimensions, inputs, outputs)
         if self._engine is None:
-            raise BackendError(f"stage `{self.spec.name}` is closed")
+            raise BackendError(f"engine `{self.spec.name}` is closed")
         given, made = (
-            {name: on_device(f"stage `{self.spec.name}`, `{name}`", b) for name, b in side.items()}
+            {name: on_device(f"engine `{self.spec.name}`, `{name}`", b) for name, b in side.items()}
             for side in (inputs, outputs)
         )
         if self._loop and len(self._slots) < 2:
@@ -281,7 +281,7 @@ class Call:
         self._warm = True
 
     def run_and_wait(self) -> None:
-        """Run it and wait: an error belongs to the stage that made it, and so does its time."""
+        """Run it and wait: an error belongs to the engine that made it, and so does its time."""
         self.run()
         self._backend.wait()
 
@@ -307,12 +307,12 @@ class Call:
         self.slot.own(None)
         context = self.slot.context
         if context is None:
-            raise BackendError(f"stage `{self._engine.spec.name}` is closed")
+            raise BackendError(f"engine `{self._engine.spec.name}` is closed")
         for name, buffer in {**self.inputs, **self.outputs}.items():
             shaped = name not in self.inputs or context.set_input_shape(name, buffer.shape)
             if not (shaped and context.set_tensor_address(name, buffer.address)):
-                stage = self._engine.spec.name
-                where = f"stage `{stage}`, `{name}` {buffer.dtype}{list(buffer.shape)}"
+                engine = self._engine.spec.name
+                where = f"engine `{engine}`, `{name}` {buffer.dtype}{list(buffer.shape)}"
                 raise self._backend.refused(where)
         self.slot.own(self)
 

@@ -173,13 +173,13 @@ def _check_door(parsed: Any, spec: EngineSpec, weights: Collection[str]) -> None
         names, wanted = {t.name for t in found}, {t.name for t in promised}
         if names != wanted:
             raise CompileError(
-                f"stage `{spec.name}`: the graph's {kind} are {sorted(names)}, "
+                f"engine `{spec.name}`: the graph's {kind} are {sorted(names)}, "
                 f"the manifest's {sorted(wanted)}",
                 hint="rebuild the set with `python -m export.build`",
             )
     if on_host := [t.name for t in inputs if t.is_shape_tensor]:
         raise CompileError(
-            f"stage `{spec.name}`: the sizes inside depend on the values of {', '.join(on_host)}, "
+            f"engine `{spec.name}`: the sizes inside depend on the values of {', '.join(on_host)}, "
             "which would have to be read back from the GPU in every step",
             hint="please report this",
         )

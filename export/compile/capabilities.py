@@ -133,7 +133,7 @@ def check_pair(builder: str, stage: str, names: Iterable[str], compute: str) -> 
     bare = [n for n in names if n in FORMATS and builder in FORMATS[n].bare_sums]
     if around is not None and largest is not None and bare:
         raise CompileError(
-            f"stage `{stage}`: {bare[0]} layers within {around.name} overflow: "
+            f"engine `{stage}`: {bare[0]} layers within {around.name} overflow: "
             f"{TITLES[builder]} stores their sums, before the scales are applied, as "
             f"{around.name}, whose largest number is {largest:.0f}",
             hint=f"compile with --compute {HALF.name}, whose range is that of {FULL.dtype}",

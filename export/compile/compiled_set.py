@@ -196,7 +196,7 @@ def _prepare(
     capabilities.check_pair(builder.name, spec.name, formats, compute)
     if measure and formats:
         raise CompileError(
-            f"stage `{spec.name}` has {', '.join(formats)} layers: beside them a value rounded "
+            f"engine `{spec.name}` has {', '.join(formats)} layers: beside them a value rounded "
             "to 16 bit moves others by whole steps, which is no measure of an error",
             hint="leave --measure out; `export.build --quality-budget` holds images to float32",
         )
@@ -392,7 +392,7 @@ def read_plan(
     if found := plan_report.contradictions(plan, asked, weights):
         more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
         raise CompileError(
-            f"stage `{spec.name}`: the engine's plan contradicts its network: "
+            f"engine `{spec.name}`: the engine's plan contradicts its network: "
             f"{'; '.join(found[:3])}{more}",
             hint="compile for other targets or with another --compute, and please report this",
         )
@@ -406,7 +406,7 @@ def _check_memory(stage: str, weights: int, *, can_bind: bool) -> None:
     needed, available = int(PEAK * weights) + FIXED, memory_plan.available()
     if available is not None and needed > available:
         raise CompileError(
-            f"stage `{stage}`: compiling its weights into the engine needs about "
+            f"engine `{stage}`: compiling its weights into the engine needs about "
             f"{memory_plan.size_text(needed, up=True)} of memory, this machine has "
             f"{memory_plan.size_text(available)} available",
             hint=("leave them out with --weights bound, " if can_bind else "")

@@ -31,7 +31,7 @@ def read(path: Path, stage: str) -> ir.Model:
         model = ir.load(path)
     except (OSError, DecodeError, ValueError, ir.serde.SerdeError) as error:
         raise CompileError(
-            f"stage `{stage}`: {path.name} is not an ONNX graph: {error}", hint=REBUILD
+            f"engine `{stage}`: {path.name} is not an ONNX graph: {error}", hint=REBUILD
         ) from None
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
@@ -45,7 +45,7 @@ def _in_the_set(tensor: ir.ExternalTensor, folder: Path, stage: str) -> ir.Exter
     What the graph names must be a file of the set."""
     if Path(tensor.location).name != str(tensor.location):
         raise CompileError(
-            f"stage `{stage}`: the weight {tensor.name} lies outside of the set, in "
+            f"engine `{stage}`: the weight {tensor.name} lies outside of the set, in "
             f"{folder / tensor.location}",
             hint=REBUILD,
         )
@@ -53,7 +53,7 @@ def _in_the_set(tensor: ir.ExternalTensor, folder: Path, stage: str) -> ir.Exter
     end, size = (tensor.offset or 0) + tensor.nbytes, file.stat().st_size if file.is_file() else 0
     if end > size:
         raise CompileError(
-            f"stage `{stage}`: the weight {tensor.name} ends at byte {end} of {file.name}, which "
+            f"engine `{stage}`: the weight {tensor.name} ends at byte {end} of {file.name}, which "
             f"has {size}",
             hint=REBUILD,
         )

@@ -53,12 +53,12 @@ _DEFAULT = "rebuild the set with `python -m export.build`; if that does not help
 def parser_error(stage: str, title: str, errors: Sequence[Any]) -> CompileError:
     """Of the parser's errors the first: the others follow from it."""
     if not errors:
-        return CompileError(f"stage `{stage}`: {title} cannot read the graph", hint=_DEFAULT)
+        return CompileError(f"engine `{stage}`: {title} cannot read the graph", hint=_DEFAULT)
     first = errors[0]
     layer = f", layer `{first.node_name()}` ({first.node_operator()})" if first.node_name() else ""
     said = _sentence([f"{first.code()} {first.desc()}"])
     return CompileError(
-        f"stage `{stage}`{layer}: {title} cannot read the graph: {said}", hint=advice(said)
+        f"engine `{stage}`{layer}: {title} cannot read the graph: {said}", hint=advice(said)
     )
 
 
@@ -70,7 +70,7 @@ def builder_error(stage: str, title: str, logged: Iterable[str]) -> CompileError
     )
     where = f", layer `{layer[1]}`" if layer else ""
     return CompileError(
-        f"stage `{stage}`{where}: {title} cannot compile it: {said}", hint=advice(said)
+        f"engine `{stage}`{where}: {title} cannot compile it: {said}", hint=advice(said)
     )
 
 

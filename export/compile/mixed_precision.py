@@ -273,7 +273,7 @@ def _rounder(
         wide = tensor.numpy().astype(np.float32)
         if half in _SHORT and np.abs(wide).max(initial=0.0) > np.finfo(half.numpy()).max:
             raise CompileError(
-                f"stage `{stage}`: {name} reaches {np.abs(wide).max():.3g}, beyond the range of "
+                f"engine `{stage}`: {name} reaches {np.abs(wide).max():.3g}, beyond the range of "
                 f"{half.name.lower()}",
                 hint=f"compile with --compute {HALF.name}, whose range is that of {FULL.dtype}",
             )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bifrost_rt import StageInputError, backends, manifest
+from bifrost_rt import EngineInputError, backends, manifest
 from bifrost_rt.backends.base import Backend, Engine
 from bifrost_rt.errors import BackendError
 from tests.conftest import difference, load_case
@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_refused(
     backend: Backend, engine: Engine, shape: tuple[int, ...], dtype: type
 ) -> None:
     out = backend.empty((2, 32, 48), np.float32)
-    with pytest.raises(StageInputError, match="stage `t5_text`, input `input_ids`"):
+    with pytest.raises(EngineInputError, match="engine `t5_text`, input `input_ids`"):
         engine.bind({"input_ids": backend.upload(np.zeros(shape, dtype))}, {"prompt_embeds": out})
 
 

@@ -564,7 +564,7 @@ def test_a_image_that_would_be_black_is_an_error(
     command = ["generate", "a cow", "--engines", str(alpha_set), "-o", str(tmp_path / "a.png")]
     assert main([*command, "--controlnet-conditioning-scale", "3e38"]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("error: stage `denoise`: latents are not finite: 1024 of 1024")
+    assert lines[0].startswith("error: engine `denoise`: latents are not finite: 1024 of 1024")
     assert lines[1] == "hint: controlnet_conditioning_scale=3e+38: use a value like the default"
     assert len(lines) == 2
     assert not list(tmp_path.iterdir())

@@ -162,7 +162,9 @@ def test_what_fails_on_the_way_is_an_error_of_ours(
         raise RuntimeError("Failed to allocate\nmemory for requested buffer")
 
     monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", full)
-    with pytest.raises(BackendError, match="stage `t5_text`: onnxruntime .*: Failed to allocate m"):
+    with pytest.raises(
+        BackendError, match="engine `t5_text`: onnxruntime .*: Failed to allocate m"
+    ):
         call()
     monkeypatch.setattr(ort.IOBinding, "synchronize_outputs", full)
     backend.queued(ort.IOBinding(engine._session))

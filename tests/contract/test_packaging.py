@@ -131,7 +131,7 @@ def test_public_names_are_frozen() -> None:
         "RequestError",
         "RequestTypeError",
         "Result",
-        "StageInputError",
+        "EngineInputError",
         "TextFileError",
         "__version__",
     ]

@@ -309,7 +309,7 @@ def test_a_call_outlives_another_binding_but_not_its_engine(
     values = [backend.download(out["next_latents"]) for out in outputs]
     assert all(np.array_equal(value, values[0]) for value in values[1:])
     engine.close()
-    with pytest.raises(BackendError, match="stage `denoise` is closed"):
+    with pytest.raises(BackendError, match="engine `denoise` is closed"):
         calls[0]()
 
 
@@ -447,7 +447,7 @@ def test_what_the_library_refuses_is_named(compiled_set: Path, library: double.L
         {"input_ids": ids}, {"prompt_embeds": backend.empty((1, 32, 48), np.float32)}
     )
     library.accepts = False
-    with pytest.raises(BackendError, match=r"stage `t5_text`, `input_ids` int64\[1, 32\]"):
+    with pytest.raises(BackendError, match=r"engine `t5_text`, `input_ids` int64\[1, 32\]"):
         call()
     library.accepts, library.runs = True, False
     with pytest.raises(BackendError, match="could not run the engine: IExecutionContext"):

@@ -11,7 +11,7 @@ A fenced block's first word is its language, the second how it is checked:
     sh ray, slow, rtx, jetson, parsed
                      parsed: what it needs is not here, or is tested elsewhere
     python           run, like sh
-    python toy       followed by tests/export/test_add_a_stage.py
+    python toy       followed by tests/export/test_add_an_engine.py
     yaml, toml       read as what they are
 """
 

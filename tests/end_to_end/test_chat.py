@@ -188,7 +188,7 @@ def test_within_a_budget_the_answer_is_the_same(alpha_set: Path, generator: Gene
         for _ in range(2):
             found = small.chat(IMAGE, max_new_tokens=12)
             assert found.token_ids == generator.chat(IMAGE, max_new_tokens=12).token_ids
-        with pytest.raises(BudgetError, match="stage `vision_encode` needs"):
+        with pytest.raises(BudgetError, match="engine `vision_encode` needs"):
             small.describe(scene(1, 1000, 1000))
         assert small.chat(IMAGE, max_new_tokens=12).token_ids == found.token_ids
 

@@ -215,6 +215,6 @@ def test_a_budget_that_does_not_hold_the_engine_is_refused(alpha_set: Path) -> N
     facts = manifests.read(alpha_set)
     engines = Engines(alpha_set, facts, OnnxRuntime(), 40 << 20)
     side = facts.model.image_width
-    with pytest.raises(BudgetError, match="stage `vae_encode` needs "):
+    with pytest.raises(BudgetError, match="engine `vae_encode` needs "):
         image_latents.encode(engines, facts, np.zeros((400, side, side, 3), np.uint8), {})
     engines.close()

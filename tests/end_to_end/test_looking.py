@@ -58,7 +58,7 @@ def test_an_image_that_memory_does_not_hold_is_refused_before_it_is_looked_at(
 ) -> None:
     facts = manifests.read(alpha_set)
     engines = Engines(alpha_set, facts, OnnxRuntime(), 40 << 20)
-    with pytest.raises(BudgetError, match="stage `vision_encode` needs "):
+    with pytest.raises(BudgetError, match="engine `vision_encode` needs "):
         seen(engines, facts, 1000, 1000)
     assert len(seen(engines, facts)) == 6
     engines.close()

@@ -146,7 +146,7 @@ def test_an_engine_that_fails_on_its_way_fails_at_its_stage(
             self, folder: Path, spec: EngineSpec, dimensions: Mapping[str, Range]
         ) -> OnnxRuntimeEngine:
             if spec.name == "vae_decode" and self.broken:
-                raise BackendError("stage `vae_decode`: no room")
+                raise BackendError("engine `vae_decode`: no room")
             return super().open(folder, spec, dimensions)
 
     backend = Broken()
@@ -239,7 +239,7 @@ def test_without_a_budget_everything_stays(alpha_set: Path, facts: Manifest) -> 
 
 def test_what_cannot_fit_is_refused_before_anything_is_opened(alpha_set: Path) -> None:
     backend = Watched()
-    with pytest.raises(BudgetError, match="memory budget 1 MiB: stage `.*` needs .* by itself"):
+    with pytest.raises(BudgetError, match="memory budget 1 MiB: engine `.*` needs .* by itself"):
         Generator(alpha_set, backend=backend, memory_budget="1MiB")
     assert backend.opened == []
 
@@ -278,7 +278,7 @@ def test_too_many_images_are_refused_before_their_noise_is_drawn(
             monkeypatch.setattr(schedules, name, None)  # would fail in another way
         seen = {"callback_on_step_end": lambda *step: None, "preview_every": 1}
         for options in ({}, seen):
-            with pytest.raises(BudgetError, match="memory budget 256 MiB: stage ") as refused:
+            with pytest.raises(BudgetError, match="memory budget 256 MiB: engine ") as refused:
                 generator.run("a cow", num_images_per_prompt=4000, **options)
             assert "draw one image at a time" in str(refused.value.hint)
         monkeypatch.undo()
@@ -291,17 +291,17 @@ def test_the_command_line_takes_a_budget(
     out = tmp_path / "a.png"
     arguments = ["generate", "a", "--engines", str(alpha_set), "-o", str(out)]
     assert main([*arguments, "--memory-budget", "2kB"]) == 1
-    assert capsys.readouterr().err.startswith("error: memory budget 2 KiB: stage `")
+    assert capsys.readouterr().err.startswith("error: memory budget 2 KiB: engine `")
     assert main([*arguments, "--memory-budget", "2GB", "--num-inference-steps", "1"]) == 0
     assert out.exists()
 
 
 def test_a_requests_stages_are_those_that_run(generator: Generator, facts: Manifest) -> None:
     assert dims.drawing(facts.engines) == list(
-        pipeline.stages(_checked(generator, output_type="np"))
+        pipeline.used_engines(_checked(generator, output_type="np"))
     )
     tokens = np.zeros((1, facts.model.num_visual_tokens, facts.model.hidden_size), np.float32)
-    again = pipeline.stages(_checked(generator, tokens=tokens, output_type="latent"))
+    again = pipeline.used_engines(_checked(generator, tokens=tokens, output_type="latent"))
     assert again == ("clip_text", "t5_text", "conditioning", "control_embed", "denoise")
 
 

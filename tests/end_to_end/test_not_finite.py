@@ -22,10 +22,14 @@ def draw(generator: Generator, **changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("cfg_weight", 3e38, "stage `visual_decode`: tokens reach .*image 0"),
-        ("cfg_weight", -1e25, "stage `visual_decode`: tokens reach .*image 0"),
-        ("controlnet_conditioning_scale", 3e38, "stage `denoise`: latents are not finite: 1024 of"),
-        ("guidance_scale", 3e38, "stage `denoise`: .*; `modulation`, which the stage was given"),
+        ("cfg_weight", 3e38, "engine `visual_decode`: tokens reach .*image 0"),
+        ("cfg_weight", -1e25, "engine `visual_decode`: tokens reach .*image 0"),
+        (
+            "controlnet_conditioning_scale",
+            3e38,
+            "engine `denoise`: latents are not finite: 1024 of",
+        ),
+        ("guidance_scale", 3e38, "engine `denoise`: .*; `modulation`, which the engine was given"),
     ],
 )
 def test_a_huge_argument_is_named_with_the_stage_that_it_spoils(
@@ -42,7 +46,7 @@ def test_a_huge_argument_is_named_with_the_stage_that_it_spoils(
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_on_every_backend_of_the_cpu(generators: Any, backend: str) -> None:
     for argument in ("cfg_weight", "controlnet_conditioning_scale"):
-        with pytest.raises(NumericsError, match="stage `"):
+        with pytest.raises(NumericsError, match="engine `"):
             draw(generators(backend), **{argument: 3e38})
 
 
@@ -150,19 +154,25 @@ class Spoiled(OnnxRuntime):
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ("mllm_text", "stage `visual_decode`: tokens are .*`text_keys.0`, which the stage was"),
-        ("visual_decode", "stage `visual_decode`: tokens are not finite: 1024 of 2048 .*image 1"),
+        ("mllm_text", "engine `visual_decode`: tokens are .*`text_keys.0`, which the engine was"),
+        ("visual_decode", "engine `visual_decode`: tokens are not finite: 1024 of 2048 .*image 1"),
         (
             "clip_text",
-            "stage `clip_text`: pooled_prompt_embeds are not finite: 32 of 64 .*prompt 1",
+            "engine `clip_text`: pooled_prompt_embeds are not finite: 32 of 64 .*prompt 1",
         ),
-        ("t5_text", "stage `t5_text`: prompt_embeds are not finite: 1536 of 3072 .*prompt 1"),
-        ("conditioning", "stage `denoise`: latents are .*`controlnet_context`, which the stage wa"),
+        ("t5_text", "engine `t5_text`: prompt_embeds are not finite: 1536 of 3072 .*prompt 1"),
+        (
+            "conditioning",
+            "engine `denoise`: latents are .*`controlnet_context`, which the engine wa",
+        ),
         (
             "control_embed",
-            "stage `denoise`: latents are .*`control_condition`, which the stage was",
+            "engine `denoise`: latents are .*`control_condition`, which the engine was",
         ),
-        ("denoise", "stage `denoise`: latents are not finite: 1024 of 2048 values .image 1.\nhint"),
+        (
+            "denoise",
+            "engine `denoise`: latents are not finite: 1024 of 2048 values .image 1.\nhint",
+        ),
     ],
 )
 def test_wherever_it_begins_it_is_found(alpha_set: Path, stage: str, message: str) -> None:

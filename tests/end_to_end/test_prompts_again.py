@@ -245,7 +245,7 @@ def test_what_memory_does_not_hold_together_is_drawn_in_parts(
     few = {"num_images_per_prompt": images, "num_inference_steps": 1, "output_type": "latent"}
     asked = queue(facts, **few, cfg_weight=2.0, decoding_steps=1)[:4]
     sizes = memory_plan.largest([pipeline.sizes(facts, one) for one in asked])
-    order = pipeline.stages(asked[0])
+    order = pipeline.used_engines(asked[0])
 
     def largest(waiting: int) -> int:
         in_memory = backend.weights_in_memory

@@ -291,13 +291,13 @@ def break_graph(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message", "hint"),
     [
-        ("foreign", r"stage `t5_text`: t5_text\.onnx is not an ONNX graph", "export.build"),
-        ("truncated", r"stage `t5_text`: t5_text\.onnx is not an ONNX graph", "export.build"),
-        ("empty", r"stage `t5_text`: the graph's inputs are \[\], the manifest's", "export.build"),
-        ("weights", r"stage `t5_text`: the weight \S+ ends at byte \d+ of t5_", "export.build"),
+        ("foreign", r"engine `t5_text`: t5_text\.onnx is not an ONNX graph", "export.build"),
+        ("truncated", r"engine `t5_text`: t5_text\.onnx is not an ONNX graph", "export.build"),
+        ("empty", r"engine `t5_text`: the graph's inputs are \[\], the manifest's", "export.build"),
+        ("weights", r"engine `t5_text`: the weight \S+ ends at byte \d+ of t5_", "export.build"),
         ("outside", r"lies outside of the set, in .*outside\.data", "export.build"),
-        ("operator", r"stage `t5_text`, layer `.+` \(Unheard\): ", "does not know the operator"),
-        ("door", r"stage `t5_text`: the graph's outputs are \['embeds'\]", "export.build"),
+        ("operator", r"engine `t5_text`, layer `.+` \(Unheard\): ", "does not know the operator"),
+        ("door", r"engine `t5_text`: the graph's outputs are \['embeds'\]", "export.build"),
     ],
 )
 def test_a_broken_graph_names_stage_and_layer_and_leaves_the_old_set(
@@ -332,7 +332,7 @@ def test_a_run_that_no_engine_can_address(
     with untouched(older):
         assert command.main([*arguments, "--max-images", str(10**9)]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("error: stage `t5_text`: TensorRT-RTX cannot compile it: ")
+    assert said.startswith("error: engine `t5_text`: TensorRT-RTX cannot compile it: ")
     assert said.count("\n") == 2
     assert "lower --max-images" in said
 
@@ -361,7 +361,7 @@ def test_memory_that_ends_while_a_graph_is_prepared(
     monkeypatch.setattr(graphs, "_bytes", nothing_left)
     with (
         untouched(older),
-        pytest.raises(CompileError, match="stage `clip_text`: .* Cannot allocate") as error,
+        pytest.raises(CompileError, match="engine `clip_text`: .* Cannot allocate") as error,
     ):
         compile_set(small_set, older, targets=("sm89",), max_images=1)
     assert "free memory" in str(error.value.hint)

@@ -321,7 +321,7 @@ def test_gated_products_may_go_beyond_float16(tmp_path: Path) -> None:
 def test_a_weight_beyond_float16_is_refused_by_name() -> None:
     model = gated(1e6)
     mixed_precision.convert(model, DEFINITIONS["mllm_text"], "float16")
-    where = r"stage `mllm_text`: (up|gate) reaches .*e\+06, beyond the range"
+    where = r"engine `mllm_text`: (up|gate) reaches .*e\+06, beyond the range"
     with pytest.raises(CompileError, match=where) as told:
         graphs.feed(None, model)  # no parser is reached
     assert "--compute bf16" in str(told.value.hint)

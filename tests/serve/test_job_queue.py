@@ -282,7 +282,7 @@ def test_one_whose_values_overflow_takes_no_other_with_it(
 ) -> None:
     def overflow(asked: request.Request) -> Exception | None:
         bad = "bad" in asked.prompts
-        return NumericsError("stage `t5_text`: prompt_embeds are not finite") if bad else None
+        return NumericsError("engine `t5_text`: prompt_embeds are not finite") if bad else None
 
     worker.raises = overflow
     first, jobs = job("first"), [job("good"), job("bad"), job("fine")]
@@ -293,7 +293,7 @@ def test_one_whose_values_overflow_takes_no_other_with_it(
     failure = jobs[1].failure
     assert failure is not None
     assert (failure.status, failure.code) == (500, "not_finite")
-    assert failure.message.startswith("stage `t5_text`")
+    assert failure.message.startswith("engine `t5_text`")
     assert "prompt_embeds are not finite" in caplog.text
     assert "Traceback" not in caplog.text
 

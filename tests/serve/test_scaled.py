@@ -150,7 +150,7 @@ def test_refusals_are_the_same(scaled: Scaled) -> None:
     spoiled = scaled.draw(cfg_weight=3e38)
     assert spoiled.status_code == 500
     assert spoiled.json()["error"]["code"] == "not_finite"
-    assert spoiled.json()["error"]["message"].startswith("stage `visual_decode`: tokens reach")
+    assert spoiled.json()["error"]["message"].startswith("engine `visual_decode`: tokens reach")
     assert "Traceback" not in spoiled.text
 
 

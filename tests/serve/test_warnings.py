@@ -46,7 +46,7 @@ def test_a_image_that_would_be_black_is_an_error(server: Server, field: str, sta
     assert answer.status_code == 500
     error = answer.json()["error"]
     assert (error["type"], error["code"]) == ("server_error", "not_finite")
-    assert error["message"].startswith(f"stage `{stage}`: ")
+    assert error["message"].startswith(f"engine `{stage}`: ")
     assert f"hint: {field}=3e+38: use a value like the default" in error["message"]
     job = server.until(server.start(**{field: 3e38}, previews=True), "done", "failed")
     assert job["state"] == "failed"

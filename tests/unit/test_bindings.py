@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bifrost_rt.backends.base import check_bindings
-from bifrost_rt.errors import StageInputError
+from bifrost_rt.errors import EngineInputError
 from bifrost_rt.manifest import EngineSpec, Precision, Range, State, TensorSpec
 
 SPEC = EngineSpec(
@@ -33,8 +33,8 @@ def test_what_fits_passes() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"latents": None}, "stage `denoise`: missing input latents"),
-        ({"sigma": LATENTS}, "stage `denoise`: unknown input sigma"),
+        ({"latents": None}, "engine `denoise`: missing input latents"),
+        ({"sigma": LATENTS}, "engine `denoise`: unknown input sigma"),
         (
             {"latents": LATENTS.astype(np.float16)},
             r"input `latents`: expected float32\[images, 64, 16\], got float16\[2, 64, 16\]",
@@ -47,10 +47,10 @@ def test_what_fits_passes() -> None:
 )
 def test_what_does_not_fit_is_named(change: dict, message: str) -> None:
     inputs = {k: v for k, v in {**GOOD, **change}.items() if v is not None}
-    with pytest.raises(StageInputError, match=message):
+    with pytest.raises(EngineInputError, match=message):
         check_bindings(SPEC, DIMENSIONS, inputs, {"next_latents": LATENTS})
 
 
 def test_a_symbol_has_one_size_everywhere() -> None:
-    with pytest.raises(StageInputError, match=r"output `next_latents`.*dimension 0 must be 2"):
+    with pytest.raises(EngineInputError, match=r"output `next_latents`.*dimension 0 must be 2"):
         check_bindings(SPEC, DIMENSIONS, GOOD, {"next_latents": LATENTS[:1]})

@@ -185,7 +185,7 @@ def test_a_sets_own_limit_holds() -> None:
 def test_what_the_builder_says_comes_with_advice(logged: str, advice: str) -> None:
     noise = "[checkMacros.cpp::catchCudaError::250] Error Code 1: Cuda Runtime (…)"
     error = messages.builder_error("denoise", "TensorRT-RTX", [noise, logged])
-    assert "stage `denoise`: TensorRT-RTX cannot compile it" in error.message
+    assert "engine `denoise`: TensorRT-RTX cannot compile it" in error.message
     assert logged[:40] in error.message
     assert "catchCudaError" not in error.message
     assert advice in str(error.hint)
@@ -198,4 +198,4 @@ def test_a_layer_that_the_builder_names_is_named() -> None:
         "(SM75): FP32 GEMM is not supported.)"
     )
     error = messages.builder_error("denoise", "TensorRT-RTX", [said])
-    assert error.message.startswith("stage `denoise`, layer `node_linear_2`: TensorRT-RTX cannot")
+    assert error.message.startswith("engine `denoise`, layer `node_linear_2`: TensorRT-RTX cannot")

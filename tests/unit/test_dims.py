@@ -8,7 +8,7 @@ import pytest
 from bifrost_rt import dims
 from bifrost_rt.backends.base import check_bindings, output_shape, symbol_sizes
 from bifrost_rt.dims import DIMS, evaluate, shape_at, symbols
-from bifrost_rt.errors import StageInputError
+from bifrost_rt.errors import EngineInputError
 from bifrost_rt.manifest import EngineSpec, Precision, Range, TensorSpec
 
 GROWING = EngineSpec(
@@ -90,11 +90,11 @@ def test_an_engine_may_have_expressions_at_its_inputs_and_outputs() -> None:
 @pytest.mark.parametrize(("mask", "grid", "axis"), [(3, 24, "mask"), (4, 25, "grid")])
 def test_a_tensor_that_breaks_an_expression_is_refused(mask: int, grid: int, axis: str) -> None:
     outputs = {"next_cache": np.zeros((4, 4), np.float32)}
-    with pytest.raises(StageInputError, match=f"input `{axis}`: expected .* must be"):
+    with pytest.raises(EngineInputError, match=f"input `{axis}`: expected .* must be"):
         check_bindings(GROWING, ANY, given(mask=mask, grid=grid), outputs)
 
 
 def test_an_expressions_symbols_keep_to_their_ranges() -> None:
     outputs = {"next_cache": np.zeros((10, 4), np.float32)}
-    with pytest.raises(StageInputError, match="1 <= past <= 8"):
+    with pytest.raises(EngineInputError, match="1 <= past <= 8"):
         check_bindings(GROWING, ANY, given(past=9, mask=10), outputs)

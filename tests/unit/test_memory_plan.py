@@ -127,7 +127,7 @@ def test_a_stage_that_cannot_fit_is_refused_by_name() -> None:
     with pytest.raises(BudgetError) as caught:
         schedule(release(scratch=1.0), 8 * GB)
     message = str(caught.value)
-    assert "memory budget 7.5 GiB: stage `denoise` needs 9.7 GiB by itself" in message
+    assert "memory budget 7.5 GiB: engine `denoise` needs 9.7 GiB by itself" in message
     assert "too large are `mllm_text`, `denoise`" in message
     assert "hint: give it at least 9.7 GiB" in message
 
