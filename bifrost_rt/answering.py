@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -168,6 +168,7 @@ class Answering:
         max_new_tokens: int,
         stop_ids: Collection[int],
         timings: dict[str, float],
+        on_piece: Callable[[], None] = lambda: None,
     ) -> Answer:
         """Begin to answer; tokens are computed as they are taken from what this returns. The engine
         is free again when it has ended or was closed.
@@ -175,6 +176,8 @@ class Answering:
         Args:
             stop_ids: tokens that end the answer and are not part of it.
             timings: gets the seconds of the engine, and of them those of `prefill` and `decode`.
+            on_piece: called between two pieces of a long prompt. What it raises ends the answer;
+                the pieces that were read stay for the next conversation.
 
         Raises:
             RequestError: the conversation leaves no room for an answer.
@@ -182,7 +185,8 @@ class Answering:
         if max_new_tokens < 1:
             raise RequestError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self.check(len(asked.ids))
-        return Answer(self, asked, sampling, max_new_tokens, frozenset(stop_ids), timings)
+        stops = frozenset(stop_ids)
+        return Answer(self, asked, sampling, max_new_tokens, stops, timings, on_piece)
 
     def check(self, tokens: int) -> None:
         """Refuse a conversation of so many tokens where there is no room for an answer.
@@ -271,7 +275,9 @@ class Answer(Iterator[int]):
         max_new_tokens: int,
         stop_ids: frozenset[int],
         timings: dict[str, float],
+        on_piece: Callable[[], None],
     ) -> None:
+        self._on_piece = on_piece
         self.finish_reason: FinishReason | None = None
         self.cached_tokens = 0
         self._owner, self._asked, self._sampling = owner, asked, sampling
@@ -336,6 +342,8 @@ class Answer(Iterator[int]):
             cache.ids, cache.images = asked.ids[:upto], images[:upto]
             cache.positions = asked.positions[:, :upto]
             at = upto
+            if at < len(asked.ids):
+                self._on_piece()
         down = engines.backend.download
         return {
             **fixed,

@@ -114,7 +114,10 @@ class Speaker:
         grids = [(patches.rows, patches.columns) for patches in seen]
         prompt = messages.prompt(turns, grids, chat, self._tokenizers.mllm_ordinary)
         self._answering.check(len(prompt.ids))  # before minutes are spent on looking
-        tokens = [self._tokens(patches, timings) for patches in seen]
+        tokens = []
+        for patches in seen:
+            tokens.append(self._tokens(patches, timings))
+            on_text("")
         conversation = Conversation(
             ids=prompt.ids,
             positions=prompt.positions,
@@ -130,6 +133,7 @@ class Speaker:
             max_new_tokens=asked.max_new_tokens,
             stop_ids=chat.stop_ids,
             timings=timings,
+            on_piece=lambda: on_text(""),
         )
         text = self._tokenizers.mllm_stream()
         try:

@@ -599,7 +599,9 @@ class Generator:
         """Answer turns that `messages.read` made; the rest is as in `chat`.
 
         Args:
-            on_text: called after every token, with an empty piece where a character is not whole.
+            on_text: called after every token, with an empty piece where a character is not whole;
+                and with empty pieces while images are looked at and a long prompt is read. What it
+                raises ends the answer.
         """
 
         def guarded(piece: str) -> None:

@@ -71,7 +71,8 @@ def without_effect(manifest: SetSpec, request: Request) -> Iterator[Note]:
         yield Note(
             text=f"guidance_scale={guidance} has no effect: this model has no guidance embedding"
         )
-    if request.masked is not None and not request.masked.any():
+    composed = "compose" in request.pixels
+    if request.masked is not None and not request.masked.any() and not composed:
         yield Note(text="mask has no effect: it touches no visual token, and nothing is drawn anew")
     edited = "image" in request.pixels and request.masked is not None and request.known is None
     if edited and not (options.keep_pixels or image_latents.can_keep(manifest)):

@@ -264,9 +264,9 @@ class JobQueue:
         def on_text(piece: str) -> None:
             if answer.finished:
                 raise _CancelledError
-            if answer.first_token is None:
-                answer.first_token = time.time()
             if piece:
+                if answer.first_token is None:
+                    answer.first_token = time.time()
                 answer.pieces.append(piece)
                 answer.changed()
 

@@ -234,6 +234,32 @@ def test_a_long_conversation_is_read_in_pieces(engines: Engines, facts: Manifest
     assert ask(Answering(engines, facts), long, 8) == ask(Answering(engines, narrow), long, 8)
 
 
+def test_who_leaves_while_a_long_prompt_is_read_ends_it(engines: Engines, facts: Manifest) -> None:
+    """Pieces that were read stay for who asks again."""
+    ids = np.random.default_rng(5).integers(0, 500, 400)
+    long = Conversation(ids, np.tile(np.arange(len(ids)), (3, 1)))
+    narrow = dataclasses.replace(
+        facts, dimensions={**facts.dimensions, "new_tokens": manifest.Range(1, 97)}
+    )
+    answering, pieces = Answering(engines, narrow), []
+
+    def leave() -> None:
+        pieces.append(1)
+        if len(pieces) == 2:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"max_new_tokens": 4, "stop_ids": (), "timings": {}}
+    run = answering.answer(long, Sampling(), on_piece=leave, **options)
+    with pytest.raises(KeyboardInterrupt):
+        next(run)
+    run.close()
+    again = answering.answer(long, Sampling(), on_piece=lambda: pieces.append(1), **options)
+    found = list(again)
+    assert again.cached_tokens == 2 * 97
+    assert len(pieces) == 2 + 2  # of the three pieces that were left
+    assert found == list(Answering(engines, facts).answer(long, Sampling(), **options))
+
+
 def test_a_seed_gives_the_same_answer_and_another_one_another(
     engines: Engines, facts: Manifest, cases: dict[str, Case]
 ) -> None:

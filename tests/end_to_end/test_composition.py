@@ -37,6 +37,7 @@ def test_parts_of_images_keep_their_tokens(generator: Generator, tmp_path: Path)
     expected = np.where(half(LEFT)[:, None], generator.encode(IMAGE), tokens)
     assert np.array_equal(found.tokens, expected)
     assert "visual_decode" not in found.timings
+    assert not [note for note in found.warnings if "mask" in note]
     drawn = generator.run("a cow", tokens=expected, **FEW)
     assert np.array_equal(found.images, drawn.images)
 
