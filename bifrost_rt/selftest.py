@@ -40,7 +40,7 @@ MARGIN = 4  # over a deviation that was simulated for the very set
 
 
 @dataclass(frozen=True)
-class QuantizeResult:
+class SelftestResult:
     """How far an image is from the builder's, and how far it may be.
 
     Attributes:
@@ -113,7 +113,7 @@ def allowed(manifest: Manifest) -> tuple[Deviation, str]:
     return BOUNDS[loosest], f"the bound for {loosest}"
 
 
-def check(generator: Generator) -> QuantizeResult:
+def check(generator: Generator) -> SelftestResult:
     """Draw and compare with the builder's image.
 
     Raises:
@@ -123,7 +123,7 @@ def check(generator: Generator) -> QuantizeResult:
     found = draw(generator)
     if generator.manifest.vision is not None and generator.manifest.chat is not None:
         generator.describe(found, max_new_tokens=1)  # what drawing does not run, runs too
-    outcome = QuantizeResult(
+    outcome = SelftestResult(
         int(np.abs(found.astype(int) - wanted).max()),
         deviation(found, wanted),
         *allowed(generator.manifest),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from bifrost_rt import backends, formats
 from bifrost_rt import processor as processors
+from bifrost_rt.backends import measured
 from bifrost_rt.backends.base import Backend
 from bifrost_rt.errors import BackendError
 from bifrost_rt.manifest import Manifest
@@ -30,6 +31,15 @@ def choose(manifest: Manifest, processor: Processor | None = None) -> Choice:
     """
     if manifest.backend != "onnxruntime":
         return Choice(manifest.backend, "the set was built for it")
+    seconds = measured.recall(manifest) if processor is None else None
+    if seconds and (there := [name for name in candidates(manifest) if name in seconds]):
+        fastest = min(there, key=lambda name: seconds[name])
+        slower = (f"{n} took {seconds[n] / seconds[fastest]:.2f} times as long" for n in there)
+        return Choice(
+            fastest,
+            "`bifrost-rt tune` found it the fastest here: "
+            + ", ".join(text for text, name in zip(slower, there, strict=True) if name != fastest),
+        )
     here = processors.here() if processor is None else processor
     names = {fmt for spec in manifest.engines for fmt in spec.precision.layers}
     if simulated := formats.simulated(names):
@@ -48,6 +58,17 @@ def choose(manifest: Manifest, processor: Processor | None = None) -> Choice:
     if backends.BACKENDS[order[1]].unavailable() is None:
         return Choice(order[1], f"{order[0]} would be the choice, but {missing}")
     return Choice(order[0], reason)  # neither is there: opening it says what to do
+
+
+def candidates(manifest: Manifest) -> tuple[str, ...]:
+    """Return the backends that can run a set here exactly as it states, of those that run graphs
+    on a CPU; of a compiled set, its own."""
+    if manifest.backend != "onnxruntime":
+        return (manifest.backend,)
+    names = {fmt for spec in manifest.engines for fmt in spec.precision.layers}
+    refused = formats.simulated(names) or openvino_refuses(names)
+    every = ("onnxruntime",) if refused else ("onnxruntime", "openvino")
+    return tuple(name for name in every if backends.BACKENDS[name].unavailable() is None)
 
 
 def start(manifest: Manifest, asked: str | Backend | None) -> tuple[Choice, Backend]:

@@ -94,6 +94,12 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0
 
 
+def _tune(options: argparse.Namespace) -> int:
+    from bifrost_rt.cli import tune
+
+    return tune.run(options)
+
+
 def _describe(options: argparse.Namespace) -> int:
     from bifrost_rt.cli import describe
 
@@ -120,6 +126,7 @@ _COMMANDS = {
     "describe": _describe,
     "chat": _chat,
     "doctor": _doctor,
+    "tune": _tune,
     "serve": _serve,
 }
 

@@ -66,6 +66,17 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--backend", metavar="NAME", help="default: the fastest that is installed")
     _no_cache(verify)
 
+    tune = commands.add_parser("tune", help="measure which backend draws a set fastest here")
+    tune.add_argument(
+        "engines", metavar="DIR", nargs="?", help="the engine set; default: the default model's"
+    )
+    tune.add_argument(
+        "--rounds", type=whole, default=3, metavar="N", help="images of each, twice (3)"
+    )
+    tune.add_argument(
+        "--steps", type=whole, metavar="N", help="denoising steps; default: the set's"
+    )
+
     describe = commands.add_parser("describe", help="answer a question about an image")
     describe.add_argument("image", metavar="IMAGE", help="the image's file")
     describe.add_argument("question", nargs="?", help="default: to describe it")
@@ -236,6 +247,13 @@ def _no_cache(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="neither use nor keep kernels that TensorRT-RTX compiled on this machine",
     )
+
+
+def whole(text: str) -> int:
+    """Read a whole number of at least 1."""
+    if not (text.isdecimal() and text.isascii()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def size(text: str) -> tuple[int, int]:
