@@ -10,6 +10,8 @@ tensors of its inputs and outputs while it runs.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +29,9 @@ from bifrost_rt.manifest import EngineSpec, SetSpec, TensorSpec, stored_bytes
 MARGIN = 0.1
 # The sizes for which a manifest states an engine's scratch memory; text is as long as it can be.
 COUNTED_STEPS = 28
+# Runs that a choice of what stays is judged by.
+AHEAD = 6
+MOST_STAYING = 12  # engines; of more, the sets are too many to try
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{kind}": base**power
     for power, letter in enumerate("KMGT", 1)
@@ -80,8 +85,10 @@ def schedule(
 
     Runs repeat, so the engine that leaves first is the one whose next use is farthest away,
     counted in a circle (Belady's rule): the engine that has just run before one that the next
-    image needs sooner. What fits stays. The engine that is next is loaded while the current
-    one works, if there is room for both as they are: nothing leaves for it.
+    image needs sooner. What fits stays. Where engines are of very different sizes, it may load less
+    to let a certain few stay and all others come and go beside them; then these few leave last. The
+    engine that is next is loaded while the current one works, if there is room for both as they
+    are: nothing leaves for it.
 
     Args:
         needs: one per engine, in the order of use; an engine is used once.
@@ -102,8 +109,28 @@ def schedule(
             + (f"; too large are {names}" if len(too_large) > 1 else ""),
             hint=f"give it at least {size_text(worst.total, up=True)}",
         )
+    plain = _schedule(needs, budget, resident or {}, prefetch)
+    if everything_fits(plain):
+        return plain
+    last = _staying(tuple(needs), budget)
+    other = _schedule(needs, budget, resident or {}, prefetch, last)
+    ahead = [
+        _loaded_ahead(needs, budget, resident or {}, prefetch, leave_last)
+        for leave_last in (frozenset[str](), last)
+    ]
+    return other if ahead[1] < ahead[0] else plain
+
+
+def _schedule(
+    needs: Sequence[Requirement],
+    budget: int,
+    resident: Mapping[str, int],
+    prefetch: bool,
+    last: frozenset[str] = frozenset(),
+) -> tuple[Step, ...]:
+    """`schedule`, where the engines `last` leave after all others."""
     place = {need.engine: i for i, need in enumerate(needs)}
-    here = dict(resident or {})
+    here = dict(resident)
     steps = []
     for i, need in enumerate(needs):
 
@@ -114,7 +141,8 @@ def schedule(
         here[need.engine] = max(need.resident, here.get(need.engine, 0))
         leaving: dict[str, int] = {}
         excess = sum(here.values()) + need.tensors - budget
-        for engine in sorted(here.keys() - {need.engine}, key=lambda e: (-distance(e), e)):
+        others = sorted(here.keys() - {need.engine}, key=lambda e: (e in last, -distance(e), e))
+        for engine in others:
             if excess > 0:
                 leaving[engine] = here.pop(engine)
                 excess -= leaving[engine]
@@ -140,6 +168,57 @@ def schedule(
     return tuple(steps)
 
 
+@functools.lru_cache(maxsize=64)
+def _staying(needs: tuple[Requirement, ...], budget: int) -> frozenset[str]:
+    """Return the engines that may always stay while each of the others comes by itself: of all such
+    sets the one with most weights."""
+    best: tuple[int, tuple[str, ...]] = (0, ())
+    for count in range(1, min(len(needs), MOST_STAYING)):
+        for stay in itertools.combinations(needs, count):
+            held = sum(need.resident for need in stay)
+            fits = all(
+                held + need.tensors + (0 if need in stay else need.resident) <= budget
+                for need in needs
+            )
+            if fits:
+                names = tuple(need.engine for need in stay)
+                best = max(best, (sum(need.weights for need in stay), names))
+    return frozenset(best[1])
+
+
+def _loaded_ahead(
+    needs: Sequence[Requirement],
+    budget: int,
+    resident: Mapping[str, int],
+    prefetch: bool,
+    last: frozenset[str],
+) -> int:
+    """Return bytes of weights that this run and a few like it load."""
+    weights = {need.engine: need.weights for need in needs}
+    here, loaded = dict(resident), 0
+    for _ in range(AHEAD):
+        steps = _schedule(needs, budget, here, prefetch, last)
+        loaded += sum(weights[step.engine] for step in steps if step.load)
+        loaded += sum(weights[engine] for step in steps for engine in step.prefetch)
+        here = left_by(steps, needs, here)
+    return loaded
+
+
+def left_by(
+    steps: Sequence[Step], needs: Sequence[Requirement], resident: Mapping[str, int]
+) -> dict[str, int]:
+    """Return what a run leaves in memory: engine -> bytes.
+
+    Args:
+        resident: what it has found there.
+    """
+    here = dict(resident)
+    for step, need in zip(steps, needs, strict=True):
+        here = {name: size for name, size in here.items() if name not in step.evict}
+        here[need.engine] = max(need.resident, here.get(need.engine, 0))
+    return here
+
+
 def schedules_of(
     needs: Sequence[Requirement], budget: int, *, prefetch: bool = False
 ) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
@@ -149,11 +228,7 @@ def schedules_of(
         BudgetError: as `schedule` does.
     """
     first = schedule(needs, budget, prefetch=prefetch)
-    left: dict[str, int] = {}
-    for step, need in zip(first, needs, strict=True):
-        left = {name: resident for name, resident in left.items() if name not in step.evict}
-        left[need.engine] = need.resident
-    return first, schedule(needs, budget, left, prefetch=prefetch)
+    return first, schedule(needs, budget, left_by(first, needs, {}), prefetch=prefetch)
 
 
 def largest(of: Sequence[Sizes]) -> Sizes:

@@ -123,6 +123,30 @@ def test_memory_never_exceeds_the_budget(seed: int) -> None:
         assert max(taken, default=0) <= budget
 
 
+def test_a_few_stay_where_that_loads_less() -> None:
+    """The release in 4 bits on 12 GB: two stay, and the three largest come for each image."""
+    sizes = {"text": 5.9, "decode": 3.7, "t5": 2.9, "modulation": 2.1, "denoise": 5.4}
+    needs = [Requirement(name, int(size * GB)) for name, size in sizes.items()]
+    budget = 11 * GB
+    here: dict[str, int] = {}
+    loaded = []
+    for _ in range(5):
+        steps = schedule(needs, budget, here)
+        follow(steps, needs, here)
+        loaded.append(sum(int(sizes[step.engine] * GB) for step in steps if step.load))
+    assert loaded[0] == sum(need.weights for need in needs)
+    assert loaded[1:] == [int(5.9 * GB) + int(3.7 * GB) + int(5.4 * GB)] * 4
+    # where all are of one size, taking turns loads less than letting some stay
+    needs = [Requirement(name, 10) for name in "abcd"]
+    here = {}
+    turns = [schedule(needs, 30, here)]
+    follow(turns[0], needs, here)
+    for _ in range(3):
+        turns.append(schedule(needs, 30, here))
+        follow(turns[-1], needs, here)
+    assert sum(step.load for steps in turns[1:] for step in steps) == 4
+
+
 def test_a_stage_that_cannot_fit_is_refused_by_name() -> None:
     with pytest.raises(BudgetError) as caught:
         schedule(release(scratch=1.0), 8 * GB)
