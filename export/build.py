@@ -44,6 +44,7 @@ def build(
         BifrostError: the checkpoint, the graph, the parity, too little memory or disk; nothing is
             left behind but finished engines, for the next build.
     """
+    recipe = _fitted(recipe, progress or (lambda message: None))
     if recipe.backend in recipes.COMPILED:
         return _build_and_compile(recipe, progress, memory_budget)
     # torch and its company take seconds to import: not before the command line is understood
@@ -77,6 +78,19 @@ def build(
         steps.draw_selftest(built, folder, share, say)
         steps.write_manifest(built, layers, cache, folder)
     return output
+
+
+def _fitted(recipe: Recipe, say: Callable[[str], None]) -> Recipe:
+    """Return a recipe with the precisions that its `fit` asks for, and say which and why."""
+    if recipe.fit is None:
+        return recipe
+    from export import fitting
+    from export.planning import fit
+
+    chosen, found = fitting.fitted(recipe)
+    for line in fit.describe(found):
+        say(line)
+    return chosen
 
 
 def _build_and_compile(
@@ -149,7 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
     @extras.needed("export")
     def built() -> int:
         given = options.memory_budget
-        recipe = graphs_of(_recipe(options)) if options.onnx_only else _recipe(options)
+        recipe = _fitted(_recipe(options), lambda line: print(line, file=sys.stderr))
+        recipe = graphs_of(recipe) if options.onnx_only else recipe
         folder = build(recipe, Progress(), None if given is None else parse_size(given))
         if note := inspect.simulation(manifests.read(folder)):
             print(note, file=sys.stderr)
@@ -190,6 +205,12 @@ def _parser() -> argparse.ArgumentParser:
         "or backend than the recipe's",
     )
     parser.add_argument("--precision", metavar="NAME", help=", ".join(FORMATS))
+    parser.add_argument(
+        "--fit",
+        metavar="NAME|SIZE",
+        help="choose precisions with which everything stays in the memory of a device of the "
+        "planner's, or in a size like 12GiB, at the least measured loss",
+    )
     parser.add_argument(
         "--fallback",
         metavar="NAME",

@@ -16,24 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 from bifrost_rt import backends, command, memory_plan, serialization
 from bifrost_rt import manifest as manifests
-from bifrost_rt.backends.base import Backend
-from bifrost_rt.manifest import EngineSpec, Manifest, Precision
+from bifrost_rt.manifest import Manifest
 from export import checkpoint_options, extras, shipped
 from export import recipe as recipes
 from export.errors import RecipeError
 from export.formats import FORMATS, HALF
 from export.formats.base import Format
 from export.planning import devices
-from export.recipe import Recipe
+from export.recipe import CHECKPOINT, Recipe
 
 if TYPE_CHECKING:
-    from export.planning.estimate import InMemory, Plan
+    from export.planning.estimate import Plan
+    from export.planning.fit import Fitted
     from export.planning.kernel_times import Estimate
-    from export.planning.storage import Storage
     from export.planning.work import Work
 
 RELEASE_T5_LENGTH = 512
-STEPS = 28
 NOWHERE = "."  # a plan writes no set
 
 
@@ -45,18 +43,22 @@ def main(arguments: list[str] | None = None) -> int:
 
     @extras.needed("export")
     def planned() -> int:
-        plan, times = _plan(options)
+        plan, times, chosen = _plan(options)
         if options.json:
             content = dataclasses.asdict(plan)
             if times is not None:
                 content["estimate"] = dataclasses.asdict(times)
+            if chosen is not None:
+                content["fit"] = chosen.record()
             options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         if options.plot:
             from export.planning import chart
 
             chart.draw(plan, times).save(options.plot)
-        from export.planning import kernel_report, report
+        from export.planning import fit, kernel_report, report
 
+        if chosen is not None:
+            print("\n".join(fit.describe(chosen)), end="\n\n")
         print(report.describe(plan))
         if times is not None:
             print(f"\n{kernel_report.describe(times)}")
@@ -67,11 +69,11 @@ def main(arguments: list[str] | None = None) -> int:
     return command.run(planned, debug=options.debug)
 
 
-def _plan(options: argparse.Namespace) -> tuple[Plan, Estimate | None]:
+def _plan(options: argparse.Namespace) -> tuple[Plan, Estimate | None, Fitted | None]:
     # torch takes seconds to import: not before the command line is understood
-    device = devices.find(options.device)
+    _check(options)
     budget = None if options.memory_budget is None else memory_plan.parse(options.memory_budget)
-    storage = _precision(options.precision)
+    storage, images = _precision(options.precision), options.images
     flags = checkpoint_options.read(options)
     if flags and (options.engines or options.like):
         raise RecipeError(
@@ -79,21 +81,61 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, Estimate | None]:
             "name none",
             hint="leave one of them out",
         )
-    if options.engines and storage is not None:
-        raise RecipeError("--precision does not apply to a built set")
+    if options.fit is not None:
+        return _fitted(options, flags)
+    device = devices.find(options.device)
     if options.engines:
         manifest = manifests.read(options.engines)
         if any(spec.compiled is not None for spec in manifest.engines):
-            return of_compiled(options.engines, manifest, device, budget)
-        return of_set(options.engines, device, budget), None
+            return *of_compiled(options.engines, manifest, device, budget), None
+        return of_set(options.engines, device, budget, images), None, None
     if options.recipe or flags:
-        return of_recipe(_recipe(options.recipe, flags), device, storage, budget), None
-    if options.like is None:
+        recipe = _recipe(options.recipe, flags)
+        return of_recipe(recipe, device, storage, budget, images), None, None
+    return of_shapes(options.like, device, storage or HALF, budget, images), None, None
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what does not go together.
+
+    Raises:
+        RecipeError: naming it.
+    """
+    checkpoint = [name for name in CHECKPOINT if getattr(options, name) is not None]
+    if not (options.recipe or options.engines or options.like or checkpoint):
         raise RecipeError(
             "nothing to plan",
             hint="give --recipe, --mllm with --bifrost and --flux, --engines or --like",
         )
-    return of_shapes(options.like, device, storage or HALF, budget), None
+    if options.engines and options.precision is not None:
+        raise RecipeError("--precision does not apply to a built set")
+    if (options.fit is None) == (options.device is None):
+        raise RecipeError(
+            "--device says where a set runs, and --fit for what place its precisions are chosen: "
+            f"{'neither' if options.fit is None else 'both'} was given",
+            hint="give one of them",
+        )
+    others = {"--engines": options.engines, "--precision": options.precision}
+    others |= {"--memory-budget": options.memory_budget}
+    if options.fit is not None and (said := [name for name, given in others.items() if given]):
+        raise RecipeError(
+            f"--fit chooses precisions for a memory; {' and '.join(said)} goes with --device",
+            hint=f"leave out --fit or {said[0]}",
+        )
+
+
+def _fitted(options: argparse.Namespace, flags: dict[str, Any]) -> tuple[Plan, None, Fitted]:
+    from export import fitting
+    from export.planning import estimate, fit, losses
+
+    device, images = fit.device(options.fit), options.images
+    if options.like is not None:
+        works = works_of_shapes(options.like, images)
+        chosen = fit.choose(works, device, losses.read(), HALF)
+        return estimate.plan(works, device, chosen.storage, images=images), None, chosen
+    recipe = _recipe(options.recipe, {**flags, "fit": options.fit})
+    recipe, chosen = fitting.fitted(recipe, images)
+    return of_recipe(recipe, device, None, images=images), None, chosen
 
 
 def of_compiled(
@@ -119,12 +161,15 @@ def of_compiled(
     return estimate.plan(works, device, None, budget, ideal=ideal), times
 
 
-def of_set(folder: Path, device: devices.Device, budget: int | None = None) -> Plan:
+def of_set(
+    folder: Path, device: devices.Device, budget: int | None = None, images: int = 1
+) -> Plan:
     """Plan a built set."""
     from export.planning import estimate, work
 
     manifest = manifests.read(folder)
-    works = work.of_set(folder, manifest, manifest.defaults.num_inference_steps)
+    at = memory_plan.sizes(manifest, images=images, prompts=images)
+    works = work.of_set(folder, manifest, manifest.defaults.num_inference_steps, at=at)
     backend = backends.load(manifest.backend)
 
     def in_memory(one: Work, stored: int) -> int:
@@ -132,7 +177,9 @@ def of_set(folder: Path, device: devices.Device, budget: int | None = None) -> P
         return backend.weights_in_memory(spec, manifests.stored_bytes(manifest, spec))
 
     return estimate.plan(
-        works, device, None, budget, in_memory, backend.opens_in_threads, backend.scratch_share
+        *(works, device, None, budget, in_memory),
+        *(backend.opens_in_threads, backend.scratch_share),
+        images=images,
     )
 
 
@@ -148,45 +195,53 @@ def _recipe(given: str | None, flags: dict[str, Any]) -> Recipe:
 
 
 def of_recipe(
-    recipe: Recipe, device: devices.Device, precision: Format | None, budget: int | None = None
+    recipe: Recipe,
+    device: devices.Device,
+    precision: Format | None,
+    budget: int | None = None,
+    images: int = 1,
 ) -> Plan:
     """Plan what a recipe would build; `precision` takes the place of its own, and what the recipe
     says of stages and layers stays."""
     from export import build_plan
-    from export.planning import estimate, work
+    from export.planning import estimate, recipe_works
     from export.planning.storage import Storage
 
     checkpoint, _ = build_plan.read_checkpoint(recipe)
-    length = recipe.mllm_max_length or checkpoint.max_seq_length
-    works = work.of_checkpoint(checkpoint, length, recipe.t5_max_length, STEPS)
+    works = recipe_works.of_recipe(recipe, checkpoint, images)
     if precision is not None:
         recipe = dataclasses.replace(recipe, precision=precision.name)
     storage = Storage.of_recipe(recipe)
     storage.check(one.elements for one in works if one.elements)
-    # the recipe's backend runs here; a device of the table runs compiled engines
-    if device.name != devices.HERE:
-        return estimate.plan(works, device, storage, budget)
-    backend = backends.load(recipe.backend)
-    in_memory = _in_memory(backend, storage)
+    backend = recipe_works.backend_on(device, recipe)
+    if backend is None:
+        return estimate.plan(works, device, storage, budget, images=images)
     return estimate.plan(
-        works, device, storage, budget, in_memory, backend.opens_in_threads, backend.scratch_share
+        *(works, device, storage, budget, recipe_works.in_memory(backend, storage)),
+        *(backend.opens_in_threads, recipe_works.scratch_share(backend)),
+        images=images,
     )
 
 
 def of_shapes(
-    name: str, device: devices.Device, storage: Format, budget: int | None = None
+    name: str,
+    device: devices.Device,
+    precision: Format,
+    budget: int | None = None,
+    images: int = 1,
 ) -> Plan:
     """Plan published shapes without a checkpoint."""
     from export.planning import estimate
     from export.planning.storage import Storage
 
-    return estimate.plan(works_of_shapes(name), device, Storage(storage), budget)
+    works = works_of_shapes(name, images)
+    return estimate.plan(works, device, Storage(precision), budget, images=images)
 
 
-def works_of_shapes(name: str) -> list[Work]:
+def works_of_shapes(name: str, images: int = 1) -> list[Work]:
     """Return the engines of a checkpoint of published shapes, from an outline of it."""
     from export.checkpoint import Checkpoint
-    from export.planning import work
+    from export.planning import recipe_works, work
     from export.synthesize import synthesize
     from export.synthetic.shapes import PRESETS
 
@@ -201,18 +256,9 @@ def works_of_shapes(name: str) -> list[Work]:
         checkpoint = Checkpoint(
             *(folder / part for part in ("mllm", "bifrost", "flux")), read=False
         )
-        return work.of_checkpoint(checkpoint, checkpoint.max_seq_length, RELEASE_T5_LENGTH, STEPS)
-
-
-def _in_memory(backend: Backend, storage: Storage) -> InMemory:
-    def in_memory(work: Work, stored: int) -> int:
-        assert work.elements is not None
-        most = work.elements.most(storage)
-        precision = Precision(storage.name, most.dtype, "float32")
-        spec = EngineSpec(work.engine, "", (), (), (), (), precision)
-        return backend.weights_in_memory(spec, stored)
-
-    return in_memory
+        length = checkpoint.max_seq_length
+        steps = recipe_works.STEPS
+        return work.of_checkpoint(checkpoint, length, RELEASE_T5_LENGTH, steps, images)
 
 
 def _elsewhere(folder: Path | None) -> list[str]:
@@ -241,7 +287,14 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--like", metavar="NAME", help="published shapes: 7b, 3b")
     checkpoint_options.add(parser)
     known = ", ".join([devices.HERE, *devices.read(devices.TABLE)])
-    parser.add_argument("--device", required=True, metavar="NAME", help=known)
+    parser.add_argument("--device", metavar="NAME", help=known)
+    parser.add_argument(
+        "--fit",
+        metavar="NAME|SIZE",
+        help="in the place of --device: choose precisions with which everything stays in its "
+        "memory, or in a size like 12GiB, at the least measured loss",
+    )
+    parser.add_argument("--images", type=int, default=1, metavar="N", help="drawn at once")
     parser.add_argument(
         "--precision",
         metavar="NAME",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -56,6 +57,8 @@ class Recipe:
             the checkpoint's limit, at most 1280 tokens.
         think: what the MLLM is asked where it thinks before it draws; `{prompt}` stands for the
             prompt.
+        fit: a device of the planner's table, `here` or a size like "12GiB": precisions are chosen
+            so that everything stays in its memory. The recipe then says none itself.
         fallback: what a quantized set stores its other weights in.
         stages: stage -> precision, where it is not the set's.
         layers: pattern of `stage:path` -> precision, such as "t5_text:*.block.0.*"; of several
@@ -82,6 +85,7 @@ class Recipe:
     on_cpu: tuple[str, ...] = ()
     max_image_pixels: int | None = None
     think: str = REWRITE
+    fit: str | None = None
     fallback: str = HALF.name
     stages: dict[str, str] = field(default_factory=dict)
     layers: dict[str, str] = field(default_factory=dict)
@@ -130,7 +134,7 @@ class Recipe:
                     f"{name} {value!r} is unknown{serialization.nearest(value, known)}",
                     hint=f"this version builds {', '.join(known)}",
                 )
-        if not self.quantized:
+        if not self.quantized and self.fit is None:
             for name in ("statistics", "quality_budget"):
                 if getattr(self, name) is not None:
                     raise RecipeError(
@@ -138,6 +142,8 @@ class Recipe:
                         hint="add --precision "
                         f"{' or '.join(f.name for f in eight_bit())}, or leave it out",
                     )
+        if self.fit is not None:
+            self._check_fit()
         if self.quality_budget is not None and not 0 < self.quality_budget <= 100:
             raise RecipeError(
                 f"quality_budget is a PSNR in dB between 0 and 100, got {self.quality_budget:g}"
@@ -166,6 +172,20 @@ class Recipe:
             raise RecipeError(
                 f"target, max_steps and on_cpu are for compiled engines, not for {self.backend!r}",
                 hint="add --backend tensorrt-rtx, or leave them out",
+            )
+
+    def _check_fit(self) -> None:
+        own = {
+            "precision": self.precision != FULL.name,
+            "quality_budget": self.quality_budget is not None,
+            "stages": bool(self.stages),
+            "layers": bool(self.layers),
+        }
+        if said := [name for name, chooses in own.items() if chooses]:
+            raise RecipeError(
+                f"fit {self.fit!r} chooses the precision of every engine and layer, and "
+                f"{' and '.join(said)} would choose too",
+                hint=f"leave out {'fit' if len(said) > 1 else f'fit or {said[0]}'}",
             )
 
     def _named_choices(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -227,9 +247,9 @@ def _output(data: dict[str, Any], overrides: dict[str, object], path: Path) -> s
             f"{path}: a set with a LoRA would take the place of the recipe's, {data['output']}",
             hint="name its folder: --output DIR",
         )
-    own = {"precision": Recipe.precision, "backend": Recipe.backend, **data}
-    changed = [key for key in ("precision", "backend") if overrides.get(key, own[key]) != own[key]]
-    return "-".join([data["output"], *(str(overrides[key]) for key in changed)])
+    own = {"precision": Recipe.precision, "backend": Recipe.backend, "fit": Recipe.fit, **data}
+    changed = [k for k in ("precision", "fit", "backend") if overrides.get(k, own[k]) != own[k]]
+    return "-".join([data["output"], *(re.sub(r"[^\w.-]", "", str(overrides[k])) for k in changed)])
 
 
 def _same(folder: object, other: object) -> bool:

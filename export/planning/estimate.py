@@ -19,6 +19,7 @@ from export.planning.storage import Storage
 from export.planning.work import Work
 
 InMemory = Callable[[Work, int], int]
+RUNS = 6  # after the first, of which loads are the mean
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,15 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """An image on a device.
+    """An image on a device, or several at once.
 
     Attributes:
+        images: that are drawn at once.
         fits: whether it can run within the budget.
         peak_bytes: most memory at once; where it does not fit, what the largest stage needs.
         resident_bytes: what it takes to keep every engine in memory.
-        load_bytes: weights that each image after the first loads anew.
+        load_bytes: weights that each run after the first loads anew, for all its images, in the
+            mean of several.
         seconds, joules: at least; None where a figure is not known.
         limit: what most of the time goes to.
         changes: what does not fit or has to give, and what to change.
@@ -72,6 +75,7 @@ class Plan:
     changes: tuple[str, ...]
     tokens_per_second: float | None = None
     answer_cache_bytes: int = 0
+    images: int = 1
 
 
 def plan(
@@ -83,8 +87,9 @@ def plan(
     prefetch: bool = False,
     scratch_share: float = 1.0,
     ideal: Mapping[str, tuple[float, str]] | None = None,
+    images: int = 1,
 ) -> Plan:
-    """Plan one image.
+    """Plan one run.
 
     Args:
         storage: the precision of the weights; None for that of a built set.
@@ -95,6 +100,7 @@ def plan(
         scratch_share: what it takes of the scratch memory that is counted.
         ideal: engine -> least seconds of a call and their limit, where its kernels are known; None
             counts a roofline at one rate for each engine.
+        images: that the works were counted for.
     """
     budget = device.memory if budget is None else budget
     keep = in_memory or (lambda work, stored: stored)
@@ -119,7 +125,7 @@ def plan(
         fits=bool(steps) and supported,
         peak_bytes=max([*(s.peak_bytes for s in stages), *(step.peak for step in later)]),
         resident_bytes=sum(n.resident for n in needs) + max(n.tensors for n in needs),
-        load_bytes=_loaded(works, later, storage),
+        load_bytes=_loaded(works, needs, budget, storage, prefetch) if steps else 0,
         seconds=seconds,
         joules=None if seconds is None or watts is None else seconds * watts,
         limit=_main_limit(stages),
@@ -127,6 +133,7 @@ def plan(
         changes=(),
         tokens_per_second=_tokens_per_second(works, storage, device),
         answer_cache_bytes=sum(w.answers.cache for w in works if w.answers),
+        images=images,
     )
     return replace(result, changes=_changes(result, works, needs, device, storage, budget, keep))
 
@@ -162,10 +169,24 @@ def _tokens_per_second(
     return None if bandwidth is None or not moved else bandwidth * 1e9 / moved
 
 
-def _loaded(works: Sequence[Work], steps: Sequence[Step], storage: Storage | None) -> int:
-    loaded = {step.engine for step in steps if step.load}
-    loaded.update(engine for step in steps for engine in step.prefetch)
-    return sum(work.weights(storage) for work in works if work.engine in loaded)
+def _loaded(
+    works: Sequence[Work],
+    needs: Sequence[Requirement],
+    budget: int,
+    storage: Storage | None,
+    prefetch: bool,
+) -> int:
+    """Return bytes of weights that a run loads after a first one: schedules may take turns."""
+    stored = {work.engine: work.weights(storage) for work in works}
+    first = memory_plan.schedule(needs, budget, prefetch=prefetch)
+    here, loaded = memory_plan.left_by(first, needs, {}), 0
+    for _ in range(RUNS):
+        steps = memory_plan.schedule(needs, budget, here, prefetch=prefetch)
+        here = memory_plan.left_by(steps, needs, here)
+        for step in steps:
+            loaded += stored[step.engine] if step.load else 0
+            loaded += sum(stored[engine] for engine in step.prefetch)
+    return round(loaded / RUNS)
 
 
 def _stage(
@@ -283,13 +304,23 @@ def _changes(
                 for stage in leaving
             )
         )
-        said.append(f"every further image loads {size_text(result.load_bytes)} of weights")
+        said.append(_loads(result))
     if storage is not None:
         said += _smaller(result.fits, works, device, storage, budget, keep)
     if not result.fits:
         least = max(need.total for need in needs)
         said.append(f"at this precision the least memory is {size_text(least, up=True)}")
     return tuple(said)
+
+
+def _loads(result: Plan) -> str:
+    if result.images == 1:
+        return f"every further image loads {size_text(result.load_bytes)} of weights"
+    each = size_text(round(result.load_bytes / result.images))
+    return (
+        f"every further run of {result.images} images loads {size_text(result.load_bytes)} of "
+        f"weights, {each} an image"
+    )
 
 
 def _smaller(

@@ -18,7 +18,9 @@ def describe(plan: Plan) -> str:
     """Several lines of text: the verdict, the stages, what leaves when, and what to change."""
     verdict = "fits" if plan.fits else "does not fit"
     lines = [
-        f"{plan.device}, weights {plan.precision}: {verdict}",
+        f"{plan.device}, weights {plan.precision}"
+        + (f", {plan.images} images at once" if plan.images > 1 else "")
+        + f": {verdict}",
         "",
         f"  memory    {size_text(plan.peak_bytes)} at most, of {size_text(plan.budget_bytes)}; "
         f"{size_text(plan.resident_bytes)} to keep everything",

@@ -3,6 +3,7 @@ otherwise of some engines and layers."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -98,14 +99,20 @@ class Elements:
         }
 
     def most(self, storage: Storage) -> Format:
-        """Return the format of most weights of the linear layers, or what is asked for where there
-        are none."""
-        found: dict[str, int] = {}
+        """Return the format of most weights of the linear layers, or of what there is beside them
+        where there are none."""
+        found: Counter[str] = Counter()
         for layer, fmt in self.given(storage).items():
-            found[fmt.name] = found.get(fmt.name, 0) + layer.weights
-        if not found:
-            return self.rest(storage)
-        return FORMATS[max(found, key=lambda name: found[name])]
+            found[fmt.name] += layer.weights
+        return FORMATS[found.most_common(1)[0][0]] if found else self.rest(storage)
+
+    def held(self, storage: Storage) -> Format:
+        """Return the format of most bytes, which a manifest names."""
+        found = Counter({self.rest(storage).name: self.other * self.rest(storage).other_bytes})
+        found[FULL.name] += self.kept
+        for layer, fmt in self.given(storage).items():
+            found[fmt.name] += bytes_of(layer, fmt)
+        return FORMATS[found.most_common(1)[0][0]]
 
     def rest(self, storage: Storage) -> Format:
         """Return what it stores that is no linear layer."""

@@ -63,20 +63,21 @@ class Work:
 
 
 def of_checkpoint(
-    checkpoint: Checkpoint, mllm_max_length: int, t5_length: int, steps: int
+    checkpoint: Checkpoint, mllm_max_length: int, t5_length: int, steps: int, images: int = 1
 ) -> list[Work]:
     """Return the engines that draw, as `export.build` would make them of a checkpoint.
 
     Args:
         checkpoint: opened with `read=False`.
         steps: denoising steps; decoding takes the release's one step per visual token.
+        images: that are drawn at once, each of a prompt of its own.
 
     Raises:
         CheckpointError: the outline is not that of a supported checkpoint.
     """
     model = assemble.facts(checkpoint)
     clip_tokens = clip_length(checkpoint)
-    sizes = dims.of_run(text_tokens=mllm_max_length, steps=steps)
+    sizes = dims.of_run(images=images, prompts=images, text_tokens=mllm_max_length, steps=steps)
     decoding = {**sizes, STEPS: model.num_visual_tokens}
     return [
         of_stage(stage, decoding if dims.decodes(stage.outline()) else sizes)

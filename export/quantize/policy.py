@@ -26,12 +26,15 @@ class Layer:
 
     Attributes:
         exception: why it stays in 16 bit where others are quantized; empty where it does not.
+        when_short: the pattern with which it may give up bits nevertheless, where memory is short;
+            empty where it may not.
     """
 
     path: str
     inputs: int
     outputs: int
     exception: str = ""
+    when_short: str = ""
 
     @property
     def weights(self) -> int:
@@ -68,8 +71,9 @@ def linears(stage: Stage) -> Iterator[tuple[str, nn.Linear]]:
 
 def layer(stage: Stage, path: str, linear: nn.Linear) -> Layer:
     """Return what is known of a linear layer."""
-    exception = stage.definition.exception(path)
-    return Layer(path, linear.in_features, linear.out_features, exception)
+    about = stage.definition
+    sizes = linear.in_features, linear.out_features
+    return Layer(path, *sizes, about.exception(path), about.gives_when_short(path))
 
 
 def choose(

@@ -54,7 +54,7 @@ class Cost:
 
     Attributes:
         output: relative error of the stage's first output on its inputs in float32; None for
-            several stages together.
+            several stages together, and of one that drawing does not call.
         tokens: cosine.
         residuals: relative error.
         psnr: dB.
@@ -99,6 +99,7 @@ class Bench:
         self._kept = kept
         self._folder, self._manifest, self._stages = folder, manifest, stages
         self._prompts = prompts[: min(PROMPTS, manifest.dimensions[IMAGES].max or PROMPTS)]
+        self.prompts = len(self._prompts)
         self._calls: dict[str, tuple[Buffers, Tensor]] = {}
         with contextlib.ExitStack() as watched:
             for stage in stages.values():
@@ -110,7 +111,8 @@ class Bench:
         touched = {d.choice.stage for d in decisions if d.scales is not None}
         with apply.replaced(self._stages, decisions):
             found = self._draw()
-            output = self._output(*touched) if len(touched) == 1 else None
+            alone = len(touched) == 1 and touched <= self._calls.keys()
+            output = self._output(*touched) if alone else None
         return Cost(
             output,
             _cosine(found.tokens, self._exact.tokens),
@@ -249,6 +251,12 @@ def psnr(found: NDArray[np.uint8], exact: NDArray[np.uint8]) -> float:
     errors = np.square(found.astype(np.float64) - exact).mean(axis=(1, 2, 3))
     each = [SAME if e == 0 else min(SAME, 10 * np.log10(255**2 / e)) for e in errors]
     return float(np.mean(each))
+
+
+def noise(decibels: float) -> float:
+    """Return the mean square error behind a PSNR, over the square of the largest value; 0 where
+    the images were identical."""
+    return 0.0 if decibels >= SAME else float(10.0 ** (-decibels / 10))
 
 
 def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:

@@ -35,6 +35,8 @@ class Definition:
             are thousandths of the work, and their rounding would meet everything behind them.
         not_quantized: pattern of layers -> why they stay in 16 bit where others have 8 or fewer.
             In the order in which they are asked; the first that fits decides.
+        when_short: patterns of layers that stay in 16 bit, and that give up bits where memory is
+            short: `--fit` stores their weights in 4, and leaves their inputs as they are.
         residuals: lists of layers whose outputs a quality sweep compares by themselves, in the
             first call.
     """
@@ -44,12 +46,17 @@ class Definition:
     half_tolerance: Mapping[str, float] = field(default_factory=lambda: HALF_TOLERANCE)
     float32_layers: tuple[str, ...] = ()
     not_quantized: Mapping[str, str] = field(default_factory=dict)
+    when_short: tuple[str, ...] = ()
     residuals: tuple[str, ...] = ()
 
     def exception(self, path: str) -> str:
         """Say why a layer stays in 16 bit where others are quantized; empty where it does not."""
         fitting = (why for like, why in self.not_quantized.items() if fnmatchcase(path, like))
         return next(fitting, "")
+
+    def gives_when_short(self, path: str) -> str:
+        """Return the pattern of `when_short` that a layer fits; empty where there is none."""
+        return next((like for like in self.when_short if fnmatchcase(path, like)), "")
 
     @property
     def all_in_16_bit(self) -> bool:

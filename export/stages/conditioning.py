@@ -20,6 +20,8 @@ DEFINITION = Definition(
         "*": "embedders and modulation run once per image, and every block of every step "
         "multiplies with what they give",
     },
+    # more than a fifth of the release's weights in 16 bit, each read once per image
+    when_short=("controlnet_modulation.*", "transformer_modulation.*"),
 )
 
 
@@ -52,4 +54,6 @@ def stage(module: Conditioning, text_tokens: int) -> Stage:
             text_tokens,
             module.controlnet_modulation.width + module.transformer_modulation.width,
         ),
+        # it alone comes from layers that may be quantized
+        compared=("modulation",),
     )

@@ -18,6 +18,7 @@ DEFINITION = Definition(
         "*.wo": "its inputs reach tens of thousands in T5-XXL; transformers keeps it in float32 "
         "for the same reason",
     },
+    when_short=("*.wo",),
 )
 
 

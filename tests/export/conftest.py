@@ -14,6 +14,8 @@ from bifrost_rt import manifest
 from bifrost_rt.manifest import Manifest
 from export.compile.compiled_set import compile_set
 from export.engine_set import describe_files
+from export.plan import works_of_shapes
+from export.planning.work import Work
 from export.synthesize import synthesize
 from export.synthetic.shapes import Shapes
 from tests.export.checkpoints import opened, outline
@@ -64,6 +66,12 @@ def root(tiny: Path, tmp_path: Path) -> Path:
 def tiny_outline(tiny: Path) -> dict[str, Any]:
     """What is read of it."""
     return outline(opened(tiny))
+
+
+@pytest.fixture(scope="session")
+def release() -> list[Work]:
+    """The engines of the 7B MLLM with FLUX.1-dev, as the planner counts them."""
+    return works_of_shapes("7b")
 
 
 @pytest.fixture(scope="module")

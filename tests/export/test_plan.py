@@ -15,7 +15,7 @@ from export import assemble, graph, precision
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError, RecipeError
 from export.formats import FORMATS
-from export.plan import main, of_set, works_of_shapes
+from export.plan import main, of_set
 from export.planning import devices, estimate, report, work
 from export.planning.estimate import Plan
 from export.planning.storage import Storage
@@ -37,11 +37,6 @@ def works() -> dict[str, Work]:
 def built(alpha_set: Path) -> dict[str, Work]:
     found = work.of_set(alpha_set, manifest.read(alpha_set), 28)
     return {one.engine: one for one in found}
-
-
-@pytest.fixture(scope="module")
-def release() -> list[Work]:
-    return works_of_shapes("7b")
 
 
 def stored(name: str) -> Storage:
