@@ -31,7 +31,7 @@ from tests.processors import KINDS, named
 FEW = ["--seed", "1", "--num-inference-steps", "2"]
 
 
-def test_generate_writes_a_image_and_prints_its_path(
+def test_generate_writes_an_image_and_prints_its_path(
     alpha_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "deep" / "a.png"
@@ -90,7 +90,7 @@ def test_inspect_reads_like_a_description(
         assert piece in text
 
 
-def test_a_image_is_made_again_from_its_own_file(
+def test_an_image_is_made_again_from_its_own_file(
     alpha_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["generate", "--engines", str(alpha_set)]
@@ -280,7 +280,7 @@ def test_hand_over_refuses_what_it_cannot_draw(
     assert not Path("out.png").exists()
 
 
-def test_a_image_that_asks_for_unknown_arguments_is_refused(
+def test_an_image_that_asks_for_unknown_arguments_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     about = PngImagePlugin.PngInfo()
@@ -558,7 +558,7 @@ def test_a_prompt_that_is_cut_is_a_line_on_stderr(
     assert [f"warning: {text}" for text in warnings] == lines
 
 
-def test_a_image_that_would_be_black_is_an_error(
+def test_an_image_that_would_be_black_is_an_error(
     alpha_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["generate", "a cow", "--engines", str(alpha_set), "-o", str(tmp_path / "a.png")]

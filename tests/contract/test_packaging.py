@@ -66,7 +66,7 @@ def test_import_is_light(bare: Path) -> None:
     assert top_level - sys.stdlib_module_names - {"__main__"} == LIGHT
 
 
-def test_a_image_needs_nothing_but_the_wheels_dependencies(
+def test_an_image_needs_nothing_but_the_wheels_dependencies(
     bare: Path, alpha_set: Path, tmp_path: Path
 ) -> None:
     code = """

@@ -205,7 +205,7 @@ def test_what_cannot_be_masked_is_named(generator: Generator) -> None:
         generator.run("a cow", image=IMAGE, mask=b"no mask")
 
 
-def test_what_a_image_was_made_from_is_named_by_hash(generator: Generator) -> None:
+def test_what_an_image_was_made_from_is_named_by_hash(generator: Generator) -> None:
     found = generator.run("a cow", image=IMAGE, mask=painted(1), **FEW)
     named = found.parameters["injected"]
     assert set(named) == {"image", "mask"}

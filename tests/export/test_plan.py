@@ -275,7 +275,7 @@ def test_a_figure_without_support_is_refused(tmp_path: Path, entry: str, message
         devices.read(tmp_path / "devices.toml")
 
 
-def test_the_command_line_writes_text_json_and_a_image(
+def test_the_command_line_writes_text_json_and_an_image(
     alpha_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, plot = tmp_path / "plan.json", tmp_path / "plan.png"

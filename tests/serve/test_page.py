@@ -66,7 +66,7 @@ def fill_options(page: Any, **values: int) -> None:
     raise AssertionError(f"never reached {values}")
 
 
-def test_a_image_by_keyboard(page: Any, generator: Generator, tmp_path: Path) -> None:
+def test_an_image_by_keyboard(page: Any, generator: Generator, tmp_path: Path) -> None:
     assert focused(page) == "prompt"
     page.keyboard.type("a red circle")
     fill_options(page, seed=5, **STEPS)

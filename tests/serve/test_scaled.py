@@ -81,7 +81,7 @@ def scaled(alpha_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         server.process.kill()
 
 
-def test_a_image_is_that_of_the_generator(scaled: Scaled, generator: Generator) -> None:
+def test_an_image_is_that_of_the_generator(scaled: Scaled, generator: Generator) -> None:
     answer = scaled.draw(prompt="a dog", seed=3, n=2).json()
     expected = generator.run("a dog", seed=3, num_images_per_prompt=2, **FEW).images
     for found, image in zip(answer["data"], expected, strict=True):

@@ -41,7 +41,7 @@ def test_each_of_two_that_are_drawn_together_hears_its_own(
     ("field", "stage"),
     [("cfg_weight", "visual_decode"), ("controlnet_conditioning_scale", "denoise")],
 )
-def test_a_image_that_would_be_black_is_an_error(server: Server, field: str, stage: str) -> None:
+def test_an_image_that_would_be_black_is_an_error(server: Server, field: str, stage: str) -> None:
     answer = server.draw(**{field: 3e38})
     assert answer.status_code == 500
     error = answer.json()["error"]

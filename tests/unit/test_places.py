@@ -86,7 +86,7 @@ def test_a_format_that_holds_no_image_in_colour_is_refused(tmp_path: Path, name:
     assert names(tmp_path) == []
 
 
-def test_a_image_that_has_the_place_of_a_folder_is_found_before(tmp_path: Path) -> None:
+def test_an_image_that_has_the_place_of_a_folder_is_found_before(tmp_path: Path) -> None:
     (tmp_path / "a-1.png").mkdir()
     with pytest.raises(RequestError, match=r"a-1\.png: cannot be written: it is a folder"):
         image_paths(tmp_path / "a.png", 2)
