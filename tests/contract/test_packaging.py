@@ -123,6 +123,7 @@ def test_public_names_are_frozen() -> None:
         "BifrostError",
         "BudgetError",
         "ChatResult",
+        "EngineInputError",
         "EngineSetError",
         "Generator",
         "GeneratorStateError",
@@ -131,7 +132,6 @@ def test_public_names_are_frozen() -> None:
         "RequestError",
         "RequestTypeError",
         "Result",
-        "EngineInputError",
         "TextFileError",
         "__version__",
     ]
