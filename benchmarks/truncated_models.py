@@ -24,6 +24,7 @@ from export.errors import RecipeError
 from export.formats import FORMATS, HALF
 
 if TYPE_CHECKING:
+    from export.quantize.statistics import Statistics
     from export.stages import Stage
     from export.synthetic.shapes import Shapes
 
@@ -81,13 +82,24 @@ def written(
                 )
 
 
-def write(stage: Stage, fmt: str, folder: Path, *, holes: bool) -> EngineSpec:
-    """One stage's graph."""
+def write(
+    stage: Stage,
+    fmt: str,
+    folder: Path,
+    *,
+    holes: bool,
+    statistics: Statistics | None = None,
+) -> EngineSpec:
+    """Write one stage's graph.
+
+    Args:
+        statistics: of a calibration; None: the scales of quantized layers are made up.
+    """
     from export import graph, precision
     from export.compile import mixed_precision
 
     path = folder / f"{stage.name}-{fmt}.onnx"
-    layers = {fmt: _quantize(stage, fmt)} if FORMATS[fmt].quantized else {}
+    layers = {fmt: _quantize(stage, fmt, statistics)} if FORMATS[fmt].quantized else {}
     traced = graph.to_graph(stage)
     if holes:
         mixed_precision.convert(traced, stage.definition, HALF.dtype)
@@ -100,8 +112,8 @@ def write(stage: Stage, fmt: str, folder: Path, *, holes: bool) -> EngineSpec:
     return dataclasses.replace(stage.outline(asked), graph=path.name)
 
 
-def _quantize(stage: Stage, fmt: str) -> int:
-    """Return the layers that a build would quantize, with scales that no calibration has chosen."""
+def _quantize(stage: Stage, fmt: str, statistics: Statistics | None) -> int:
+    """Quantize the layers that a build would quantize, and return how many they are."""
     from export.quantize import apply, policy
     from export.quantize.apply import Decision
     from export.quantize.formats import activation_scale
@@ -109,9 +121,12 @@ def _quantize(stage: Stage, fmt: str) -> int:
 
     scales = Scales(activation_scale(LARGEST_INPUT, fmt))
     choices = policy.choose([stage], fmt, HALF.name, {}, {})
-    decisions = [Decision(c, c.fmt, c.reason, scales if c.quantized else None) for c in choices]
+    if statistics is None:
+        decisions = [Decision(c, c.fmt, c.reason, scales if c.quantized else None) for c in choices]
+    else:
+        decisions = apply.decide({stage.name: stage}, choices, statistics, HALF.name, "mse")
     apply.replace({stage.name: stage}, decisions)
-    return sum(choice.quantized for choice in choices)
+    return sum(decision.scales is not None for decision in decisions)
 
 
 def inputs(spec: EngineSpec, sizes: Mapping[str, int]) -> dict[str, NDArray[Any]]:

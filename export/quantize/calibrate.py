@@ -98,7 +98,7 @@ def calibrate(
     with contextlib.ExitStack() as watched:
         for stage in stages.values():
             for path, linear in linears(stage):
-                watched.enter_context(_watch(linear, f"{stage.name}:{path}", found.layers))
+                watched.enter_context(watch(linear, f"{stage.name}:{path}", found.layers))
         limits = {} if steps is None else dict.fromkeys(STEPS, steps)
         runs = list(_runs(manifest, found.prompts))
         for at, batch, options in runs[found.runs :]:
@@ -123,7 +123,13 @@ def _runs(
 
 
 @contextlib.contextmanager
-def _watch(linear: nn.Linear, name: str, into: dict[str, Observer]) -> Iterator[None]:
+def watch(linear: nn.Linear, name: str, into: dict[str, Observer]) -> Iterator[None]:
+    """Record what a layer gets and gives, for as long as the context lasts.
+
+    Raises:
+        CalibrationError: when it is called with what is not finite.
+    """
+
     def look(module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
         try:
             into.setdefault(name, Observer.nothing(linear.in_features)).add(given[0], result)

@@ -126,7 +126,7 @@ def test_an_input_that_is_not_finite_names_its_layer() -> None:
     into: dict[str, Observer] = {}
     linear = nn.Linear(4, 8)
     with (
-        calibrate._watch(linear, "denoise:a.b", into),
+        calibrate.watch(linear, "denoise:a.b", into),
         torch.inference_mode(),
         pytest.raises(CalibrationError, match=r"denoise:a\.b got (nan|inf)"),
     ):

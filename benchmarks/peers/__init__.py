@@ -1,0 +1,1 @@
+"""Others' runtimes and ours on the same work, in one interleaved run."""
