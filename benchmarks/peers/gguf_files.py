@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 from gguf.quants import quantize
 
-from benchmarks.peers import text_files
+from benchmarks.peers.checkpoint_tensors import ORDINARY, tensors
 from bifrost_rt.files import atomic_write
 from export.model.decoder_config import DecoderConfig
 
@@ -55,7 +55,7 @@ def write(path: Path, folders: Sequence[Path], c: DecoderConfig, kind: str) -> N
         out.add_rope_freq_base(c.rope_theta)
         out.add_layer_norm_rms_eps(c.rms_norm_eps)
         _vocabulary(out, c.vocab_size)
-        for name, array in text_files.tensors(folders):
+        for name, array in tensors(folders):
             if (renamed := renamed_to(name)) is None:
                 continue
             if array.ndim == 1:
@@ -80,7 +80,7 @@ def _vocabulary(out: gguf.GGUFWriter, size: int) -> None:
     """Byte-level pieces first, then names without a meaning; the last one ends a text."""
     pieces = _bytes()
     pieces += [f"<|{i}|>" for i in range(len(pieces), size)]
-    ordinary = [gguf.TokenType.NORMAL] * text_files.ORDINARY
+    ordinary = [gguf.TokenType.NORMAL] * ORDINARY
     out.add_tokenizer_model("gpt2")
     out.add_tokenizer_pre("qwen2")
     out.add_token_list(pieces)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from benchmarks import truncated_models
 from benchmarks.peers import model_files
+from benchmarks.peers.checkpoint_tensors import ORDINARY
 from bifrost_rt import text_inputs
 from bifrost_rt.manifest import EngineSpec
 from export.formats import FORMATS
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 PROMPT_SEED, CALIBRATION_SEED = 1, 2
 CALIBRATION = (12, 32)  # texts and tokens of each; of a text's last layer, one row is computed
-ORDINARY = 256  # ids that every peer's tokenizer knows as ordinary pieces
 
 
 def shapes(like: str, layers: int) -> Shapes:
@@ -95,13 +94,3 @@ def _calibrated(stage: Stage) -> Statistics:
     texts, tokens = CALIBRATION
     ids = prompt(texts * tokens, CALIBRATION_SEED).reshape(texts, tokens).tolist()
     return model_files.calibrated(stage, text_inputs.prompts(stage.outline(), ids, tokens))
-
-
-def tensors(folders: Iterable[Path]) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yield the tensors of folders of safetensors files, in float32."""
-    from safetensors import safe_open
-
-    for path in (path for folder in folders for path in sorted(folder.glob("*.safetensors"))):
-        with safe_open(path, framework="pt") as stream:
-            for name in stream.keys():  # noqa: SIM118
-                yield name, stream.get_tensor(name).float().numpy()
