@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from bifrost_rt import images, latents_file, unicode
+from bifrost_rt import images, latents_file, request, unicode
 from bifrost_rt.errors import RequestError, RequestTypeError
 from bifrost_rt.images import ImageLike
 
@@ -72,22 +72,23 @@ def read(
         name = f"compose[{i}]"
         if isinstance(one, (str, bytes)) or not isinstance(one, Sequence) or len(one) != 2:
             raise RequestTypeError(f"{name} must be (part, box), got {one!r:.80}")
-        what, box = one
+        what, box = one[0], _box(name, one[1])
         inside = _inside(name, box, side)
         if isinstance(what, str):
             unicode.check(name, what)
             if what not in prompts:
                 prompts.append(what)
             regions[inside], masked[inside] = 1 + prompts.index(what), True
-            facts.append(["prompt", what, list(map(float, box))])
+            facts.append(["prompt", what, box])
             continue
         found: Any
         if isinstance(what, np.ndarray) and what.dtype.kind == "f":
-            found = _latents(name, what, shape)
-            facts.append(["tokens", latents_file.digest(found), list(map(float, box))])
+            alone = what[0] if what.ndim == 3 and len(what) == 1 else what
+            found = request.floats(f"{name}: CLIP latents", alone, shape)
+            facts.append(["tokens", latents_file.digest(found), box])
         else:
             found = images.read(what, name)
-            facts.append(["image", latents_file.digest(np.asarray(found)), list(map(float, box))])
+            facts.append(["image", latents_file.digest(np.asarray(found)), box])
         known.append((inside, found))
         regions[inside], masked[inside] = 0, False
     for inside, found in known:
@@ -98,8 +99,7 @@ def read(
     return Composition(tokens, masked, tuple(prompts), regions, digest)
 
 
-def _inside(name: str, box: Any, side: int) -> NDArray[np.bool_]:
-    """Return the positions whose middle lies in a box, [side * side]."""
+def _box(name: str, box: Any) -> Box:
     try:
         left, top, right, bottom = (float(edge) for edge in box)
     except (TypeError, ValueError):
@@ -111,6 +111,12 @@ def _inside(name: str, box: Any, side: int) -> NDArray[np.bool_]:
             f"{name}: its box must lie within 0 and 1, left before right and top before bottom, "
             f"got {(left, top, right, bottom)}"
         )
+    return left, top, right, bottom
+
+
+def _inside(name: str, box: Box, side: int) -> NDArray[np.bool_]:
+    """Return the positions whose middle lies in a box, [side * side]."""
+    left, top, right, bottom = box
     middle = (np.arange(side) + 0.5) / side
     rows, columns = (middle >= top) & (middle < bottom), (middle >= left) & (middle < right)
     inside: NDArray[np.bool_] = np.outer(rows, columns).ravel()
@@ -120,16 +126,3 @@ def _inside(name: str, box: Any, side: int) -> NDArray[np.bool_]:
             hint=f"there are {side} x {side}: make it larger",
         )
     return inside
-
-
-def _latents(name: str, given: NDArray[Any], shape: tuple[int, int]) -> NDArray[np.float32]:
-    array = given[0] if given.ndim == 3 and len(given) == 1 else given
-    if array.shape != shape:
-        raise RequestError(
-            f"{name}: CLIP latents must have the shape {list(shape)}, got {list(given.shape)}"
-        )
-    with np.errstate(over="ignore"):
-        latents: NDArray[np.float32] = array.astype(np.float32)
-    if not np.isfinite(latents).all():
-        raise RequestError(f"{name} holds a value that is not finite in float32")
-    return latents

@@ -257,7 +257,7 @@ class Generator:
     ) -> request.Request:
         """Check the arguments of a run. Its image is looked at when all else can be served."""
         if compose is not None:
-            self._keeps(None, None, others)
+            others["keep_pixels"] = self._keeps(None, None, others)
             others["think"] = thinking.instruction(self.manifest, think)
             return self._composed(prompt, compose, image, mask, tokens, others)
         if prompt is None and image is None:
@@ -267,7 +267,7 @@ class Generator:
         if mask is not None and tokens is None and image is None:
             raise RequestError("mask says what to draw anew of an image or of tokens; give one")
         others["think"] = thinking.instruction(self.manifest, think)
-        keep = self._keeps(image, mask, others)
+        others["keep_pixels"] = self._keeps(image, mask, others)
         if prompt is None and others["think"] is not None:
             raise RequestError(
                 "think needs a prompt to think of", hint="prompt=None draws what describe() says"
@@ -295,7 +295,7 @@ class Generator:
         seen = np.repeat(self.encode(shown), checked.images, axis=0)
         checked = check(prompt=said, tokens=seen, masked=masked)
         known = None
-        if keep:
+        if others["keep_pixels"]:
             assert painted is not None
             with self._turns.turn("run()"):
                 known = image_latents.known_region(self._engines, self.manifest, shown, painted)
@@ -341,23 +341,26 @@ class Generator:
     def _keeps(
         self, image: ImageLike | None, mask: ImageLike | None, given: dict[str, Any]
     ) -> bool:
-        """Say whether pixels of an image are kept, and write it into the options.
+        """Return the option `keep_pixels`, filled in.
+
+        Args:
+            given: the options of the run.
 
         Raises:
             RequestError: it was asked for, and there are none, or the set cannot read them.
         """
         in_part = image is not None and bool(mask is not None or given.get("extend"))
-        asked = given.get("keep_pixels")
+        asked: bool | None = given.get("keep_pixels")
         if asked is None:
-            given["keep_pixels"] = in_part and image_latents.can_keep(self.manifest)
-        elif asked is True:
+            return in_part and image_latents.can_keep(self.manifest)
+        if asked:
             if not in_part:
                 raise RequestError(
                     "keep_pixels keeps what lies outside the mask of an image; pass image and "
                     "mask, or extend"
                 )
             image_latents.require(self.manifest)
-        return given["keep_pixels"] is True
+        return asked  # a value of another type is refused with the other options
 
     def encode(self, image: ImageLike) -> NDArray[np.float32]:
         """Read an image into the CLIP latents that the ControlNet reads, [1, N, D]: pass them to

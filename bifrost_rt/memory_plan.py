@@ -113,12 +113,17 @@ def schedule(
     if everything_fits(plain):
         return plain
     last = _staying(tuple(needs), budget)
-    other = _schedule(needs, budget, resident or {}, prefetch, last)
-    ahead = [
-        _loaded_ahead(needs, budget, resident or {}, prefetch, leave_last)
-        for leave_last in (frozenset[str](), last)
-    ]
-    return other if ahead[1] < ahead[0] else plain
+    weights = {need.engine: need.weights for need in needs}
+
+    def ahead(leave_last: frozenset[str]) -> int:
+        def steps(here: Mapping[str, int]) -> tuple[Step, ...]:
+            return _schedule(needs, budget, here, prefetch, leave_last)
+
+        return loads(steps, needs, resident or {}, weights)
+
+    if ahead(last) < ahead(frozenset()):
+        return _schedule(needs, budget, resident or {}, prefetch, last)
+    return plain
 
 
 def _schedule(
@@ -186,18 +191,22 @@ def _staying(needs: tuple[Requirement, ...], budget: int) -> frozenset[str]:
     return frozenset(best[1])
 
 
-def _loaded_ahead(
+def loads(
+    steps_of: Callable[[Mapping[str, int]], Sequence[Step]],
     needs: Sequence[Requirement],
-    budget: int,
     resident: Mapping[str, int],
-    prefetch: bool,
-    last: frozenset[str],
+    weights: Mapping[str, int],
 ) -> int:
-    """Return bytes of weights that this run and a few like it load."""
-    weights = {need.engine: need.weights for need in needs}
+    """Return bytes that `AHEAD` runs load, one after the other.
+
+    Args:
+        steps_of: bytes of the engines that are open -> the schedule of a run.
+        resident: bytes of the engines that are open when the first begins.
+        weights: bytes of each engine that count.
+    """
     here, loaded = dict(resident), 0
     for _ in range(AHEAD):
-        steps = _schedule(needs, budget, here, prefetch, last)
+        steps = steps_of(here)
         loaded += sum(weights[step.engine] for step in steps if step.load)
         loaded += sum(weights[engine] for step in steps for engine in step.prefetch)
         here = left_by(steps, needs, here)

@@ -75,7 +75,7 @@ def without_effect(manifest: SetSpec, request: Request) -> Iterator[Note]:
     if request.masked is not None and not request.masked.any() and not composed:
         yield Note(text="mask has no effect: it touches no visual token, and nothing is drawn anew")
     edited = "image" in request.pixels and request.masked is not None and request.known is None
-    if edited and not (options.keep_pixels or image_latents.can_keep(manifest)):
+    if edited and not image_latents.can_keep(manifest):
         yield Note(
             text="pixels outside the mask are drawn again, too: the set has no engine "
             f"`{image_latents.NAME}` to keep them with; rebuild it"

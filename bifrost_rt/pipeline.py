@@ -256,19 +256,18 @@ class Run:
             },
             self.timings,
         )
+        rows = request.images // self._request.images  # of an image, which are equal
+        carried = decode if rows == 1 else _FirstRows(decode, rows)
         for t in range(options.decoding_steps):
             if active[t]:
                 decode.step()  # 3.t
             if self._on_step_end:
-                rows = request.images // self._request.images
-                carried = decode if rows == 1 else _FirstRows(decode, rows)
                 self._on_step_end("tokens", t, None, carried)
         tokens = decode.finish("tokens")
         found = engines.backend.download(tokens)
         self._checks.finite("visual_decode", "tokens", found, "image", earlier=cache)
-        if regions is not None:  # the rows of an image are equal
-            first = np.ascontiguousarray(found[:: request.images // self._request.images])
-            return engines.put("control_embed", tokens=first)
+        if rows > 1:
+            return engines.put("control_embed", tokens=np.ascontiguousarray(found[::rows]))
         return {"tokens": tokens}
 
     def _keep_known(self, known: KnownRegion, loop: Loop, level: float) -> None:

@@ -246,7 +246,7 @@ def check(
         output_type=output_type,  # type: ignore[arg-type]
         tokens=None
         if tokens is None
-        else _floats("tokens", tokens, (n, model.num_visual_tokens, model.hidden_size)),
+        else floats("tokens", tokens, (n, model.num_visual_tokens, model.hidden_size)),
         masked=None if masked is None else np.tile(masked, (n, 1)),
         regions=None if not region_prompts or regions is None else np.tile(regions, (n, 1)),
         region_prompts=region_prompts,
@@ -325,7 +325,7 @@ def _latents(
     latents: ArrayLike, shape: tuple[int, int, int], manifest: SetSpec
 ) -> NDArray[np.float32]:
     model = manifest.model
-    return _floats(
+    return floats(
         "latents",
         latents,
         shape,
@@ -334,9 +334,14 @@ def _latents(
     )
 
 
-def _floats(
+def floats(
     name: str, given: ArrayLike, shape: tuple[int, ...], hint: str | None = None
 ) -> NDArray[np.float32]:
+    """Return an array of this shape in float32.
+
+    Raises:
+        RequestError, RequestTypeError: it is of another shape or type, or not finite.
+    """
     array = _array(name, given)
     if not np.issubdtype(array.dtype, np.floating):
         raise RequestTypeError(f"{name} must be floating point, got {array.dtype}")

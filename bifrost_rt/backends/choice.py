@@ -34,12 +34,12 @@ def choose(manifest: Manifest, processor: Processor | None = None) -> Choice:
     seconds = measured.recall(manifest) if processor is None else None
     if seconds and (there := [name for name in candidates(manifest) if name in seconds]):
         fastest = min(there, key=lambda name: seconds[name])
-        slower = (f"{n} took {seconds[n] / seconds[fastest]:.2f} times as long" for n in there)
-        return Choice(
-            fastest,
-            "`bifrost-rt tune` found it the fastest here: "
-            + ", ".join(text for text, name in zip(slower, there, strict=True) if name != fastest),
-        )
+        slower = [
+            f"{name} took {seconds[name] / seconds[fastest]:.2f} times as long"
+            for name in there
+            if name != fastest
+        ]
+        return Choice(fastest, f"`bifrost-rt tune` found it the fastest here: {', '.join(slower)}")
     here = processors.here() if processor is None else processor
     names = {fmt for spec in manifest.engines for fmt in spec.precision.layers}
     if simulated := formats.simulated(names):

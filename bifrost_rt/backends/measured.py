@@ -23,7 +23,9 @@ LIBRARIES = ("onnxruntime", "openvino")
 def recall(manifest: Manifest) -> dict[str, float] | None:
     """Return the seconds of each backend that was measured; None where none was, or where this
     process was told to run without what earlier ones kept."""
-    if cache.off() or (stored := cache.read(KIND, _key(manifest))) is None:
+    if cache.off() or not (cache.folder() / KIND).is_dir():  # most users never tune
+        return None
+    if (stored := cache.read(KIND, _key(manifest))) is None:
         return None
     seconds: dict[str, float] = json.loads(stored)
     return seconds

@@ -19,7 +19,6 @@ from export.planning.storage import Storage
 from export.planning.work import Work
 
 InMemory = Callable[[Work, int], int]
-RUNS = 6  # after the first, of which loads are the mean
 
 
 @dataclass(frozen=True)
@@ -178,15 +177,12 @@ def _loaded(
 ) -> int:
     """Return bytes of weights that a run loads after a first one: schedules may take turns."""
     stored = {work.engine: work.weights(storage) for work in works}
-    first = memory_plan.schedule(needs, budget, prefetch=prefetch)
-    here, loaded = memory_plan.left_by(first, needs, {}), 0
-    for _ in range(RUNS):
-        steps = memory_plan.schedule(needs, budget, here, prefetch=prefetch)
-        here = memory_plan.left_by(steps, needs, here)
-        for step in steps:
-            loaded += stored[step.engine] if step.load else 0
-            loaded += sum(stored[engine] for engine in step.prefetch)
-    return round(loaded / RUNS)
+
+    def steps(here: Mapping[str, int]) -> Sequence[Step]:
+        return memory_plan.schedule(needs, budget, here, prefetch=prefetch)
+
+    first = memory_plan.left_by(steps({}), needs, {})
+    return round(memory_plan.loads(steps, needs, first, stored) / memory_plan.AHEAD)
 
 
 def _stage(
