@@ -141,19 +141,17 @@ def _quantize(
     import torch
 
     from export.precision import round_weights
-    from export.quantize import apply, policy
-    from export.quantize.statistics import Observer, Statistics
+    from export.quantize import apply, calibrate, policy
+    from export.quantize.statistics import Statistics
     from export.weight_offloading import streamed
 
     statistics = Statistics("", ())
-    hooks = []
-    for path, linear in policy.linears(stage):
-        seen = statistics.layers[f"{stage.name}:{path}"] = Observer.nothing(linear.in_features)
-        hooks.append(linear.register_forward_hook(lambda _, x, y, seen=seen: seen.add(x[0], y)))
-    with torch.inference_mode(), streamed(stage.module, 0):
+    with (
+        torch.inference_mode(),
+        streamed(stage.module, 0),
+        calibrate.watching([stage], statistics.layers),
+    ):
         stage.module(*(torch.from_numpy(inputs[t.name]) for t in stage.inputs))
-    for hook in hooks:
-        hook.remove()
     done("statistics")
     choices = policy.choose([stage], fmt, fallback, {}, {})
     decisions = apply.decide({stage.name: stage}, choices, statistics, fallback, "mse")

@@ -21,6 +21,17 @@ class _Vae(nn.Module):
         self.scaling_factor = vae.config.scaling_factor
         self.shift_factor = vae.config.shift_factor or 0.0
 
+    @property
+    def image_side(self) -> int:
+        """Pixels of an image's side."""
+        halvings: int = len(self.vae.config.block_out_channels) - 1
+        return 2 * self.side * 2**halvings
+
+    @property
+    def packed_shape(self) -> tuple[int, int]:
+        """Of an image's packed latents, side² and 4C."""
+        return self.side**2, 4 * self.vae.config.latent_channels
+
 
 class VaeDecode(_Vae):
     """The decoder, with rounding to bytes."""

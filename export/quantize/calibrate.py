@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,7 @@ def calibrate(
         kept: bytes of weights that may stay in memory between calls; None: all.
         generate: what runs the engines.
     """
-    with contextlib.ExitStack() as watched:
-        for stage in stages.values():
-            for path, linear in linears(stage):
-                watched.enter_context(watch(linear, f"{stage.name}:{path}", found.layers))
+    with watching(stages.values(), found.layers):
         limits = {} if steps is None else dict.fromkeys(STEPS, steps)
         runs = list(_runs(manifest, found.prompts))
         for at, batch, options in runs[found.runs :]:
@@ -120,6 +117,20 @@ def _runs(
     for at in range(0, len(prompts), size):
         yield at, prompts[at : at + size], {}
     yield 0, prompts[:1], {"cfg_weight": GUIDED}
+
+
+@contextlib.contextmanager
+def watching(stages: Iterable[Stage], into: dict[str, Observer]) -> Iterator[None]:
+    """Record what the linear layers of stages get and give, for as long as the context lasts.
+
+    Raises:
+        CalibrationError: when one is called with what is not finite.
+    """
+    with contextlib.ExitStack() as watched:
+        for stage in stages:
+            for path, linear in linears(stage):
+                watched.enter_context(watch(linear, f"{stage.name}:{path}", into))
+        yield
 
 
 @contextlib.contextmanager

@@ -26,12 +26,10 @@ DEFINITION = Definition(
 
 def stage(module: VaeDecode) -> Stage:
     """latents [B, side², 4C] -> uint8 [B, H, W, 3]"""
-    config, side = module.vae.config, module.side
-    pixels = 2 * side * 2 ** (len(config.block_out_channels) - 1)
-    channels = 4 * config.latent_channels
+    side = module.image_side
     return Stage(
         definition=DEFINITION,
         module=module,
-        inputs=(TensorSpec("latents", "float32", (IMAGES, side * side, channels)),),
-        outputs=(TensorSpec("images", "uint8", (IMAGES, pixels, pixels, 3)),),
+        inputs=(TensorSpec("latents", "float32", (IMAGES, *module.packed_shape)),),
+        outputs=(TensorSpec("images", "uint8", (IMAGES, side, side, 3)),),
     )

@@ -23,12 +23,10 @@ DEFINITION = Definition(
 
 def stage(module: VaeEncode) -> Stage:
     """uint8 [B, H, W, 3] -> latents [B, side², 4C]"""
-    config, side = module.vae.config, module.side
-    pixels = 2 * side * 2 ** (len(config.block_out_channels) - 1)
-    channels = 4 * config.latent_channels
+    side = module.image_side
     return Stage(
         definition=DEFINITION,
         module=module,
-        inputs=(TensorSpec("pixels", "uint8", (SOURCES, pixels, pixels, 3)),),
-        outputs=(TensorSpec("known_latents", "float32", (SOURCES, side * side, channels)),),
+        inputs=(TensorSpec("pixels", "uint8", (SOURCES, side, side, 3)),),
+        outputs=(TensorSpec("known_latents", "float32", (SOURCES, *module.packed_shape)),),
     )
