@@ -27,6 +27,7 @@ from PIL import Image
 
 from benchmarks.arguments import count, new_file
 from benchmarks.machine import describe as machine
+from benchmarks.quality import SAME
 from benchmarks.understanding import percent
 from bifrost_rt import Generator, command, masks
 from bifrost_rt.composition import Box, Part
@@ -41,7 +42,6 @@ TASKS = 200
 SEED = 20261127
 MARGIN = 7.0  # px of the mask around an object of usual size
 MOVED = 4.0  # px by which an object that is kept may move or grow
-SAME = 100.0  # dB, what equal pixels count as in the mean
 FRAME = 3  # px of the contact sheet's frames
 PARTS = ("part", "rest", "both")  # of a verdict
 

@@ -7,7 +7,6 @@ import multiprocessing
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from benchmarks import candidates
 from benchmarks.candidates import Spec
 from benchmarks.metering import Meter
+from benchmarks.peak_memory import peak_bytes
 from bifrost_rt.errors import BifrostError, EngineSetError
 
 
@@ -117,16 +117,6 @@ def _serve(spec: Spec, pipe: Connection) -> None:
                 pipe.send(("ok", First(pixels, timings, time.process_time(), engines)))
             else:
                 pipe.send(("ok", timings))
-        pipe.send(("ok", _peak_bytes()))
+        pipe.send(("ok", peak_bytes()))
     except BifrostError as error:
         pipe.send(("error", str(error)))
-
-
-def _peak_bytes() -> int:
-    path = Path("/proc/self/status")  # the peak of getrusage is the parent's across a fork
-    for line in path.read_text().splitlines() if path.exists() else ():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

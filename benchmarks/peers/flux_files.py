@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from benchmarks import truncated_models
 from benchmarks.peers import model_files
+from benchmarks.peers.stock_files import CHECKPOINT, GUIDANCE, INPUTS, TIME
 from bifrost_rt import dims
 from bifrost_rt.manifest import EngineSpec
 from export.formats import FORMATS
@@ -22,10 +23,7 @@ if TYPE_CHECKING:
     from export.stages import Stage
 
 CONDITIONING, CONTROL, STEP = "conditioning", "control_embed", "denoise"
-CHECKPOINT, INPUTS = "checkpoint", "inputs.npz"
 STEPS = 28  # of an image: what is computed once for all of them is shared among them
-TIME = 0.7  # the noise level, of 1
-GUIDANCE = 3.5
 TEXT_TOKENS = 512
 
 
@@ -69,14 +67,8 @@ def _write(of: Shapes, forms: Sequence[str], folder: Path) -> dict[str, EngineSp
 
 
 def _stages(checkpoint: Path) -> dict[str, Stage]:
-    from export import assemble
-    from export.checkpoint import Checkpoint
-
-    parts = [checkpoint / name for name in ("mllm", "bifrost", "flux")]
-    opened = Checkpoint(parts[0], parts[1], parts[2])
-    stages = assemble.stages(opened, assemble.facts(opened), opened.max_seq_length, 77, TEXT_TOKENS)
     wanted = (CONDITIONING, CONTROL, STEP)
-    return {stage.name: stage for stage in stages if stage.name in wanted}
+    return model_files.stages(checkpoint, *wanted, text_tokens=TEXT_TOKENS, read=True)
 
 
 def _inputs(of: Shapes, stages: dict[str, Stage]) -> dict[str, NDArray[Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 from gguf.quants import quantize
 
-from benchmarks.peers.checkpoint_tensors import ORDINARY, tensors
+from benchmarks.peers.tensor_files import ORDINARY, tensors
 from bifrost_rt.files import atomic_write
 from export.model.decoder_config import DecoderConfig
 

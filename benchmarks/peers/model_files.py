@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from export.quantize.statistics import Statistics
     from export.stages import Stage
 
+CLIP_TOKENS = 77
 ENGINES = "engines.json"  # written when everything else is there
 
 
@@ -55,19 +55,32 @@ def read(folder: Path) -> dict[str, EngineSpec]:
     return {name: serialization.load(EngineSpec, engine) for name, engine in found.items()}
 
 
+def stages(checkpoint: Path, *names: str, text_tokens: int, read: bool) -> dict[str, Stage]:
+    """Return some engines of a checkpoint before they are graphs, by name.
+
+    Args:
+        text_tokens: that T5 reads.
+        read: whether their weights are read now.
+    """
+    from export import assemble
+    from export.checkpoint import Checkpoint
+
+    parts = [checkpoint / part for part in ("mllm", "bifrost", "flux")]
+    opened = Checkpoint(parts[0], parts[1], parts[2], read=read)
+    facts, longest = assemble.facts(opened), opened.max_seq_length
+    every = assemble.stages(opened, facts, longest, CLIP_TOKENS, text_tokens)
+    return {stage.name: stage for stage in every if stage.name in names}
+
+
 def calibrated(stage: Stage, given: Mapping[str, NDArray[Any]]) -> Statistics:
     """Return what the layers of a stage see of one call."""
     from export.quantize import calibrate
-    from export.quantize.policy import linears
     from export.quantize.statistics import Statistics
     from export.torch_pipeline import evaluate
     from export.weight_offloading import streamed
 
     seen = Statistics("", ())
-    with contextlib.ExitStack() as watched:
-        watched.enter_context(streamed(stage.module, 0))
-        for path, linear in linears(stage):
-            watched.enter_context(calibrate.watch(linear, f"{stage.name}:{path}", seen.layers))
+    with streamed(stage.module, 0), calibrate.watching([stage], seen.layers):
         evaluate(stage, given)
     return seen
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from benchmarks.peak_memory import peak_bytes
 
 
 class Candidate(Protocol):
@@ -58,7 +58,7 @@ def serve(make: Callable[[Mapping[str, Any]], Candidate]) -> None:
         for line in sys.stdin:
             asked = json.loads(line)
             if asked["do"] == "end":
-                say(peak_bytes=_peak_bytes())
+                say(peak_bytes=peak_bytes())
                 return
             if asked["do"] == "output":
                 np.save(asked["to"], candidate.output())
@@ -68,11 +68,3 @@ def serve(make: Callable[[Mapping[str, Any]], Candidate]) -> None:
     except Exception as error:  # whatever a peer's library raises is its row of the table
         say(error=f"{type(error).__name__}: {error}")
         raise
-
-
-def _peak_bytes() -> int:
-    path = Path("/proc/self/status")  # the peak of getrusage is the parent's across a fork
-    for line in path.read_text().splitlines() if path.exists() else ():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

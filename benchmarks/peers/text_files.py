@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from benchmarks import truncated_models
 from benchmarks.peers import model_files
-from benchmarks.peers.checkpoint_tensors import ORDINARY
+from benchmarks.peers.tensor_files import ORDINARY
 from bifrost_rt import text_inputs
 from bifrost_rt.manifest import EngineSpec
 from export.formats import FORMATS
@@ -73,20 +73,11 @@ def _write(
         gguf_files.write(folder / f"{kind}.gguf", folders, of.decoder, kind)
     specs = {}
     for fmt in forms:
-        stage = _stage(checkpoint)
+        made = model_files.stages(checkpoint, text_inputs.NAME, text_tokens=512, read=False)
+        stage = made[text_inputs.NAME]
         seen = _calibrated(stage) if FORMATS[fmt].quantized else None
         specs[fmt] = truncated_models.write(stage, fmt, folder, holes=False, statistics=seen)
     return specs
-
-
-def _stage(checkpoint: Path) -> Stage:
-    from export import assemble
-    from export.checkpoint import Checkpoint
-
-    parts = [checkpoint / name for name in ("mllm", "bifrost", "flux")]
-    opened = Checkpoint(parts[0], parts[1], parts[2], read=False)
-    stages = assemble.stages(opened, assemble.facts(opened), opened.max_seq_length, 77, 512)
-    return next(stage for stage in stages if stage.name == text_inputs.NAME)
 
 
 def _calibrated(stage: Stage) -> Statistics:

@@ -13,7 +13,8 @@ from PIL import Image
 from benchmarks.reference import Reference
 from bifrost_rt import Generator, RequestError, RequestTypeError, request
 from bifrost_rt.cli import main
-from tests.conftest import ALPHA, difference
+from tests.conftest import difference
+from tests.end_to_end.conftest import PROMPTS, settings_of
 
 FEW: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np", "seed": 1}
 SIDE = 4  # tokens of the golden model's grid
@@ -64,24 +65,10 @@ def test_parts_under_the_images_own_prompt_are_a_generation(generator: Generator
     assert difference(found.tokens, plain.tokens) < 1e-5
 
 
-def test_prompts_of_parts_are_decoded_together(generator: Generator) -> None:
+def test_prompts_of_parts_are_decoded_together(generator: Generator, reference: Reference) -> None:
     """As the reference does, which computes every prompt by itself."""
-    folders = {part: str(ALPHA / part) for part in ("mllm", "bifrost", "flux")}
-    text = generator.manifest.text
-    reference = Reference(
-        **folders, mllm_max_length=text.mllm.max_length, t5_max_length=text.t5.max_length
-    )
-    rng = np.random.default_rng(3)
-    prompts, inner = ["a cow", "three boats on a lake"], ("a red apple", "café 猫 at dusk")
-    settings: dict[str, Any] = {
-        "order": np.stack([rng.permutation(SIDE**2) for _ in prompts]),
-        "latents": request.check(generator.manifest, prompt=prompts, seed=4).latents,
-        "decoding_steps": 4,
-        "num_inference_steps": 2,
-        "cfg_weight": 2.5,
-        "guidance_scale": 3.5,
-        "controlnet_conditioning_scale": 0.7,
-    }
+    prompts, inner = PROMPTS, ("a red apple", "café 猫 at dusk")
+    settings = settings_of(generator, np.random.default_rng(3))
     corner = (0.75, 0.75, 1, 1)
     parts: list[Any] = [(inner[0], LEFT), (IMAGE, LOWER), (inner[1], corner)]
     masked = ~half(LOWER) | half(corner)

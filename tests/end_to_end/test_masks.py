@@ -12,7 +12,8 @@ from PIL import Image
 
 from benchmarks.reference import Reference
 from bifrost_rt import Generator, RequestError, images, masks, request
-from tests.conftest import ALPHA, difference
+from tests.conftest import difference
+from tests.end_to_end.conftest import PROMPTS, settings_of
 
 FEW: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np", "seed": 1}
 WHITE, BLACK = Image.new("L", (8, 8), 255), Image.new("L", (8, 8), 0)
@@ -95,25 +96,11 @@ def test_canvases_that_cannot_be_drawn(
         generator.run("a cow", image=image, extend=extend)
 
 
-def test_tokens_are_those_of_the_reference_loop(generator: Generator) -> None:
-    folders = {part: str(ALPHA / part) for part in ("mllm", "bifrost", "flux")}
-    text = generator.manifest.text
-    reference = Reference(
-        **folders, mllm_max_length=text.mllm.max_length, t5_max_length=text.t5.max_length
-    )
+def test_tokens_are_those_of_the_reference_loop(generator: Generator, reference: Reference) -> None:
     tokens = np.repeat(generator.encode(IMAGE), 2, axis=0)
     rng = np.random.default_rng(3)
     mask = rng.random(SIDE**2) < 0.6
-    prompts = ["a cow", "three boats on a lake"]
-    settings: dict[str, Any] = {
-        "order": np.stack([rng.permutation(SIDE**2) for _ in prompts]),
-        "latents": request.check(generator.manifest, prompt=prompts, seed=4).latents,
-        "decoding_steps": 4,
-        "num_inference_steps": 2,
-        "cfg_weight": 2.5,
-        "guidance_scale": 3.5,
-        "controlnet_conditioning_scale": 0.7,
-    }
+    prompts, settings = PROMPTS, settings_of(generator, rng)
     expected = reference.run(prompts, tokens=tokens, masked=np.tile(mask, (2, 1)), **settings)
     found = generator.run(
         prompts,

@@ -110,6 +110,14 @@ def painted(*places: int) -> Image.Image:
     return whole
 
 
+def open_scene(page: Any, tmp_path: Path) -> None:
+    """Ask for a cow, and take the scene as the image that is edited."""
+    SCENE.save(tmp_path / "scene.png")
+    page.keyboard.type("a cow")
+    fill_options(page, seed=5, **STEPS)
+    page.locator("#edit-file").set_input_files(tmp_path / "scene.png")
+
+
 def edited(page: Any, tmp_path: Path) -> Any:
     """The image that is shown, as a file."""
     with page.expect_download() as download:
@@ -121,10 +129,7 @@ def edited(page: Any, tmp_path: Path) -> Any:
 def test_a_part_is_marked_by_mouse_and_drawn_anew(
     page: Any, generator: Generator, tmp_path: Path
 ) -> None:
-    SCENE.save(tmp_path / "scene.png")
-    page.keyboard.type("a cow")
-    fill_options(page, seed=5, **STEPS)
-    page.locator("#edit-file").set_input_files(tmp_path / "scene.png")
+    open_scene(page, tmp_path)
     page.get_by_text("0 of 16 cells are marked").wait_for()
     assert page.locator("#edit").is_disabled()
     box = page.locator("#mask").bounding_box()
@@ -154,10 +159,7 @@ def test_a_part_is_marked_by_mouse_and_drawn_anew(
 def test_pixels_are_drawn_again_where_that_is_asked(
     page: Any, generator: Generator, tmp_path: Path
 ) -> None:
-    SCENE.save(tmp_path / "scene.png")
-    page.keyboard.type("a cow")
-    fill_options(page, seed=5, **STEPS)
-    page.locator("#edit-file").set_input_files(tmp_path / "scene.png")
+    open_scene(page, tmp_path)
     page.locator("#mask").focus()
     page.keyboard.press("Space")
     page.get_by_label("Keep all other pixels").focus()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from benchmarks import machine
 from benchmarks.peers import flux_files, model_files
 from benchmarks.peers.protocol import serve
+from benchmarks.peers.stock_files import INPUTS
 from bifrost_rt import backends
 from bifrost_rt.backends.base import output_shape
 from bifrost_rt.manifest import EngineSpec, Range
@@ -26,7 +27,7 @@ class OwnStep:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         folder = Path(settings["folder"])
         self._backend = backends.load(settings["backend"])
-        self._inputs: Mapping[str, NDArray[Any]] = dict(np.load(folder / flux_files.INPUTS))
+        self._inputs: Mapping[str, NDArray[Any]] = dict(np.load(folder / INPUTS))
         engines = model_files.read(folder)
         self._once, _ = self._bound(folder, engines[flux_files.CONDITIONING])
         self._step, self._results = self._bound(folder, engines[settings["form"]])

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-# as `benchmarks.peers.flux_files` writes them
-CHECKPOINT, INPUTS = "checkpoint", "inputs.npz"
-TIME, GUIDANCE = 0.7, 3.5
+from benchmarks.peers.stock_files import CHECKPOINT, GUIDANCE, INPUTS, TIME
+
 NAMES = ("latents", "controlnet_cond", "prompt_embeds", "pooled_prompt_embeds")
 
 

@@ -55,18 +55,22 @@ def _own_statistics(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def int8_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("int8")
+def int8_recipe(folder: Path) -> Recipe:
+    """That of a set in a folder, calibrated on prompts that are written beside it."""
     (folder / "prompts.txt").write_text(PROMPTS)
-    recipe = alpha_recipe(
+    recipe: Recipe = alpha_recipe(
         folder / "set",
         precision="int8",
         calibration_prompts=str(folder / "prompts.txt"),
         calibration_steps=3,
         **OVERRIDES,
     )
-    return build.build(recipe)
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def int8_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build.build(int8_recipe(tmp_path_factory.mktemp("int8")))
 
 
 def test_the_manifest_says_what_every_engine_holds(int8_set: Path) -> None:
@@ -226,14 +230,7 @@ def test_a_build_that_was_cut_off_goes_on_with_what_it_has_seen(
     class Cut(Exception):
         pass
 
-    (tmp_path / "prompts.txt").write_text(PROMPTS)
-    recipe = alpha_recipe(
-        tmp_path / "set",
-        precision="int8",
-        calibration_prompts=str(tmp_path / "prompts.txt"),
-        calibration_steps=3,
-        **OVERRIDES,
-    )
+    recipe = int8_recipe(tmp_path)
     said: list[str] = []
 
     def cut(at: int, word: str) -> None:
